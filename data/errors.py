@@ -1,0 +1,35 @@
+"""A person's mistake, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something only the person at the keyboard can mend: a wrong path, an unknown name, a broken file.
+
+    The message names the thing, says what is wrong with it and what to do. Scripts print it on one line and exit
+    with code 2; every other exception is a bug and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """", did you mean 'x'?" if one of the known names is close to `name`, otherwise the known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and leave with its exit code: 0 or what it returns, 2 after a UserError, 130 after Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,53 @@
+"""Where and in what precision to compute: chosen once, at the top of a script."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from data.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def available_devices() -> list[str]:
+    """The kinds of device on this machine, fastest first."""
+    found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+    return [name for name, there in found if there] + ["cpu"]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name` (cpu, cuda, cuda:1, mps), or the fastest for "auto"; UserError when it is not there."""
+    found = available_devices()
+    if name == "auto":
+        return torch.device(found[0])
+    if name.split(":")[0] not in found:
+        raise UserError(f"no device {name!r} on this machine; there is {', '.join(found)}")
+    return torch.device(name)
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32; where it only emulates it, it is far slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type to compute in: "auto" is bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    if name == "auto":
+        name = "bf16" if bf16_pays(device) else "fp16" if device.type == "cuda" else "fp32"
+    if name not in PRECISIONS:
+        raise UserError(f"unknown precision {name!r}; known: auto, {', '.join(PRECISIONS)}")
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 is for GPUs; on a CPU take bf16 or fp32")
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Mixed precision for the block; nothing for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

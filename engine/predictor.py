@@ -1,0 +1,236 @@
+"""Pictures in, detections out.
+
+    predictor = Predictor(Yolact.from_weights("yolact_resnet50"))
+    detections = predictor(cv2.imread("street.jpg"))
+    for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
+        print(detections.class_names[label], float(score), box.tolist())
+    cv2.imwrite("out.jpg", detections.draw(image))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as rle
+from torch import Tensor
+
+from data.augment import normalise
+from data.errors import UserError, nearest
+from engine.devices import autocast, choose_device, choose_precision
+from layers.detect import Candidates, detect
+from layers.masks import assemble_masks, combine
+from layers.nms import NMS
+from yolact import Predictions, Yolact
+
+
+@dataclass
+class Detections:
+    """What was found in one picture, best first. Indexing with a number, slice or mask gives fewer of them."""
+
+    boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels of the picture
+    scores: Tensor  # [N] 0..1
+    mask_scores: Tensor  # [N] the same, or as YOLACT++ re-scores it by the mask's quality
+    labels: Tensor  # [N] 0..C-1
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    size: tuple[int, int]  # height and width of the picture
+    coefficients: Tensor  # [N, K]
+    prototypes: Tensor  # [h, w, K]
+    relative_boxes: Tensor  # [N, 4] as predicted, relative to the picture
+    crop: bool = True
+    crop_after_resize: bool = False
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: int | slice | Tensor | np.ndarray | Sequence[int]) -> Detections:
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"detection {index} of {len(self)}")
+            index = [index]
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.scores.device)
+        names = ("boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+    @cached_property
+    def masks(self) -> Tensor:
+        """[N, H, W] bool, at the picture's size. For many objects on a large picture `iter_masks` needs less memory."""
+        chunks = list(self.iter_masks())
+        return torch.cat(chunks) if chunks else torch.zeros((0, *self.size), dtype=torch.bool)
+
+    def iter_masks(self, budget: int = 256 * 2**20) -> Iterator[Tensor]:
+        """The masks in order, as bool chunks [n, H, W] made with about `budget` bytes each."""
+        return assemble_masks(
+            self.prototypes,
+            self.coefficients,
+            self.relative_boxes,
+            self.size,
+            crop=self.crop,
+            crop_after_resize=self.crop_after_resize,
+            budget=budget,
+        )
+
+    def encode_masks(self) -> list[dict[str, Any]]:
+        """Each mask as a COCO run-length encoding, {"size": [H, W], "counts": text}."""
+        encoded = []
+        for chunk in self.iter_masks(budget=64 * 2**20):
+            for mask in chunk.cpu().numpy():
+                code = rle.encode(np.asfortranarray(mask.view(np.uint8)))
+                encoded.append({"size": list(code["size"]), "counts": code["counts"].decode()})
+        return encoded
+
+    def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
+        """COCO results, one dictionary a detection: box as x, y, width, height, mask as RLE, the file's category ids."""
+        boxes, scores, mask_scores = self.boxes.tolist(), self.scores.tolist(), self.mask_scores.tolist()
+        results = []
+        for i, (label, segmentation) in enumerate(zip(self.labels.tolist(), self.encode_masks(), strict=True)):
+            x1, y1, x2, y2 = boxes[i]
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": self.category_ids[label],
+                    "category_name": self.class_names[label],
+                    "score": scores[i],
+                    "mask_score": mask_scores[i],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "segmentation": segmentation,
+                }
+            )
+        return results
+
+    def draw(self, image: np.ndarray) -> np.ndarray:
+        """A copy of the BGR picture with the detections drawn on it."""
+        from engine.draw import draw
+
+        return draw(image, self)
+
+
+class Predictor:
+    """`predictor(image)` -> Detections, `predictor([image, ...])` -> list of them; images as cv2 reads them.
+
+    device: auto, cpu, cuda, cuda:1, mps. precision: auto, fp32, bf16, fp16. size: (height, width) of the network's
+    input, the configuration's by default. score_threshold: with a higher one than the configuration's, no detection
+    scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
+    best class of an object may score less. nms: fast or cross_class. `crop` and `crop_after_resize` are for the masks,
+    see layers.masks.assemble_masks.
+    """
+
+    def __init__(
+        self,
+        model: Yolact,
+        device: str = "auto",
+        precision: str = "auto",
+        compile: bool = False,
+        size: tuple[int, int] | None = None,
+        score_threshold: float = 0.05,
+        top_k: int = 100,
+        nms: str = "fast",
+        crop: bool = True,
+        crop_after_resize: bool = False,
+    ):
+        if nms not in NMS:
+            raise UserError(f"unknown nms {nms!r}{nearest(nms, NMS)}")
+        if size is not None and min(size) < 32:
+            raise UserError(f"size {size[0]}x{size[1]}: the network needs at least 32 pixels a side")
+        if not 0 <= score_threshold <= 1:
+            raise UserError(f"score threshold {score_threshold} is not between 0 and 1")
+        if top_k < 1:
+            raise UserError(f"top_k {top_k}: at least one detection must be allowed")
+        self.device = choose_device(device)
+        self.dtype = choose_precision(precision, self.device)
+        self.model = model.to(self.device).eval()
+        self.config = model.config
+        self.forward = torch.compile(self.model) if compile else self.model
+        self.size = size or (self.config.max_size, self.config.max_size)
+        self.score_threshold = score_threshold
+        self.top_k = top_k
+        self.nms = nms
+        self.crop = crop
+        self.crop_after_resize = crop_after_resize
+        self.anchors = self.model.anchors(*self.size)
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray | list[np.ndarray]) -> Any:
+        single = isinstance(images, np.ndarray)
+        pictures = [images] if single else list(images)
+        if not pictures:
+            return []
+        for picture in pictures:
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
+                raise ValueError(f"expected a uint8 picture [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+        batch = torch.stack([self.preprocess(picture) for picture in pictures])
+        predictions = self.predict(batch)
+        candidates = self.detect(predictions)
+        found = [self._one(predictions, candidates, i, p.shape[:2]) for i, p in enumerate(pictures)]
+        return found[0] if single else found
+
+    def preprocess(self, image: np.ndarray) -> Tensor:
+        """uint8 BGR [H, W, 3] -> normalised RGB [3, h, w] at the network's size, on the device."""
+        height, width = self.size
+        if self.config.resize_uint8:
+            resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            return torch.from_numpy(normalise(resized, self.config)).to(self.device)
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1).float()
+        resized = F.interpolate(pixels[None], self.size, mode="bilinear", align_corners=False)[0].flip(0)
+        mean, std = (resized.new_tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
+        return (resized - mean) / std
+
+    def predict(self, batch: Tensor) -> Predictions:
+        """[B, 3, h, w] -> the network's raw outputs."""
+        with autocast(self.device, self.dtype):
+            return self.forward(batch)
+
+    def detect(self, predictions: Predictions) -> Candidates:
+        """Raw outputs -> `top_k` slots a picture."""
+        config, threshold = self.config, self.score_threshold
+        strict = config.clip_boxes or threshold > config.score_threshold
+        return detect(
+            predictions.boxes,
+            predictions.logits,
+            predictions.coefficients,
+            self.anchors,
+            score_threshold=threshold,
+            min_score=threshold if strict else 0.0,
+            iou_threshold=config.nms_threshold,
+            nms=self.nms,
+            nms_top_k=config.nms_top_k,
+            max_detections=self.top_k,
+            level_sizes=self.model.level_sizes(*self.size),
+            pre_nms_top_k=config.pre_nms_top_k,
+            clip_boxes=config.clip_boxes,
+        )
+
+    def _one(self, predictions: Predictions, candidates: Candidates, i: int, size: tuple[int, int]) -> Detections:
+        """The i-th picture's detections, without the unused slots."""
+        used = candidates.scores[i] > 0
+        boxes, scores = candidates.boxes[i][used], candidates.scores[i][used]
+        labels, coefficients = candidates.labels[i][used], candidates.coefficients[i][used]
+        prototypes = predictions.prototypes[i]
+        height, width = size
+        limits = boxes.new_tensor((width, height, width, height))
+        mask_scores = scores
+        if self.model.mask_iou is not None and len(scores):
+            soft = combine(prototypes, coefficients, boxes if self.crop else None)
+            mask_scores = scores * self.model.mask_iou(soft).gather(1, labels[:, None])[:, 0]
+        return Detections(
+            boxes=torch.minimum((boxes * limits).clamp(min=0), limits),
+            scores=scores,
+            mask_scores=mask_scores,
+            labels=labels,
+            class_names=self.config.class_names,
+            category_ids=self.config.category_ids,
+            size=(height, width),
+            coefficients=coefficients,
+            prototypes=prototypes,
+            relative_boxes=boxes,
+            crop=self.crop,
+            crop_after_resize=self.crop_after_resize,
+        )

@@ -1,0 +1,44 @@
+"""Anchors for any height x width (paper, section 4; the sizes are in the configuration)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = (3, 4, 5, 6, 7)  # P3..P7, of strides 8..128
+
+
+def feature_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """Height and width of P3..P7 for an input of `height` x `width` pixels: each stride-2 layer rounds up."""
+    return [(-(-height // 2**level), -(-width // 2**level)) for level in LEVELS]
+
+
+def make_anchors(
+    height: int,
+    width: int,
+    sizes: tuple[tuple[float, ...], ...],
+    ratios: tuple[float, ...],
+    square: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[A, 4] anchors (cx, cy, w, h), relative to an input of `height` x `width` pixels.
+
+    Ordered by level, row, column, size and ratio, as the head's outputs are. `sizes` holds the sides in pixels for
+    each level, `ratios` are width / height. `square` gives every anchor its width as height: the shape that the
+    authors' first weights were trained with.
+    """
+    levels = []
+    for (rows, columns), sides in zip(feature_sizes(height, width), sizes, strict=True):
+        widths = torch.tensor([side * ratio**0.5 for side in sides for ratio in ratios], dtype=torch.float64)
+        heights = torch.tensor([side / ratio**0.5 for side in sides for ratio in ratios], dtype=torch.float64)
+        if square:
+            heights = widths
+        y, x = torch.meshgrid(
+            (torch.arange(rows, dtype=torch.float64) + 0.5) / rows,
+            (torch.arange(columns, dtype=torch.float64) + 0.5) / columns,
+            indexing="ij",
+        )
+        centres = torch.stack((x, y), dim=-1)[:, :, None].expand(rows, columns, len(widths), 2)
+        shapes = torch.stack((widths / width, heights / height), dim=-1).expand(rows, columns, len(widths), 2)
+        levels.append(torch.cat((centres, shapes), dim=-1).reshape(-1, 4))
+    return torch.cat(levels).to(device=device, dtype=torch.float32)

@@ -1,0 +1,70 @@
+"""Boxes: corner form (x1, y1, x2, y2), centre form (cx, cy, w, h), offsets to anchors, and overlaps.
+
+All functions work on the last dimension, whatever comes before it, and on any unit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+VARIANCES = (0.1, 0.2)  # of centres and of sides, as in SSD (Liu et al. 2016)
+# The largest change of a side that an offset can ask for. MMDetection's value; no trained network gets near it, and it
+# keeps an untrained one from overflowing.
+MAX_LOG_RATIO = math.log(1000 / 16)
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """[..., 4] centre form -> [..., 4] corner form."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+
+
+def to_centres(boxes: Tensor) -> Tensor:
+    """[..., 4] corner form -> [..., 4] centre form."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Offsets [..., 4] that `decode` turns into `boxes`. Boxes in corner form, of positive size; anchors in centre form."""
+    boxes = to_centres(boxes)
+    centre = (boxes[..., :2] - anchors[..., :2]) / (VARIANCES[0] * anchors[..., 2:])
+    size = (boxes[..., 2:] / anchors[..., 2:]).log() / VARIANCES[1]
+    return torch.cat((centre, size), dim=-1)
+
+
+def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
+    """Offsets [..., A, 4] and anchors [A, 4] in centre form -> boxes [..., A, 4] in corner form, always in float32."""
+    offsets, anchors = offsets.float(), anchors.float()
+    centre = anchors[..., :2] + offsets[..., :2] * VARIANCES[0] * anchors[..., 2:]
+    size = anchors[..., 2:] * (offsets[..., 2:] * VARIANCES[1]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    low = centre - size / 2
+    return torch.cat((low, low + size), dim=-1)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """[..., 4] corner form -> [...]."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Areas [..., N, M] that boxes a [..., N, 4] and b [..., M, 4] in corner form share."""
+    a, b = a.unsqueeze(-2), b.unsqueeze(-3)
+    width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
+    height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
+    return width.clamp(min=0) * height.clamp(min=0)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union [..., N, M] of boxes a [..., N, 4] and b [..., M, 4]; 0 where both are empty."""
+    shared = intersection(a, b)
+    union = area(a).unsqueeze(-1) + area(b).unsqueeze(-2) - shared
+    return shared / union.clamp(min=1e-12)
+
+
+def box_iof(a: Tensor, b: Tensor) -> Tensor:
+    """The share [..., N, M] of each box of a [..., N, 4] that lies inside each box of b [..., M, 4], for crowds."""
+    return intersection(a, b) / area(a).unsqueeze(-1).clamp(min=1e-12)

@@ -6,6 +6,7 @@ maps, and with them the anchors, follow from the picture's size alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ class EfficientNetLite0(nn.Module):
         return c3, c4, c5
 
 
-def _resnet(*blocks: int):
+def _resnet(*blocks: int) -> Callable[..., nn.Module]:
     return lambda dcn_interval=0: ResNet(blocks, dcn_interval)
 
 
@@ -240,5 +241,3 @@ def init_conv(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-
-

@@ -6,7 +6,8 @@ python train.py ... --set max_size=256 --set lr=5e-4       # any key of data/con
 python train.py ... --init yolact_r50                      # fine-tune released or own weights
 python train.py --resume runs/yolact_lite                  # go on exactly where a run stopped
 
-The run's folder gets `last.pth` and `best.pth` (each is enough to predict and to resume) and `log.jsonl`, a line a step.
+The run's folder gets `last.pth` and `best.pth` (each is enough to predict and to resume) and `log.jsonl`,
+a line a step.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--val_annotations", type=Path)
     parser.add_argument("--val_images", type=Path)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--init", default="imagenet", help="weights to start from: a file, a released name, imagenet, none")
+    start.add_argument(
+        "--init", default="imagenet", help="weights to start from: a file, a released name, imagenet, none"
+    )
     start.add_argument("--resume", type=Path, help="the folder (or checkpoint) of a run to go on with")
     parser.add_argument("--batch_size", type=int, help="the learning rate and the schedule scale with it")
     parser.add_argument("--lr", type=float, help="learning rate, taken as it is")
@@ -55,7 +58,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
     parser.add_argument("--workers", type=int, default=2, help="processes that read and augment; 0: none")
-    parser.add_argument("--val_interval", type=int, help="iterations between validations; an epoch, or 500 if that is more")
+    parser.add_argument(
+        "--val_interval", type=int, help="iterations between validations; an epoch, or 500 if that is more"
+    )
     parser.add_argument("--output_dir", type=Path, help="runs/CONFIG by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override the configuration")
@@ -96,7 +101,9 @@ class Schedule:
         if args.max_iter or args.epochs:
             max_iter = args.max_iter or args.epochs * per_epoch
             whole = config.epochs * per_epoch or round(config.max_iter / scale)
-            steps = tuple(round(s * (per_epoch if config.epochs else 1 / scale) * max_iter / whole) for s in config.lr_steps)
+            steps = tuple(
+                round(s * (per_epoch if config.epochs else 1 / scale) * max_iter / whole) for s in config.lr_steps
+            )
         elif config.epochs:
             max_iter, steps = config.epochs * per_epoch, tuple(s * per_epoch for s in config.lr_steps)
         else:
@@ -274,8 +281,8 @@ def main() -> int:
     schedule = Schedule.build(config, args, len(train))
     val_interval = args.val_interval or max(500, math.ceil(len(train) / batch_size))
     print(
-        f"{config.name}: {config.num_classes} classes, {len(train)} photos, {config.max_size} px, {run.dtype}, {device}, "
-        f"batch norm {'frozen' if config.freeze_bn else 'trained'}"
+        f"{config.name}: {config.num_classes} classes, {len(train)} photos, {config.max_size} px, {run.dtype}, "
+        f"{device}, batch norm {'frozen' if config.freeze_bn else 'trained'}"
     )
     batches = training_batches(
         train,

@@ -10,6 +10,7 @@ its mask. What comes out is raw; `layers.detect` and `layers.masks` make detecti
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ class PredictionHead(nn.Module):
         self.coeff = nn.Conv2d(channels, num_anchors * num_prototypes, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, channels, h, w] -> offsets [B, a, 4], logits [B, a, C + 1], coefficients [B, a, K]; a = h * w * anchors."""
+        """[B, channels, h, w] -> offsets [B, a, 4], logits [B, a, C + 1], coefficients [B, a, K], a anchors."""
         x = F.relu(self.trunk(x))
         batch = x.shape[0]
         box = self.box(x).permute(0, 2, 3, 1).reshape(batch, -1, 4)
@@ -110,7 +111,7 @@ class MaskIoUNet(nn.Sequential):
     def __init__(self, num_classes: int):
         channels = (1, 8, 16, 32, 64, 128)
         layers: list[nn.Module] = []
-        for in_channels, out_channels in zip(channels, channels[1:], strict=False):
+        for in_channels, out_channels in itertools.pairwise(channels):
             layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.Conv2d(channels[-1], num_classes, 1), nn.ReLU(inplace=True))
 

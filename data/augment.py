@@ -109,7 +109,12 @@ class Augment:
         height, width = image.shape[:2]
         matrix = window.matrix(size, size)
         out = cv2.warpAffine(
-            image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=self.mean_bgr
+            image,
+            matrix,
+            (size, size),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=self.mean_bgr,
         ).astype(np.float32)
         if self.config.augment_photometric:
             # The canvas around the photo keeps the mean colour.

@@ -1,8 +1,8 @@
 """A COCO JSON and its photos -> samples. The classes, their number and their ids come from the file.
 
-    dataset = CocoDataset("instances_train.json", "photos")
-    sample = dataset[0]                                  # a Sample: the photo and its objects, in pixels
-    loader = training_batches(dataset, config, seed=0)   # endless (images, targets) for the loss
+dataset = CocoDataset("instances_train.json", "photos")
+sample = dataset[0]                                  # a Sample: the photo and its objects, in pixels
+loader = training_batches(dataset, config, seed=0)   # endless (images, targets) for the loss
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Sample:
     image: np.ndarray  # uint8 [H, W, 3], BGR
     boxes: np.ndarray  # float32 [n, 4]
     labels: np.ndarray  # int64 [n], 0..C-1
-    segmentations: list[Any] = field(default_factory=list)  # n, each a list of polygons or an RLE with compressed counts
+    segmentations: list[Any] = field(
+        default_factory=list
+    )  # n, each a list of polygons or an RLE with compressed counts
     crowds: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # [m, 4]
 
 
@@ -73,8 +75,8 @@ class CocoDataset(Dataset):
             if len(set(ids)) < len(ids):
                 twice = next(i for i in ids if ids.count(i) > 1)
                 raise UserError(f"{self.path}: {what} id {twice} is used more than once")
-        for annotations in self._annotations.values():
-            for annotation in annotations:
+        for some in self._annotations.values():
+            for annotation in some:
                 if as_id(annotation["category_id"], self.path) not in self._label:
                     raise UserError(
                         f"{self.path}: annotation {annotation.get('id')} has category_id {annotation['category_id']}, "

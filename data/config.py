@@ -125,7 +125,7 @@ class Config:
 _BASE = Config(name="yolact_base")
 _RESNET50 = replace(_BASE, name="yolact_resnet50", backbone="resnet50")
 _PLUS_SIZES = tuple(tuple(side * 2 ** (j / 3) for j in range(3)) for side in (24, 48, 96, 192, 384))
-_PLUS = dict(mask_iou=True, square_anchors=False, anchor_sizes=_PLUS_SIZES)
+_PLUS = {"mask_iou": True, "square_anchors": False, "anchor_sizes": _PLUS_SIZES}
 _MMDET = replace(
     _RESNET50,
     name="yolact_r50",
@@ -301,9 +301,13 @@ def _check(config: Config) -> None:
     if config.max_size < 32:
         raise UserError(f"max_size={config.max_size}: the network needs at least 32 pixels a side")
     if len(config.class_names) != len(config.category_ids):
-        raise UserError(f"{config.name}: {len(config.class_names)} class_names but {len(config.category_ids)} category_ids")
+        raise UserError(
+            f"{config.name}: {len(config.class_names)} class_names but {len(config.category_ids)} category_ids"
+        )
     if len(config.anchor_sizes) != 5:
-        raise UserError(f"{config.name}: anchor_sizes needs one entry for each of P3..P7, not {len(config.anchor_sizes)}")
+        raise UserError(
+            f"{config.name}: anchor_sizes needs one entry for each of P3..P7, not {len(config.anchor_sizes)}"
+        )
     for key, known in (("optimizer", ("sgd", "adamw")), ("lr_schedule", ("steps", "cosine"))):
         if getattr(config, key) not in known:
             raise UserError(f"unknown {key} {getattr(config, key)!r}{nearest(getattr(config, key), known)}")

@@ -16,14 +16,14 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" if one of the known names is close to `name`, otherwise the known names."""
+    """ ", did you mean 'x'?" if one of the known names is close to `name`, otherwise the known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave with its exit code: 0 or what it returns, 2 after a UserError, 130 after Ctrl-C."""
+    """Run a script's `main` and exit with what it returns or 0, with 2 after a UserError, with 130 after Ctrl-C."""
     try:
         code = main() or 0
     except UserError as error:

@@ -41,7 +41,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def save_checkpoint(path: str | Path, model: Yolact, training: dict[str, Any] | None = None, half: bool = False) -> None:
+def save_checkpoint(
+    path: str | Path, model: Yolact, training: dict[str, Any] | None = None, half: bool = False
+) -> None:
     """Write `model` with its configuration, and what `training` holds of tensors, numbers, text and lists of them.
 
     `half` stores the weights in float16: half the size, for files to hand on. Raises UserError when the disk is full;
@@ -189,4 +191,6 @@ def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
                 f"{weights.url}: cannot be downloaded ({error}); save it by hand and name it with --init"
             ) from None
     known = ("resnet50", "resnet101", "efficientnet_lite0")
-    raise UserError(f"no ImageNet weights are offered for {backbone!r}, give a file with --init{nearest(backbone, known)}")
+    raise UserError(
+        f"no ImageNet weights are offered for {backbone!r}, give a file with --init{nearest(backbone, known)}"
+    )

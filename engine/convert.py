@@ -119,9 +119,7 @@ def _names_from_meta(meta: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if names else None
 
 
-def _recognise(
-    state: State, layout: str, names: tuple[str, ...] | None, source: str
-) -> tuple[Config, tuple[str, ...]]:
+def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source: str) -> tuple[Config, tuple[str, ...]]:
     try:
         num_anchors = state["head.box.bias"].shape[0] // 4
         num_classes = state["semantic.bias"].shape[0]

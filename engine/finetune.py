@@ -48,7 +48,9 @@ def _init_from_yolact(model: Yolact, path: Path) -> str:
             layer = name.rpartition(".")[0]
             theirs = weights.state.get(name)
             if layer in CLASS_LAYERS and weights.config.class_names != model.config.class_names:
-                if theirs is None or not _copy_classes(value, theirs, model, weights.config, common, CLASS_LAYERS[layer]):
+                if theirs is None or not _copy_classes(
+                    value, theirs, model, weights.config, common, CLASS_LAYERS[layer]
+                ):
                     fresh.append(name)
             elif theirs is not None and theirs.shape == value.shape:
                 value.copy_(theirs)

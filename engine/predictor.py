@@ -1,10 +1,10 @@
 """Pictures in, detections out.
 
-    predictor = Predictor(Yolact.from_weights("yolact_resnet50"))
-    detections = predictor(cv2.imread("street.jpg"))
-    for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
-        print(detections.class_names[label], float(score), box.tolist())
-    cv2.imwrite("out.jpg", detections.draw(image))
+predictor = Predictor(Yolact.from_weights("yolact_resnet50"))
+detections = predictor(cv2.imread("street.jpg"))
+for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
+    print(detections.class_names[label], float(score), box.tolist())
+cv2.imwrite("out.jpg", detections.draw(image))
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Detections:
         return encoded
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
-        """COCO results, one dictionary a detection: box as x, y, width, height, mask as RLE, the file's category ids."""
+        """COCO results, one dictionary a detection: box as x, y, width, height, mask as RLE, category ids of the file."""
         boxes, scores, mask_scores = self.boxes.tolist(), self.scores.tolist(), self.mask_scores.tolist()
         results = []
         for i, (label, segmentation) in enumerate(zip(self.labels.tolist(), self.encode_masks(), strict=True)):
@@ -169,7 +169,7 @@ class Predictor:
         batch = torch.stack([self.preprocess(picture) for picture in pictures])
         predictions = self.predict(batch)
         candidates = self.detect(predictions)
-        found = [self._one(predictions, candidates, i, p.shape[:2]) for i, p in enumerate(pictures)]
+        found = [self.collect(predictions, candidates, i, p.shape[:2]) for i, p in enumerate(pictures)]
         return found[0] if single else found
 
     def preprocess(self, image: np.ndarray) -> Tensor:
@@ -208,7 +208,7 @@ class Predictor:
             clip_boxes=config.clip_boxes,
         )
 
-    def _one(self, predictions: Predictions, candidates: Candidates, i: int, size: tuple[int, int]) -> Detections:
+    def collect(self, predictions: Predictions, candidates: Candidates, i: int, size: tuple[int, int]) -> Detections:
         """The i-th picture's detections, without the unused slots."""
         used = candidates.scores[i] > 0
         boxes, scores = candidates.boxes[i][used], candidates.scores[i][used]

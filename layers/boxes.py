@@ -29,7 +29,7 @@ def to_centres(boxes: Tensor) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Offsets [..., 4] that `decode` turns into `boxes`. Boxes in corner form, of positive size; anchors in centre form."""
+    """Offsets [..., 4] that `decode` turns into `boxes`: corner form, of positive size. Anchors are in centre form."""
     boxes = to_centres(boxes)
     centre = (boxes[..., :2] - anchors[..., :2]) / (VARIANCES[0] * anchors[..., 2:])
     size = (boxes[..., 2:] / anchors[..., 2:]).log() / VARIANCES[1]

@@ -1,4 +1,4 @@
-"""The training loss: matching, hard negative mining and one method a term (paper, section 3; SSD; the released code)."""
+"""The training loss: matching, hard negative mining and a method for each term (paper, section 3; SSD)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,224 @@
+"""Where the time goes: every stage from a file to a drawn picture, beside what the machine can do at most."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.devices import autocast
+from engine.predictor import Detections, Predictor
+from layers.detect import Candidates
+from yolact import Predictions
+
+STAGES = (
+    "read", "resize and normalise", "backbone", "FPN", "prototypes", "head", "detect", "masks", "copy to host", "draw",
+)  # fmt: skip
+
+
+def benchmark(
+    predictor: Predictor,
+    batch_size: int = 1,
+    provide_detections: bool = False,
+    picture: tuple[int, int] = (480, 640),
+    repeats: int = 30,
+) -> dict[str, Any]:
+    """Time every stage for pictures of `picture` (H, W): medians and 10th and 90th percentiles in ms, after warm-up.
+
+    With `provide_detections`, as for random weights, ten spread-out detections replace what the network found, so that
+    the later stages have real work. The report also holds the network's frames a second, those from picture in memory
+    to masks in memory, peak memory, and the measured peak of the hardware with the share of it that is reached.
+    """
+    image = _test_picture(*picture)
+    encoded = cv2.imencode(".jpg", image)[1]
+    rng = np.random.default_rng(0)
+    provided = _provided(predictor, rng) if provide_detections else None
+    times: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "network", "picture to masks")}
+    with torch.inference_mode():
+        for repeat in range(-max(3, repeats // 5), repeats):
+            measured = _one_pass(predictor, encoded, image, batch_size, provided)
+            if repeat >= 0:
+                for stage, seconds in measured.items():
+                    times[stage].append(1000 * seconds)
+    stages = {stage: dict(zip(("p10", "median", "p90"), np.percentile(v, (10, 50, 90)).tolist(), strict=True))
+              for stage, v in times.items()}  # fmt: skip
+    flops = _flops(predictor, batch_size)
+    peak = matmul_peak(predictor.device, predictor.dtype)
+    seconds = stages["network"]["median"] / 1000
+    return {
+        "command": " ".join(sys.argv),
+        "configuration": predictor.config.name,
+        "size": list(predictor.size),
+        "picture": list(picture),
+        "batch_size": batch_size,
+        "device": device_name(predictor.device),
+        "precision": str(predictor.dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "stages_ms": stages,
+        "network_fps": batch_size / seconds,
+        "picture_to_masks_fps": 1000 * batch_size / stages["picture to masks"]["median"],
+        "gflop": flops / 1e9,
+        "gflops_reached": flops / seconds / 1e9,
+        "matmul_peak_gflops": peak / 1e9,
+        "share_of_peak": flops / seconds / peak,
+        "memory_copy_gb_s": copy_peak(predictor.device) / 1e9,
+        "peak_memory_mib": _peak_memory(predictor.device),
+    }
+
+
+def _one_pass(
+    predictor: Predictor, encoded: np.ndarray, image: np.ndarray, batch_size: int, provided: Candidates | None
+) -> dict[str, float]:
+    """Seconds for each stage of one pass, each waited for."""
+    clock = _Clock(predictor.device)
+    model = predictor.model
+    clock.time("read", lambda: cv2.imdecode(encoded, cv2.IMREAD_COLOR))
+    batch = clock.time("resize and normalise", lambda: torch.stack([predictor.preprocess(image)] * batch_size))
+    # Stage by stage, and then as it runs when nobody looks: stages may not add up to the whole.
+    with autocast(predictor.device, predictor.dtype):
+        features = clock.time("backbone", lambda: model.backbone(batch))
+        levels = clock.time("FPN", lambda: model.fpn(features))
+        clock.time("prototypes", lambda: model.protonet(levels[0]))
+        clock.time("head", lambda: [torch.cat(x, dim=1) for x in zip(*map(model.head, levels), strict=True)])
+    predictions: Predictions = clock.time("network", lambda: predictor.predict(batch))
+    candidates = clock.time("detect", lambda: predictor.detect(predictions))
+    candidates = provided if provided is not None else candidates
+    found = [predictor.collect(predictions, candidates, 0, image.shape[:2]) for _ in range(batch_size)]
+    masks: list[Tensor] = clock.time("masks", lambda: [torch.cat(list(d.iter_masks()) or [d.scores]) for d in found])
+    clock.time("copy to host", lambda: [m.cpu() for m in masks])
+    clock.time("draw", lambda: [d.draw(image) for d in found])
+
+    def whole() -> list[Tensor]:
+        batch = torch.stack([predictor.preprocess(image)] * batch_size)
+        predictions = predictor.predict(batch)
+        candidates = predictor.detect(predictions)
+        candidates = provided if provided is not None else candidates
+        found: list[Detections] = [
+            predictor.collect(predictions, candidates, i if provided is None else 0, image.shape[:2])
+            for i in range(batch_size)
+        ]
+        return [torch.cat(list(d.iter_masks()) or [d.scores]).cpu() for d in found]
+
+    clock.time("picture to masks", whole)
+    return clock.seconds
+
+
+class _Clock:
+    """Times calls, waiting for the device before and after."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    def time(self, stage: str, call: Callable[[], Any]) -> Any:
+        _synchronise(self.device)
+        started = time.perf_counter()
+        result = call()
+        _synchronise(self.device)
+        self.seconds[stage] = time.perf_counter() - started
+        return result
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _test_picture(height: int, width: int) -> np.ndarray:
+    """Smooth colours and some noise, so that JPEG has ordinary work."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    noise = rng.integers(-8, 9, (height, width, 3))
+    return (cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC) + noise).clip(0, 255).astype(np.uint8)
+
+
+def _provided(predictor: Predictor, rng: np.random.Generator, count: int = 10) -> Candidates:
+    """Boxes of many sizes all over the picture, with coefficients that draw something."""
+    low = rng.uniform(0, 0.7, (count, 2))
+    boxes = np.concatenate((low, low + rng.uniform(0.05, 0.3, (count, 2))), axis=1)
+    config = predictor.config
+    values = (
+        boxes,
+        np.linspace(0.9, 0.4, count),
+        rng.integers(0, config.num_classes, count),
+        rng.uniform(-1, 1, (count, config.num_prototypes)),
+    )
+    tensors = [torch.from_numpy(v)[None].to(predictor.device) for v in values]
+    return Candidates(tensors[0].float(), tensors[1].float(), tensors[2], tensors[3].float())
+
+
+def _flops(predictor: Predictor, batch_size: int) -> float:
+    """Operations of the network, multiply and add as two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        predictor.model(torch.zeros(batch_size, 3, *predictor.size, device=predictor.device))
+    return float(counter.get_total_flops())
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best of a few large matrix products."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / min(_timed(device, lambda: a @ b) for _ in range(6))
+
+
+def copy_peak(device: torch.device) -> float:
+    """Bytes read and written a second by the best of a few large copies."""
+    size = 2**28 if device.type == "cuda" else 2**26
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(_timed(device, lambda: target.copy_(source)) for _ in range(6))
+
+
+def _timed(device: torch.device, call: Callable[[], Any]) -> float:
+    clock = _Clock(device)
+    clock.time("it", call)
+    return clock.seconds["it"]
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as a table to read."""
+    size, picture = "x".join(map(str, report["size"])), "x".join(map(str, report["picture"]))
+    lines = [
+        f"{report['configuration']}, {size} input, {picture} picture, batch {report['batch_size']}, "
+        f"{report['precision']} on {report['device']}, {report['repeats']} repeats",
+        f"{'stage':<24}{'p10':>10}{'median':>10}{'p90':>10}   ms",
+    ]
+    for stage, row in report["stages_ms"].items():
+        lines.append(f"{stage:<24}{row['p10']:>10.2f}{row['median']:>10.2f}{row['p90']:>10.2f}")
+    lines += [
+        f"network {report['network_fps']:.1f} frames/s, picture in memory to masks in memory "
+        f"{report['picture_to_masks_fps']:.1f} frames/s",
+        f"{report['gflop']:.1f} GFLOP a batch, {report['gflops_reached']:.0f} of "
+        f"{report['matmul_peak_gflops']:.0f} GFLOP/s measured peak ({100 * report['share_of_peak']:.0f} %), memory copy {report['memory_copy_gb_s']:.1f} GB/s",
+        f"peak memory {report['peak_memory_mib']:.0f} MiB",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""Segment pictures and videos, measure AP, measure speed.
+
+python eval.py --image photo.jpg                                  # -> results/photo.jpg and results/photo.json
+python eval.py --images photos --output results --save overlay,json,masks,polygons
+python eval.py --video film.mp4 --output film_segmented           # or a camera's number: --video 0
+python eval.py --weights runs/mine/best.pth --annotations val.json --image_dir photos
+python eval.py --weights yolact_r50 --benchmark
+
+Without --weights, the bundled ones are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.coco import CocoDataset
+from data.config import Config, get_config
+from data.errors import UserError, run_main
+from engine.checkpoint import model_from_weights
+from engine.devices import PRECISIONS
+from engine.evaluator import evaluate, predict_dataset
+from engine.media import Source, collect, read_image, split_output
+from engine.outputs import parse_kinds, write_json, write_results
+from engine.predictor import Predictor
+from engine.released import WEIGHTS_DIR
+from engine.video import process_video
+from layers.nms import NMS
+from yolact import Yolact
+
+BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Segment pictures and videos with YOLACT, measure AP and speed.")
+    parser.add_argument("--weights", "--trained_model", help="a file or a released name (see weights/README.md)")
+    parser.add_argument("--config", help="a name of data/config.py or a .py file; by default what the weights say")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, then faster")
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--image", nargs="+", default=[], help="pictures, globs, in:out pairs, or - for a list on stdin")
+    what.add_argument("--images", nargs="+", default=[], help="folders of pictures, searched to the bottom")
+    what.add_argument("--video", help="a video file or a camera's number, or in:out")
+    what.add_argument("--annotations", type=Path, help="COCO JSON to measure AP on")
+    what.add_argument("--image_dir", type=Path, help="the folder of its photos")
+    what.add_argument("--benchmark", action="store_true", help="time every stage")
+    out = parser.add_argument_group("what comes out")
+    out.add_argument(
+        "--output", type=Path, help="a folder, a picture for a single one, or a JSON file for measurements"
+    )
+    out.add_argument("--save", default="overlay,json", help="any of overlay,json,masks,polygons,prototypes")
+    out.add_argument("--per_class", action="store_true", help="AP, precision and recall of each class")
+    how = parser.add_argument_group("how to detect")
+    how.add_argument("--score_threshold", type=float, help="0.3 for pictures, 0.05 for AP")
+    how.add_argument("--top_k", type=int, default=100, help="detections a picture")
+    how.add_argument("--nms", default="fast", choices=list(NMS))
+    how.add_argument("--size", help="the network's input as HxW, any from 32x32 on")
+    how.add_argument("--no_crop", action="store_true", help="do not crop masks to their boxes")
+    how.add_argument("--crop_after_resize", action="store_true", help="crop enlarged masks too: no pixel past a box")
+    how.add_argument("--batch_size", type=int, default=1, help="for --benchmark")
+    how.add_argument("--max_images", type=int, help="stop after so many pictures or frames")
+    return parser.parse_args()
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "480x640" -> (480, 640)."""
+    if text is None:
+        return None
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise UserError(f"--size {text}: expected HxW, for instance 480x640")
+    return int(height), int(width)
+
+
+def load_model(args: argparse.Namespace) -> Yolact:
+    """The model that --weights and --config mean."""
+    config: Config | None = get_config(args.config) if args.config else None
+    if args.weights is not None:
+        return model_from_weights(args.weights, config)
+    if args.benchmark and config is not None:
+        print(f"no --weights: {config.name} with random ones, detections are provided for the later stages")
+        return Yolact(config)
+    if not BUNDLED.is_file():
+        raise UserError("give --weights: a file, or a released name such as yolact_r50 (this copy has no bundled ones)")
+    print(
+        f"no --weights: using the bundled {BUNDLED.name}, which knows people; "
+        "--weights yolact_r50 knows COCO's 80 classes"
+    )
+    return model_from_weights(BUNDLED, config)
+
+
+def build_predictor(args: argparse.Namespace, model: Yolact, score_threshold: float) -> Predictor:
+    return Predictor(
+        model,
+        device=args.device,
+        precision=args.precision,
+        compile=args.compile,
+        size=parse_size(args.size),
+        score_threshold=score_threshold if args.score_threshold is None else args.score_threshold,
+        top_k=args.top_k,
+        nms=args.nms,
+        crop=not args.no_crop,
+        crop_after_resize=args.crop_after_resize,
+    )
+
+
+def segment_pictures(args: argparse.Namespace) -> int:
+    """All pictures of --image and --images; 1 when some could not be read."""
+    kinds = parse_kinds(args.save)
+    sources = collect(args.image, args.images, args.output)[: args.max_images]
+    predictor = build_predictor(args, load_model(args), 0.3)
+    unreadable = 0
+    several = len(sources) > 1
+    for number, source in enumerate(tqdm(sources, desc="segmenting", disable=None if several else True), start=1):
+        image = read_image(source.path)
+        if image is None:
+            tqdm.write(f"{source.path}: cannot be read as a picture, skipped", file=sys.stderr)
+            unreadable += 1
+            continue
+        detections = predictor(image)
+        origin = {"image_id": number, "file_name": str(source.path)}
+        written = write_results(image, detections, source.output, kinds, origin, overlay_suffix(source))
+        tqdm.write(f"{source.path}: {len(detections)} found -> {', '.join(map(str, written))}")
+    if unreadable:
+        print(f"{unreadable} of {len(sources)} pictures could not be read", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def overlay_suffix(source: Source) -> str:
+    """PNG for lossless pictures, else JPEG; with a name of its own where it would replace the picture itself."""
+    suffix = ".png" if source.path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
+    same = source.output.with_name(source.output.name + suffix).resolve() == source.path.resolve()
+    return f".overlay{suffix}" if same else suffix
+
+
+def segment_video(args: argparse.Namespace) -> int:
+    kinds = parse_kinds(args.save)
+    source, target = split_output(args.video)
+    output = args.output or Path(target or f"results/{'camera' * source.isdigit()}{Path(source).stem}")
+    predictor = build_predictor(args, load_model(args), 0.3)
+    report = process_video(predictor, source, output.with_suffix(""), kinds, args.max_images)
+    print(f"{source} -> {output.with_suffix('')}: {report}")
+    return 130 if report.interrupted else 0
+
+
+def measure_ap(args: argparse.Namespace) -> int:
+    """COCO metrics; for a file without annotations, such as test-dev's, the results alone."""
+    if args.image_dir is None:
+        raise UserError("--annotations needs --image_dir, the folder of the photos")
+    dataset = CocoDataset(args.annotations, args.image_dir)
+    predictor = build_predictor(args, load_model(args), 0.05)
+    if not dataset.has_annotations:
+        output = args.output or Path("results.json")
+        write_json(output, predict_dataset(predictor, dataset, args.max_images))
+        print(f"{args.annotations} has no annotations to compare with; results -> {output}")
+        return 0
+    metrics = evaluate(predictor, dataset, args.max_images, args.per_class)
+    print(metrics["table"])
+    if args.per_class:
+        print(f"{'class':<24}{'box AP':>8}{'mask AP':>9}{'AP50':>8}{'precision':>11}{'recall':>8}")
+        boxes = metrics["per_class"]["bbox"]
+        for name, row in metrics["per_class"]["segm"].items():
+            values = [boxes.get(name, {}).get("AP", -1), row["AP"], row["AP50"], row["precision"], row["recall"]]
+            print(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
+    if args.output is not None:
+        results = metrics.pop("results")
+        write_json(args.output, {k: v for k, v in metrics.items() if k != "table"})
+        write_json(args.output.with_suffix(".results.json"), results)
+        print(f"metrics -> {args.output}, detections -> {args.output.with_suffix('.results.json')}")
+    return 0
+
+
+def measure_speed(args: argparse.Namespace) -> int:
+    from engine.benchmark import benchmark, format_report
+
+    model = load_model(args)
+    report = benchmark(build_predictor(args, model, 0.05), args.batch_size, provide_detections=args.weights is None)
+    print(format_report(report))
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def main() -> int:
+    args = parse_args()
+    modes = {
+        "--image/--images": bool(args.image or args.images),
+        "--video": args.video is not None,
+        "--annotations": args.annotations is not None,
+        "--benchmark": args.benchmark,
+    }
+    chosen = [name for name, on in modes.items() if on]
+    if len(chosen) != 1:
+        problem = "nothing to do" if not chosen else f"{' and '.join(chosen)} at once"
+        raise UserError(f"{problem}: give one of {', '.join(modes)}")
+    if args.image or args.images:
+        return segment_pictures(args)
+    if args.video is not None:
+        return segment_video(args)
+    return measure_ap(args) if args.annotations is not None else measure_speed(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -16,8 +16,10 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,7 @@ class Run:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.step = 0
         self.best = -1.0
+        self.table = ""  # COCOeval's, of the last validation
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def train_step(self, batch: Batch, lr: float) -> dict[str, float]:
@@ -230,8 +233,13 @@ def load_data(args: argparse.Namespace) -> tuple[CocoDataset, CocoDataset | None
     return train, val
 
 
+def _resumed_folder(resume: Path | None) -> Path | None:
+    return resume if resume is None or resume.is_dir() else resume.parent
+
+
 def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, CocoDataset, CocoDataset | None]:
     """Data, model and optimiser, new or as the checkpoint of --resume has them."""
+    args.output_dir = args.output_dir or _resumed_folder(args.resume) or Path("runs") / Path(args.config).stem
     if args.resume is None:
         train, val = load_data(args)
         config = get_config(args.config, **parse_overrides(args.set))
@@ -246,7 +254,7 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, Coco
     # What the run was started with, but what is given now counts: the machine may be another one.
     given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("--")}
     for key, value in content["training"]["args"].items():
-        if key not in given and key != "resume":
+        if key not in given and key not in ("resume", "output_dir"):
             is_path = key.endswith(("_annotations", "_images", "_dir")) and value is not None
             setattr(args, key, Path(value) if is_path else value)
     model = Yolact.from_weights(path)
@@ -259,30 +267,80 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, Coco
     return run, train, val
 
 
-def validate(run: Run, val: CocoDataset) -> dict[str, Any]:
+def fit(run: Run, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int) -> bool:
+    """Train to the end of the schedule, or until told to stop by Ctrl-C or SIGTERM; True when it was the end."""
+    stopped: list[int] = []  # by signals; the step under way is finished first
+    before = {
+        number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    unreadable = 0
+    try:
+        with (
+            (run.folder / "log.jsonl").open("a", encoding="utf-8") as log,
+            tqdm(total=schedule.max_iter, initial=run.step, desc="training", dynamic_ncols=True) as bar,
+        ):
+            while run.step < schedule.max_iter and not stopped:
+                started, lr = time.perf_counter(), schedule.rate(run.step)
+                batch = next(batches).to(run.device)
+                waited = time.perf_counter() - started
+                losses = run.train_step(batch, lr)
+                timing = {"seconds": time.perf_counter() - started, "waited": waited}
+                rounded = {name: round(value, 4) for name, value in losses.items()}
+                log.write(json.dumps({"step": run.step, "lr": lr, **timing, **rounded}) + "\n")
+                for problem in batch.problems:
+                    unreadable += 1
+                    bar.write(f"{problem}; another photo takes its place")
+                bar.update()
+                bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
+                if run.step % val_interval == 0 or run.step == schedule.max_iter:
+                    log.flush()
+                    if val is not None:
+                        metrics = validate(run, val)
+                        bar.write(f"step {run.step}: {summary(metrics)}")
+                        log.write(json.dumps({"step": run.step, **metrics}) + "\n")
+                    run.save("last.pth")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if unreadable:
+        print(f"{unreadable} times a photo could not be read and was replaced by another")
+    if stopped:
+        run.save("last.pth")
+        print(f"stopped at step {run.step}; go on with: python train.py --resume {run.folder}")
+    return not stopped
+
+
+def validate(run: Run, val: CocoDataset) -> dict[str, dict[str, float]]:
+    """COCO metrics of the model as it is; it is kept as `best.pth` when its mask AP is the best so far."""
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.dtype)
     predictor = Predictor(run.averaged(), str(run.device), precision)
     metrics = evaluate(predictor, val, progress=sys.stderr.isatty())
     run.module.train()
-    metrics.pop("results")
-    return metrics
+    run.table = metrics["table"]
+    if metrics["segm"]["AP"] > run.best:
+        run.best = metrics["segm"]["AP"]
+        run.save("best.pth")
+    return {kind: metrics[kind] for kind in ("bbox", "segm")}
+
+
+def summary(metrics: dict[str, dict[str, float]]) -> str:
+    box, mask = metrics["bbox"], metrics["segm"]
+    return f"box AP {box['AP']:.3f} AP50 {box['AP50']:.3f}, mask AP {mask['AP']:.3f} AP50 {mask['AP50']:.3f}"
 
 
 def main() -> int:
     args = parse_args()
     if args.resume is None and not (args.config and args.train_annotations and args.train_images):
         raise UserError("give --config, --train_annotations and --train_images, or --resume with a run's folder")
-    args.output_dir = args.output_dir or args.resume or Path("runs") / Path(args.config).stem
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     run, train, val = build_run(args, device)
     config = run.model.config
     batch_size = args.batch_size or config.batch_size
     schedule = Schedule.build(config, args, len(train))
-    val_interval = args.val_interval or max(500, math.ceil(len(train) / batch_size))
     print(
-        f"{config.name}: {config.num_classes} classes, {len(train)} photos, {config.max_size} px, {run.dtype}, "
-        f"{device}, batch norm {'frozen' if config.freeze_bn else 'trained'}"
+        f"{config.name}: {config.num_classes} classes, {len(train)} photos, {config.max_size} px, "
+        f"{str(run.dtype).removeprefix('torch.')} on {device}, batch norm {'frozen' if config.freeze_bn else 'trained'}"
     )
     batches = training_batches(
         train,
@@ -293,36 +351,12 @@ def main() -> int:
         workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    log = (run.folder / "log.jsonl").open("a", encoding="utf-8")
-    with tqdm(total=schedule.max_iter, initial=run.step, desc="training", dynamic_ncols=True) as bar:
-        while run.step < schedule.max_iter:
-            started, lr = time.perf_counter(), schedule.rate(run.step)
-            batch = next(batches).to(device)
-            waited = time.perf_counter() - started
-            losses = run.train_step(batch, lr)
-            seconds = time.perf_counter() - started
-            rounded = {name: round(value, 4) for name, value in losses.items()}
-            log.write(json.dumps({"step": run.step, "lr": lr, "seconds": seconds, "waited": waited, **rounded}) + "\n")
-            bar.update()
-            bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
-            if run.step % val_interval == 0 or run.step == schedule.max_iter:
-                log.flush()
-                if val is not None:
-                    metrics = validate(run, val)
-                    box, mask = metrics["bbox"], metrics["segm"]
-                    bar.write(
-                        f"step {run.step}: box AP {box['AP']:.3f} AP50 {box['AP50']:.3f}, "
-                        f"mask AP {mask['AP']:.3f} AP50 {mask['AP50']:.3f}"
-                    )
-                    log.write(json.dumps({"step": run.step, "bbox": box, "segm": mask}) + "\n")
-                    if mask["AP"] > run.best:
-                        run.best = mask["AP"]
-                        run.save("best.pth")
-                run.save("last.pth")
-    if val is not None:
-        print(metrics["table"])
-    print(f"done: {run.folder / 'last.pth'}")
-    return 0
+    finished = fit(run, schedule, batches, val, args.val_interval or max(500, math.ceil(len(train) / batch_size)))
+    if finished and val is not None:
+        print(run.table)
+    if finished:
+        print(f"done: {run.folder / 'last.pth'}" + (f", best: {run.folder / 'best.pth'}" if val is not None else ""))
+    return 0 if finished else 130
 
 
 if __name__ == "__main__":

@@ -117,6 +117,9 @@ class MaskIoUNet(nn.Sequential):
 
     def forward(self, masks: Tensor) -> Tensor:
         """Soft masks [N, h, w], cropped to their boxes -> the IoU to expect if it is of class c, [N, C]."""
+        height, width = masks.shape[1:]
+        short = (0, max(0, 63 - width), 0, max(0, 63 - height))  # five unpadded layers need that much
+        masks = F.pad(masks, short) if any(short) else masks
         return super().forward(masks[:, None]).amax(dim=(2, 3))
 
 

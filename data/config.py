@@ -221,7 +221,7 @@ def canonical_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def get_config(name: str, **overrides: Any) -> Config:
+def get_config(name: str, /, **overrides: Any) -> Config:
     """The configuration called `name`, with overrides.
 
     `name` is a key of CONFIGS, another published name of one, or the path of a `.py` file that defines `config`.
@@ -239,7 +239,7 @@ def get_config(name: str, **overrides: Any) -> Config:
     return config
 
 
-def override(config: Config, **overrides: Any) -> Config:
+def override(config: Config, /, **overrides: Any) -> Config:
     """`config` with some values replaced, each checked against the field's type."""
     hints = typing.get_type_hints(Config)
     for key in overrides:
@@ -250,7 +250,7 @@ def override(config: Config, **overrides: Any) -> Config:
 
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A Config from what `dataclasses.asdict` gave, as stored in a checkpoint."""
-    return override(Config(name=str(values.get("name", "unnamed"))), **values)
+    return override(Config(name="stored"), **values)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, str]:

@@ -218,7 +218,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"network {report['network_fps']:.1f} frames/s, picture in memory to masks in memory "
         f"{report['picture_to_masks_fps']:.1f} frames/s",
         f"{report['gflop']:.1f} GFLOP a batch, {report['gflops_reached']:.0f} of "
-        f"{report['matmul_peak_gflops']:.0f} GFLOP/s measured peak ({100 * report['share_of_peak']:.0f} %), memory copy {report['memory_copy_gb_s']:.1f} GB/s",
+        f"{report['matmul_peak_gflops']:.0f} GFLOP/s measured peak "
+        f"({100 * report['share_of_peak']:.0f} %), memory copy {report['memory_copy_gb_s']:.1f} GB/s",
         f"peak memory {report['peak_memory_mib']:.0f} MiB",
     ]
     return "\n".join(lines)

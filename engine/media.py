@@ -47,8 +47,11 @@ def split_output(text: str) -> tuple[str, str | None]:
     """`in:out` -> (in, out), anything else -> (text, None). `C:\\photo.jpg` and existing names stay whole."""
     if os.path.exists(text):
         return text, None
-    match = re.fullmatch(r"((?:[A-Za-z]:(?=[\\/]))?[^:]+):((?:[A-Za-z]:(?=[\\/]))?[^:]+)", text)
-    return (match[1], match[2]) if match else (text, None)
+    drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
+    source, colon, target = text[drive:].partition(":")
+    if "://" in text or not (colon and source and target):
+        return text, None
+    return text[:drive] + source, target
 
 
 def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) -> list[Source]:

@@ -57,6 +57,7 @@ class Detections:
             index = [index]
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.scores.device)
+            index = index if index.numel() else index.long()
         names = ("boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
@@ -88,7 +89,7 @@ class Detections:
         return encoded
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
-        """COCO results, one dictionary a detection: box as x, y, width, height, mask as RLE, category ids of the file."""
+        """COCO results, one dictionary a detection: box as x, y, width, height, mask as RLE."""
         boxes, scores, mask_scores = self.boxes.tolist(), self.scores.tolist(), self.mask_scores.tolist()
         results = []
         for i, (label, segmentation) in enumerate(zip(self.labels.tolist(), self.encode_masks(), strict=True)):
@@ -119,7 +120,8 @@ class Predictor:
     device: auto, cpu, cuda, cuda:1, mps. precision: auto, fp32, bf16, fp16. size: (height, width) of the network's
     input, the configuration's by default. score_threshold: with a higher one than the configuration's, no detection
     scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
-    best class of an object may score less. nms: fast or cross_class. `crop` and `crop_after_resize` are for the masks,
+    best class of an object may score less. nms: a key of
+    layers.nms.NMS. `crop` and `crop_after_resize` are for the masks,
     see layers.masks.assemble_masks.
     """
 

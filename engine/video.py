@@ -44,7 +44,7 @@ class VideoSource:
 
     def __init__(self, source: str, ahead: int = 4):
         self.camera = source.isdigit()
-        if not self.camera and not Path(source).is_file():
+        if not (self.camera or "://" in source or Path(source).is_file()):
             raise UserError(f"{source}: no such video")
         self.capture = cv2.VideoCapture(int(source) if self.camera else source)
         if not self.capture.isOpened():

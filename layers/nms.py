@@ -1,4 +1,4 @@
-"""Non-maximum suppression by matrix operations, on fixed shapes.
+"""Non-maximum suppression by matrix operations, on fixed shapes; sequential NMS to compare with.
 
 Every function takes boxes [B, N, 4] in corner form and scores [B, C, N], where an entry that does not count is -1, and
 returns what is left as `Kept`: M = min(max_detections, ...) slots a picture, best first, unused slots with score -1.
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from layers.boxes import box_iou
 
@@ -28,12 +29,9 @@ def fast_nms(
     Of the `top_k` best boxes of a class, one is dropped if any better one overlaps it by more than `iou_threshold`,
     be that one dropped itself or not: this is what lets all be decided at once.
     """
-    scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)  # [B, C, K]
-    candidates = boxes[:, None].expand(-1, scores.shape[1], -1, -1)
-    candidates = candidates.gather(2, index[..., None].expand(-1, -1, -1, 4))
-    overlap = box_iou(candidates, candidates).triu(diagonal=1).amax(dim=2)  # with any better box
-    scores = scores.masked_fill(overlap > iou_threshold, -1.0)
-    return _best(scores, index, max_detections)
+    scores, index, overlaps = _candidates(boxes, scores, top_k)
+    suppressed = overlaps.amax(dim=2) > iou_threshold
+    return _best(scores.masked_fill(suppressed, -1.0), index, max_detections)
 
 
 def cross_class_nms(
@@ -45,6 +43,60 @@ def cross_class_nms(
     return kept._replace(labels=labels[:, 0].gather(1, kept.index))
 
 
+def cluster_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.5,
+    top_k: int = 200,
+    max_detections: int = 100,
+    penalty: bool = False,
+) -> Kept:
+    """Cluster-NMS (Zheng et al. 2020): Fast NMS repeated until nothing changes, which is what sequential NMS keeps.
+
+    A suppressed box no longer suppresses others in the next round. With `penalty` (its variant with the score penalty
+    mechanism) nothing is dropped: each box's score falls with its overlaps with the better boxes that stay.
+    """
+    scores, index, overlaps = _candidates(boxes, scores, top_k)
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    for _ in range(overlaps.shape[-1]):
+        before, keep = keep, (overlaps * keep[..., None]).amax(dim=2) <= iou_threshold
+        if torch.equal(before, keep):  # waits for the device: the price of being exact
+            break
+    if penalty:
+        fall = (-((overlaps * keep[..., None]) ** 2) / 0.2).sum(dim=2).exp()
+        scores = torch.where(scores > 0, scores * fall, scores)
+    else:
+        scores = scores.masked_fill(~keep, -1.0)
+    return _best(scores, index, max_detections)
+
+
+def cluster_penalty_nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
+) -> Kept:
+    """`cluster_nms` with its score penalty."""
+    return cluster_nms(boxes, scores, iou_threshold, top_k, max_detections, penalty=True)
+
+
+def standard_nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
+) -> Kept:
+    """Sequential NMS within each class, torchvision's, picture by picture."""
+    scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)
+    labels = torch.arange(scores.shape[1], device=scores.device).repeat_interleave(scores.shape[2])
+    kept = torch.full_like(scores.flatten(1), -1.0)
+    for b in range(len(scores)):
+        stay = batched_nms(boxes[b][index[b].flatten()], scores[b].flatten(), labels, iou_threshold)
+        kept[b, stay] = scores[b].flatten()[stay]
+    return _best(kept.view_as(scores), index, max_detections)
+
+
+def _candidates(boxes: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `top_k` best of each class, best first: scores and index [B, C, K], overlap with better ones [B, C, K, K]."""
+    scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)
+    chosen = boxes[:, None].expand(-1, scores.shape[1], -1, -1).gather(2, index[..., None].expand(-1, -1, -1, 4))
+    return scores, index, box_iou(chosen, chosen).triu(diagonal=1)
+
+
 def _best(scores: Tensor, index: Tensor, max_detections: int) -> Kept:
     """The best of all classes: scores and index are [B, C, K]."""
     top_k = scores.shape[2]
@@ -53,4 +105,10 @@ def _best(scores: Tensor, index: Tensor, max_detections: int) -> Kept:
     return Kept(index.flatten(1).gather(1, order), scores, labels)
 
 
-NMS = {"fast": fast_nms, "cross_class": cross_class_nms}
+NMS = {
+    "fast": fast_nms,
+    "cross_class": cross_class_nms,
+    "cluster": cluster_nms,
+    "cluster_penalty": cluster_penalty_nms,
+    "standard": standard_nms,
+}

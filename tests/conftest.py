@@ -1,0 +1,109 @@
+"""What the tests share: small generated data sets, and small models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+
+from data.config import Config, get_config
+
+FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(FIXTURES))  # recipe.py
+
+CLASSES = ({"id": 7, "name": "disc"}, {"id": 3, "name": "tile"})  # neither sorted nor from 1
+
+
+def ellipse(cx: float, cy: float, rx: float, ry: float) -> list[float]:
+    """A polygon of 24 points."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    return np.stack((cx + rx * np.cos(angles), cy + ry * np.sin(angles)), axis=1).ravel().round(2).tolist()
+
+
+def make_dataset(
+    folder: Path, count: int = 8, size: tuple[int, int] = (96, 128), seed: int = 0, negatives: int = 0
+) -> Path:
+    """`count` pictures of discs and tiles on noise, with polygons, some as RLE; the path of the JSON.
+
+    The last `negatives` pictures hold nothing.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = size
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i in range(count):
+        picture = rng.integers(90, 130, (height, width, 3)).astype(np.uint8)
+        for k in range(0 if i >= count - negatives else 2):
+            label = int(rng.integers(2))
+            rx, ry = rng.uniform(0.12, 0.2, 2) * min(size)
+            cx = width * (0.27 + 0.46 * k) + rng.uniform(-4, 4)  # one left, one right: they do not overlap
+            cy = rng.uniform(ry + 2, height - ry - 2)
+            if label == 0:
+                polygon, color = ellipse(cx, cy, rx, ry), (40, 60, 230)
+            else:
+                polygon = [cx - rx, cy - ry, cx + rx, cy - ry, cx + rx, cy + ry, cx - rx, cy + ry]
+                polygon, color = [round(v, 2) for v in polygon], (220, 160, 40)
+            points = np.array(polygon).reshape(-1, 2)
+            cv2.fillPoly(picture, [points.round().astype(np.int32)], color)
+            x1, y1, x2, y2 = *points.min(axis=0), *points.max(axis=0)
+            segmentation = [polygon]
+            if k == 1 and i % 2:
+                code = rle.merge(rle.frPyObjects([polygon], height, width))
+                segmentation = {"size": [height, width], "counts": code["counts"].decode()}
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 + 3 * i,
+                    "category_id": CLASSES[label]["id"],
+                    "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
+                    "area": float((x2 - x1) * (y2 - y1)),
+                    "segmentation": segmentation,
+                    "iscrowd": 0,
+                }
+            )
+        name = f"picture_{i}.png"
+        cv2.imwrite(str(folder / "images" / name), picture)
+        images.append({"id": 10 + 3 * i, "file_name": name, "height": height, "width": width})
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": list(CLASSES)}))
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """The JSON of eight pictures, the last one without objects; the photos lie beside it in `images`."""
+    return make_dataset(tmp_path / "data", 8, negatives=1)
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    """yolact_lite at 96 pixels for the two generated classes: runs in milliseconds."""
+    return get_config(
+        "yolact_lite",
+        max_size=96,
+        anchor_sizes=((8,), (16,), (32,), (64,), (96,)),
+        class_names=("disc", "tile"),
+        category_ids=(7, 3),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from conftest import make_dataset
+from pycocotools import mask as rle
+
+from data.augment import Augment, Window, draw_mask, sample_crop
+from data.coco import CocoDataset, EndlessShuffle, TrainingSet, training_batches
+from data.config import get_config
+from data.errors import UserError
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_classes_come_from_the_file(dataset):
+    data = CocoDataset(dataset, dataset.parent / "images")
+    assert data.class_names == ("disc", "tile")
+    assert data.category_ids == (7, 3)
+    assert len(data) == 8
+    assert len(data[7].boxes) == 0
+    sample = data[0]
+    assert sample.image.shape == (96, 128, 3)
+    assert set(sample.labels.tolist()) <= {0, 1}
+    assert len(sample.boxes) == len(sample.segmentations) == 2
+
+
+def test_ids_may_be_text_and_sizes_missing(dataset):
+    def change(content):
+        for image in content["images"]:
+            image["id"] = str(image["id"])
+            del image["height"], image["width"]
+        for annotation in content["annotations"]:
+            annotation["image_id"] = str(annotation["image_id"])
+            annotation["category_id"] = str(annotation["category_id"])
+
+    before = CocoDataset(dataset, dataset.parent / "images")[0]
+    after = CocoDataset(edit(dataset, change), dataset.parent / "images")[0]
+    assert np.array_equal(before.boxes, after.boxes)
+
+
+def test_odd_annotations(dataset):
+    """Crowds, uncompressed RLE, too few points, boxes outside, no box."""
+
+    def change(content):
+        first = [a for a in content["annotations"] if a["image_id"] == 10]
+        first[0] |= {"iscrowd": 1}
+        first[1].pop("bbox")
+        shared = {"image_id": 10, "category_id": 3, "iscrowd": 0}
+        counts = [96 * 10, 96 * 5, 96 * 113]
+        content["annotations"] += [
+            shared | {"id": 90, "bbox": [10, 0, 5, 96], "segmentation": {"size": [96, 128], "counts": counts}},
+            shared | {"id": 91, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 9]]},
+            shared | {"id": 92, "bbox": [500, 1, 8, 8], "segmentation": [[500, 1, 508, 1, 508, 9]]},
+            shared | {"id": 93, "bbox": [5, 5, 0, 9], "segmentation": [[5, 5, 5, 9, 5, 14]]},
+            shared | {"id": 94, "bbox": [-5, -5, 20, 20], "segmentation": [-5, -5, 15, -5, 15, 15, -5, 15]},
+        ]
+
+    sample = CocoDataset(edit(dataset, change), dataset.parent / "images")[0]
+    assert len(sample.crowds) == 2  # the crowd, and the object without a mask
+    assert len(sample.boxes) == 3
+    assert rle.decode(sample.segmentations[1]).sum() == 96 * 5
+    assert sample.boxes[2].tolist() == [0, 0, 15, 15]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("categories"), ["categories"]),
+        (lambda c: c["images"].clear(), ["no images"]),
+        (lambda c: c["categories"].clear(), ["categories", "empty"]),
+        (lambda c: c["images"][0].pop("file_name"), ["entry 0", "'file_name'"]),
+        (lambda c: c["images"][1].update(id=10), ["image id 10", "more than once"]),
+        (lambda c: c["annotations"][0].update(category_id=99), ["annotation 1", "99"]),
+        (lambda c: c["images"][0].update(id="x1"), ["'x1'"]),
+        (lambda c: c.update(images="all"), ["'images'", "list"]),
+    ],
+)
+def test_broken_files(dataset, change, words):
+    with pytest.raises(UserError) as error:
+        CocoDataset(edit(dataset, change), dataset.parent / "images")
+    assert str(dataset) in str(error.value)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png"])
+def test_names_may_not_leave_the_folder(dataset, name):
+    data = CocoDataset(edit(dataset, lambda c: c["images"][0].update(file_name=name)), dataset.parent / "images")
+    with pytest.raises(UserError, match="leads out of"):
+        data.image_path(0)
+
+
+def test_missing_things(dataset, tmp_path):
+    with pytest.raises(UserError, match="no such annotation file"):
+        CocoDataset(tmp_path / "none.json", tmp_path)
+    with pytest.raises(UserError, match="no such photo folder"):
+        CocoDataset(dataset, tmp_path / "none")
+    (tmp_path / "text.json").write_text("hello")
+    with pytest.raises(UserError, match="not a JSON file"):
+        CocoDataset(tmp_path / "text.json", tmp_path)
+    (dataset.parent / "images" / "picture_0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        CocoDataset(dataset, dataset.parent / "images")[0]
+
+
+def shapes(image, color):
+    """Where a BGR picture has about this colour."""
+    return (np.abs(image.astype(int) - color) < 45).all(axis=2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_masks_and_boxes_stay_on_the_picture(tmp_path, seed):
+    """What the augmented masks and boxes say is compared with the colours that the objects were drawn in."""
+    path = make_dataset(tmp_path, 1, size=(300, 400), seed=seed)
+    sample = CocoDataset(path, tmp_path / "images")[0]
+    config = get_config("yolact_resnet50", max_size=256, augment_photometric=False)
+    out = Augment(config)(sample, np.random.default_rng(seed))
+    rgb = out.image.transpose(1, 2, 0) * np.array(config.std) + np.array(config.mean)
+    seen = np.zeros((256, 256), bool)
+    for color in ((40, 60, 230), (220, 160, 40)):
+        seen |= shapes(rgb[..., ::-1], color)
+    assert out.masks.shape[1:] == (64, 64)
+    for box, mask in zip(out.boxes, out.masks, strict=True):
+        large = cv2.resize(mask, (256, 256), interpolation=cv2.INTER_LINEAR) > 0
+        x1, y1, x2, y2 = (box * 256).round().astype(int)
+        assert seen[large].mean() > 0.85  # the mask lies on the object
+        rows, columns = np.nonzero(large)
+        assert abs(columns.min() - x1) <= 5
+        assert abs(columns.max() + 1 - x2) <= 5
+        assert abs(rows.min() - y1) <= 5
+        assert abs(rows.max() + 1 - y2) <= 5
+        inside = np.zeros_like(seen)
+        inside[y1:y2, x1:x2] = True
+        assert large[seen & inside].mean() > 0.85  # and covers it
+
+
+def test_polygon_and_rle_give_the_same_mask():
+    polygon = [10.0, 20.0, 200.0, 40.0, 180.0, 150.0, 30.0, 170.0]
+    code = rle.merge(rle.frPyObjects([polygon], 200, 300))
+    for window in (Window(0, 0, 300, 200), Window(-50, -20, 350, 260, mirror=True), Window(40, 30, 160, 140)):
+        a = draw_mask([polygon], window, (100, 120))
+        b = draw_mask(code, window, (100, 120))
+        assert (a & b).sum() / (a | b).sum() > 0.97
+
+
+def test_window_turns_points_as_it_turns_pixels():
+    image = np.zeros((40, 60), np.float32)
+    image[10, 50] = 1
+    for window in (Window(20, 4, 60, 36), Window(20, 4, 60, 36, mirror=True)):
+        warped = cv2.warpAffine(image, window.matrix(160, 128), (160, 128))
+        y, x = np.unravel_index(warped.argmax(), warped.shape)
+        px, py = window.points(np.array([50.5, 10.5]), 160, 128)
+        assert abs(x + 0.5 - px) <= 1
+        assert abs(y + 0.5 - py) <= 1
+
+
+def test_crop_holds_a_centre():
+    rng = np.random.default_rng(0)
+    boxes = np.array([[10, 10, 30, 40], [70, 50, 90, 90]], np.float32)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    whole = 0
+    for _ in range(300):
+        x1, y1, x2, y2 = sample_crop((0, 0, 100, 100), boxes, rng)
+        assert ((centres > (x1, y1)) & (centres < (x2, y2))).all(axis=1).any()
+        assert 0.4 < (y2 - y1) / (x2 - x1) < 2.2
+        whole += (x1, y1, x2, y2) == (0, 0, 100, 100)
+    assert 25 < whole < 80  # one in six
+
+
+def test_seed_and_key_decide_everything(dataset, small_config):
+    data = CocoDataset(dataset, dataset.parent / "images")
+    a, b = (TrainingSet(data, small_config, seed=3)[(2, 1)][0] for _ in range(2))
+    assert np.array_equal(a.image, b.image)
+    other = TrainingSet(data, small_config, seed=4)[(2, 1)][0]
+    assert not np.array_equal(a.image, other.image)
+
+
+def test_order_is_the_same_from_any_position_and_over_processes():
+    def first(n, **options):
+        return [key for _, key in zip(range(n), EndlessShuffle(7, seed=1, **options), strict=False)]
+
+    whole = first(30)
+    assert sorted(i for _, i in whole[:7]) == list(range(7))
+    assert first(20, start=10) == whole[10:]
+    ranks = [first(10, rank=r, world_size=3) for r in range(3)]
+    assert [ranks[i % 3][i // 3] for i in range(30)] == whole
+
+
+def test_unreadable_photo_is_replaced_and_named(dataset, small_config):
+    (dataset.parent / "images" / "picture_2.png").unlink()
+    data = CocoDataset(dataset, dataset.parent / "images")
+    _, image_id, problems = TrainingSet(data, small_config, seed=0)[(0, 2)]
+    assert image_id != 16
+    assert "picture_2.png" in problems[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches(dataset, small_config, workers):
+    data = CocoDataset(dataset, dataset.parent / "images")
+    batches = training_batches(data, small_config, batch_size=3, seed=0, workers=workers)
+    batch = next(batches)
+    assert batch.images.shape == (3, 3, 96, 96)
+    assert len(batch.targets) == len(batch.image_ids) == 3
+    assert set(batch.targets[0]) == {"boxes", "labels", "masks", "crowds"}

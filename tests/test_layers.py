@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.ops import batched_nms
+
+from layers import boxes as box_ops
+from layers.anchors import feature_sizes, make_anchors
+from layers.detect import detect
+from layers.masks import assemble_masks, combine, crop_window
+from layers.nms import cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
+
+SIZES = ((24,), (48,), (96,), (192,), (384,))
+
+
+def random_boxes(n: int, batch: int = 1) -> torch.Tensor:
+    low = torch.rand(batch, n, 2) * 0.7
+    return torch.cat((low, low + 0.02 + torch.rand(batch, n, 2) * 0.3), dim=-1)
+
+
+def test_encode_and_decode_are_inverse():
+    boxes = random_boxes(50)[0]
+    anchors = box_ops.to_centres(random_boxes(50)[0])
+    assert torch.allclose(box_ops.decode(box_ops.encode(boxes, anchors), anchors), boxes, atol=1e-5)
+    assert torch.allclose(box_ops.to_corners(box_ops.to_centres(boxes)), boxes, atol=1e-6)
+
+
+def test_decode_stays_finite_and_in_float32():
+    offsets = torch.full((1, 3, 4), 1e4, dtype=torch.bfloat16)
+    out = box_ops.decode(offsets, torch.rand(3, 4) + 0.1)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_overlaps():
+    a = torch.tensor([[0.0, 0.0, 2.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
+    b = torch.tensor([[1.0, 1.0, 3.0, 3.0], [5.0, 5.0, 5.0, 5.0]])
+    assert torch.allclose(box_ops.box_iou(a, b), torch.tensor([[1 / 7, 0.0], [0.0, 0.0]]))
+    assert torch.allclose(box_ops.box_iof(a, b)[0], torch.tensor([0.25, 0.0]))
+
+
+@pytest.mark.parametrize("size", [(550, 550), (400, 700), (33, 97), (32, 32)])
+def test_anchors_follow_the_size(size):
+    anchors = make_anchors(*size, SIZES, (1, 0.5, 2))
+    assert len(anchors) == 3 * sum(h * w for h, w in feature_sizes(*size))
+    pixels = anchors * torch.tensor([size[1], size[0], size[1], size[0]])
+    assert torch.allclose(pixels[0, 2:], torch.tensor([24.0, 24.0]), atol=1e-3)
+    ratio = pixels[1, 2] / pixels[1, 3]
+    assert float(ratio) == pytest.approx(0.5, rel=1e-4)
+    square = make_anchors(*size, SIZES, (1, 0.5, 2), square=True) * torch.tensor([size[1], size[0], size[1], size[0]])
+    assert torch.allclose(square[:, 2], square[:, 3], atol=1e-3)
+
+
+def test_fast_nms_against_its_definition():
+    """Drop a box if any better one of its class, dropped or not, overlaps it."""
+    boxes, scores = random_boxes(60), torch.rand(1, 3, 60)
+    scores[0, :, 50:] = -1
+    kept = fast_nms(boxes, scores, 0.5, top_k=40, max_detections=100)
+    wanted = []
+    for label in range(3):
+        order = scores[0, label].argsort(descending=True)[:40]
+        for rank, i in enumerate(order):
+            better = box_ops.box_iou(boxes[0, i][None], boxes[0, order[:rank]])
+            if scores[0, label, i] > 0 and not (better > 0.5).any():
+                wanted.append((float(scores[0, label, i]), label, int(i)))
+    wanted = sorted(wanted, reverse=True)[:100]
+    used = kept.scores[0] > 0
+    found = list(
+        zip(kept.scores[0][used].tolist(), kept.labels[0][used].tolist(), kept.index[0][used].tolist(), strict=True)
+    )
+    assert found == wanted
+    assert kept.scores.shape == (1, 100)
+
+
+def kept_set(kept):
+    used = kept.scores[0] > 0
+    return set(zip(kept.labels[0][used].tolist(), kept.index[0][used].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nms_variants_against_torchvision(seed):
+    """Cluster-NMS keeps what sequential NMS keeps, Fast NMS a part of it."""
+    torch.manual_seed(seed)
+    boxes, scores = random_boxes(80), torch.rand(1, 2, 80)
+    labels = torch.arange(2).repeat_interleave(80)
+    stay = batched_nms(boxes[0].repeat(2, 1), scores[0].flatten(), labels, 0.3)
+    wanted = {(int(i) // 80, int(i) % 80) for i in stay}
+    sizes = {"iou_threshold": 0.3, "top_k": 80, "max_detections": 160}
+    assert kept_set(standard_nms(boxes, scores, **sizes)) == wanted
+    assert kept_set(cluster_nms(boxes, scores, **sizes)) == wanted
+    fast = kept_set(fast_nms(boxes, scores, **sizes))
+    assert fast < wanted
+
+
+def test_score_penalty_lowers_what_overlaps():
+    boxes = torch.tensor([[[0.1, 0.1, 0.5, 0.5], [0.12, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]])
+    scores = torch.tensor([[[0.9, 0.8, 0.7]]])
+    kept = cluster_penalty_nms(boxes, scores)
+    assert kept.index[0].tolist() == [0, 2, 1]
+    assert kept.scores[0, :2].tolist() == pytest.approx([0.9, 0.7])
+    assert kept.scores[0, 2] < 0.05
+
+
+def test_cross_class_nms_keeps_one_class_a_place():
+    boxes = torch.tensor([[[0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.51], [0.6, 0.6, 0.9, 0.9]]])
+    scores = torch.tensor([[[0.9, 0.2, 0.1], [0.3, 0.8, 0.6]]])
+    kept = cross_class_nms(boxes, scores)
+    used = kept.scores[0] > 0
+    assert kept.index[0][used].tolist() == [0, 2]
+    assert kept.labels[0][used].tolist() == [0, 1]
+    assert (fast_nms(boxes, scores).scores[0] > 0).sum() == 4
+
+
+def raw_predictions(batch: int = 2, anchors: int = 200, classes: int = 4):
+    return (
+        0.3 * torch.randn(batch, anchors, 4),
+        2 * torch.randn(batch, anchors, classes + 1),
+        torch.rand(batch, anchors, 8),
+    )
+
+
+def test_detect_gives_the_same_alone_and_in_a_batch():
+    anchors = box_ops.to_centres(random_boxes(200)[0])
+    raw = raw_predictions()
+    together = detect(*raw, anchors)
+    for b in range(2):
+        alone = detect(*(x[b : b + 1] for x in raw), anchors)
+        for one, both in zip(alone, together, strict=True):
+            assert torch.equal(one[0], both[b])
+
+
+def test_detect_has_fixed_shapes_without_detections():
+    anchors = box_ops.to_centres(random_boxes(200)[0])
+    offsets, logits, coefficients = raw_predictions()
+    logits[..., 0] = 50
+    found = detect(offsets, logits, coefficients, anchors, max_detections=30)
+    assert found.boxes.shape == (2, 30, 4)
+    assert (found.scores == -1).all()
+
+
+def test_detect_min_score_and_levels():
+    anchors = box_ops.to_centres(random_boxes(200)[0])
+    raw = raw_predictions()
+    scores = detect(*raw, anchors, min_score=0.5).scores
+    assert ((scores >= 0.5) | (scores == -1)).all()
+    assert (scores > 0).any()
+    few = detect(*raw, anchors, level_sizes=[150, 50], pre_nms_top_k=10, max_detections=400)
+    assert few.boxes.shape[1] == 4 * 20
+
+
+def test_masks_in_chunks_are_the_same():
+    prototypes, coefficients = torch.rand(20, 24, 8), torch.randn(9, 8)
+    boxes = random_boxes(9)[0]
+    whole = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, (61, 83))))
+    parts = list(assemble_masks(prototypes, coefficients, boxes, (61, 83), budget=2 * 61 * 83 * 5))
+    assert max(map(len, parts)) == 2
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_crop_after_resize_leaves_no_pixel_past_the_box():
+    prototypes, coefficients = torch.ones(16, 16, 1), torch.full((5, 1), 4.0)
+    boxes = random_boxes(5)[0]
+    size = (200, 300)
+    leaky = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size)))
+    tight = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, crop_after_resize=True)))
+    inside = crop_window(boxes, *size, padding=0)
+    assert (leaky & ~inside).any()
+    assert not (tight & ~inside).any()
+    full = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, crop=False)))
+    assert full.all()
+
+
+def test_crop_window_takes_corners_in_any_order():
+    a = crop_window(torch.tensor([[0.2, 0.3, 0.6, 0.8]]), 40, 50)
+    b = crop_window(torch.tensor([[0.6, 0.8, 0.2, 0.3]]), 40, 50)
+    assert torch.equal(a, b)
+    assert a.any()
+
+
+def test_combine_is_float32():
+    assert combine(torch.rand(4, 4, 2).bfloat16(), torch.rand(3, 2).bfloat16()).dtype == torch.float32

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data.config import get_config
+from layers.anchors import make_anchors
+from layers.boxes import box_iou, to_corners
+from layers.loss import TERMS, MultiBoxLoss, shrink_masks
+from yolact import MaskIoUNet, Predictions
+
+CONFIG = get_config("yolact_resnet50", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
+ANCHORS = make_anchors(128, 128, CONFIG.anchor_sizes, CONFIG.aspect_ratios)
+
+
+def predictions(batch: int, classes: int = 3) -> Predictions:
+    shapes = ((len(ANCHORS), 4), (len(ANCHORS), classes + 1), (len(ANCHORS), 32), (32, 32, 32), (classes, 16, 16))
+    out = Predictions(*(0.5 * torch.randn(batch, *shape) for shape in shapes))
+    for value in out:
+        value.requires_grad_()
+    return out
+
+
+def target(n: int = 2, crowds: int = 0) -> dict[str, torch.Tensor]:
+    low = torch.rand(n + crowds, 2) * 0.5
+    boxes = torch.cat((low, low + 0.2 + 0.2 * torch.rand(n + crowds, 2)), dim=1)
+    masks = torch.zeros(n, 64, 64, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, (boxes[:n] * 64).long(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    return {"boxes": boxes[:n], "labels": torch.randint(3, (n,)), "masks": masks, "crowds": boxes[n:]}
+
+
+EMPTY = target(0)
+
+
+@pytest.mark.parametrize("targets", [[target(), EMPTY], [EMPTY, EMPTY], [target(0, crowds=2)], [target(3, crowds=1)]])
+def test_keys_never_change_and_all_is_finite(targets):
+    raw = predictions(len(targets))
+    losses = MultiBoxLoss(CONFIG)(raw, ANCHORS, targets)
+    assert tuple(losses) == TERMS
+    total = sum(losses.values())
+    total.backward()
+    assert total.isfinite()
+    assert raw.logits.grad.isfinite().all()
+
+
+def test_a_picture_without_objects_unlearns_its_strongest_mistakes():
+    raw = predictions(1)
+    losses = MultiBoxLoss(CONFIG)(raw, ANCHORS, [EMPTY])
+    assert losses["class"] > 0
+    assert losses["box"] == losses["mask"] == 0
+    losses["class"].backward()
+    touched = raw.logits.grad[0].abs().sum(dim=1) > 0
+    assert touched.sum() == 3 * 10
+    foreground = raw.logits[0].softmax(dim=1)[:, 1:].sum(dim=1)
+    assert foreground[touched].min() >= foreground[~touched].max()
+
+
+def test_every_object_gets_an_anchor_of_its_own():
+    """Even if all want the same one, and though none overlaps by half."""
+    boxes = torch.tensor([[0.5, 0.5, 0.52, 0.52]] * 3 + [[0.1, 0.1, 0.9, 0.2]])
+    some = {
+        "boxes": boxes,
+        "labels": torch.tensor([0, 1, 2, 0]),
+        "masks": torch.zeros(4, 8, 8),
+        "crowds": torch.zeros(0, 4),
+    }
+    matches = MultiBoxLoss(CONFIG).match(ANCHORS, [some])
+    owners = matches.objects[0][matches.positive[0]]
+    assert set(owners.tolist()) == {0, 1, 2, 3}
+    assert torch.equal(matches.classes[0][matches.positive[0]], some["labels"][owners] + 1)
+
+
+def test_thresholds_and_crowds():
+    some = target(2)
+    matches = MultiBoxLoss(CONFIG).match(ANCHORS, [some])
+    best = box_iou(some["boxes"], to_corners(ANCHORS)).amax(dim=0)
+    classes = matches.classes[0]
+    assert (classes[best >= 0.5] > 0).all()
+    assert (classes[(best >= 0.4) & (best < 0.5)] != 0).all()
+    some["crowds"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    crowded = MultiBoxLoss(CONFIG).match(ANCHORS, [some]).classes[0]
+    inside = (to_corners(ANCHORS) >= 0).all(dim=1) & (to_corners(ANCHORS) <= 1).all(dim=1)
+    assert (crowded[inside] != 0).all()
+    assert torch.equal(crowded > 0, classes > 0)
+
+
+def test_mask_outside_of_its_box_cannot_explode():
+    """As shifted annotations have it; the original's loss takes 100 for each such pixel."""
+    some = target(1)
+    some["masks"][:] = 1
+    losses = MultiBoxLoss(CONFIG)(predictions(1), ANCHORS, [some])
+    assert losses["mask"] < 30
+
+
+def test_positives_given_from_outside():
+    raw, some = predictions(1), [target(2)]
+    loss = MultiBoxLoss(CONFIG)
+    count = int(loss.match(ANCHORS, some).positive.sum())
+    torch.manual_seed(0)
+    own = loss(raw, ANCHORS, some)
+    torch.manual_seed(0)
+    double = loss(raw, ANCHORS, some, num_positives=2 * count)
+    assert float(own["class"].detach()) == pytest.approx(2 * float(double["class"].detach()), rel=1e-5)
+    assert float(own["mask"].detach()) == pytest.approx(2 * float(double["mask"].detach()), rel=1e-5)
+
+
+def test_mask_iou_term():
+    net = MaskIoUNet(3)
+    loss = MultiBoxLoss(CONFIG)
+    some = target(2)
+    some["masks"][:] = 0
+    for targets in ([EMPTY], [some]):  # nothing to learn from, yet the weights are used
+        loss(predictions(1), ANCHORS, targets, net)["mask_iou"].backward()
+        assert all(p.grad is not None for p in net.parameters())
+    raw = predictions(1)
+    size = 138
+    raw = raw._replace(prototypes=torch.rand(1, size, size, 32, requires_grad=True))
+    losses = loss(raw, ANCHORS, [target(2)], MaskIoUNet(3).train())
+    assert losses["mask_iou"] > 0
+
+
+def test_semantic_needs_training_mode():
+    with pytest.raises(ValueError, match="training mode"):
+        MultiBoxLoss(CONFIG)(predictions(1)._replace(semantic=None), ANCHORS, [EMPTY])
+
+
+def test_loss_is_float32_under_mixed_precision():
+    raw = Predictions(*(value.detach().bfloat16() for value in predictions(1)))
+    assert all(value.dtype == torch.float32 for value in MultiBoxLoss(CONFIG)(raw, ANCHORS, [target()]).values())
+
+
+def test_shrink_masks_keeps_binary():
+    masks = (torch.rand(2, 50, 60) > 0.5).byte()
+    assert set(shrink_masks(masks, (20, 20)).unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(shrink_masks(masks, (50, 60)), masks.float())

@@ -1,0 +1,443 @@
+"""Prediction: Predictor, Detections, and eval.py with every kind of picture, result and mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import recipe
+import torch
+from pycocotools import mask as rle
+from test_train import ROOT, run
+
+from data.errors import UserError
+from engine.checkpoint import save_checkpoint
+from engine.media import collect, read_image, split_output
+from engine.outputs import instance_map, labelme, prototype_sheet, rings
+from engine.predictor import Detections, Predictor
+from layers.nms import NMS
+from yolact import Yolact
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, small_config):
+    """Random ones whose outputs differ from place to place, with the background turned down: it finds plenty."""
+    model = Yolact(small_config)
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=1.0))
+    with torch.no_grad():
+        model.head.cls.bias.view(-1, 3)[:, 0] -= 3
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    save_checkpoint(path, model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(weights):
+    return Predictor(Yolact.from_weights(weights), device="cpu", precision="fp32")
+
+
+def photo(height=90, width=130, seed=0):
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def disc_detections(height=301, width=203, count=2):
+    """Detections whose true masks are known: prototypes are discs at a sixteenth of nothing in particular."""
+    y, x = np.mgrid[0:64, 0:48]
+    centres = [(0.3, 0.4), (0.7, 0.6)][:count]
+    prototypes, boxes = [], []
+    for cx, cy in centres:
+        inside = ((x + 0.5) / 48 - cx) ** 2 / 0.2**2 + ((y + 0.5) / 64 - cy) ** 2 / 0.15**2 < 1
+        prototypes.append(np.where(inside, 1.0, -1.0))
+        boxes.append([cx - 0.2, cy - 0.15, cx + 0.2, cy + 0.15])
+    relative = torch.tensor(boxes, dtype=torch.float32)
+    return Detections(
+        boxes=relative * torch.tensor([width, height, width, height]),
+        scores=torch.tensor([0.9, 0.6][:count]),
+        mask_scores=torch.tensor([0.9, 0.6][:count]),
+        labels=torch.tensor([0, 1][:count]),
+        class_names=("disc", "tile"),
+        category_ids=(7, 3),
+        size=(height, width),
+        coefficients=10 * torch.eye(count),
+        prototypes=torch.from_numpy(np.stack(prototypes, axis=-1)).float(),
+        relative_boxes=relative,
+    )
+
+
+@pytest.mark.parametrize("size", [(301, 203), (64, 48), (37, 911), (1, 1)])
+def test_masks_land_where_they_belong(size):
+    found = disc_detections(*size)
+    assert found.masks.shape == (2, *size)
+    y, x = np.mgrid[0 : size[0], 0 : size[1]]
+    for mask, (cx, cy) in zip(found.masks.numpy(), [(0.3, 0.4), (0.7, 0.6)], strict=True):
+        true = ((x + 0.5) / size[1] - cx) ** 2 / 0.2**2 + ((y + 0.5) / size[0] - cy) ** 2 / 0.15**2 < 1
+        if true.sum() > 100:
+            assert (mask & true).sum() / (mask | true).sum() > 0.93
+
+
+def test_detections_behave_like_a_list():
+    found = disc_detections()
+    assert len(found) == 2
+    assert [len(d) for d in (found[0], found[:1], found[[True, False]], found[torch.tensor([1, 0])])] == [1, 1, 1, 2]
+    assert found[-1].scores.tolist() == pytest.approx([0.6])
+    assert torch.equal(found[1].masks[0], found.masks[1])
+    assert len(list(found)) == 2
+    with pytest.raises(IndexError):
+        found[2]
+    empty = found[:0]
+    assert len(empty) == 0
+    assert empty.masks.shape == (0, 301, 203)
+    assert empty.to_coco() == []
+    assert empty.draw(photo(301, 203)).shape == (301, 203, 3)
+
+
+def test_coco_results_hold_the_masks():
+    found = disc_detections()
+    results = found.to_coco(image_id=5)
+    assert [r["category_id"] for r in results] == [7, 3]
+    assert {r["image_id"] for r in results} == {5}
+    for result, mask in zip(json.loads(json.dumps(results)), found.masks, strict=True):
+        assert np.array_equal(rle.decode(result["segmentation"]), mask.numpy())
+        assert result["bbox"][2] > 0
+
+
+def test_instance_map_and_polygons():
+    found = disc_detections()
+    numbers = instance_map(found)
+    assert numbers.dtype == np.uint16
+    assert np.array_equal(numbers == 1, found.masks[0].numpy())
+    shapes = labelme(found, "a.jpg")["shapes"]
+    assert [s["label"] for s in shapes] == ["disc", "tile"]
+    for shape, mask in zip(shapes, found.masks.numpy(), strict=True):
+        drawn = np.zeros(mask.shape, np.uint8)
+        cv2.fillPoly(drawn, [np.array(shape["points"], np.int32)], 1)
+        assert (drawn.astype(bool) ^ mask).sum() == 0
+
+
+def test_holes_are_rings_of_their_own():
+    mask = np.zeros((50, 60), bool)
+    mask[10:40, 10:50] = True
+    mask[20:30, 20:30] = False
+    mask[2, 2] = True
+    found = rings(mask)
+    assert sorted(hole for _, hole in found) == [False, False, True]
+    assert all(len(points) >= 3 for points, _ in found)
+
+
+def test_a_list_gives_the_same_as_one_by_one(predictor):
+    pictures = [photo(90, 130), photo(200, 64, seed=1)]
+    together = predictor(pictures)
+    for picture, found in zip(pictures, together, strict=True):
+        alone = predictor(picture)
+        assert len(alone) == len(found) > 0
+        assert torch.allclose(alone.boxes, found.boxes, atol=1e-3)
+        assert found.size == picture.shape[:2]
+    assert predictor([]) == []
+
+
+def test_the_same_frame_twice_gives_the_same_masks(predictor):
+    first, second = predictor(photo()), predictor(photo())
+    assert torch.equal(first.masks, second.masks)
+
+
+@pytest.mark.parametrize("nms", NMS)
+def test_every_nms_and_threshold(weights, nms):
+    found = Predictor(Yolact.from_weights(weights), "cpu", nms=nms, score_threshold=0.4, top_k=7)(photo())
+    assert 0 < len(found) <= 7
+    assert (found.scores >= 0.4).all()
+    assert (found.scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("size", [(64, 160), (128, 48)])
+def test_any_network_size(weights, size):
+    found = Predictor(Yolact.from_weights(weights), "cpu", size=size)(photo(120, 300))
+    assert len(found) > 0
+    assert (found.boxes <= torch.tensor([300, 120, 300, 120])).all()
+    assert (found.boxes >= 0).all()
+
+
+def test_predictor_refuses(weights):
+    model = Yolact.from_weights(weights)
+    for options, words in (
+        ({"device": "cuda:9"}, "there is" if torch.cuda.is_available() else "no device 'cuda:9'"),
+        ({"precision": "int8"}, "unknown precision"),
+        ({"precision": "fp16"}, "for GPUs"),
+        ({"nms": "fats"}, "did you mean 'fast'"),
+        ({"size": (16, 64)}, "at least 32"),
+        ({"score_threshold": 30}, "between 0 and 1"),
+        ({"top_k": 0}, "top_k"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Predictor(model, **({"device": "cpu"} | options))
+    with pytest.raises(ValueError, match="uint8"):
+        Predictor(model, "cpu")(np.zeros((5, 5)))
+
+
+# Files
+
+
+def test_every_kind_of_picture_is_read(tmp_path):
+    from PIL import Image
+
+    color = photo(40, 60)
+    rgb = Image.fromarray(color[..., ::-1])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    kinds = {
+        "grey.png": lambda p: Image.fromarray(color[..., 0]).save(p),
+        "alpha.png": lambda p: rgb.convert("RGBA").save(p),
+        "deep.png": lambda p: cv2.imwrite(str(p), color.astype(np.uint16) * 257),
+        "palette.png": lambda p: rgb.convert("P").save(p),
+        "cmyk.jpg": lambda p: rgb.convert("CMYK").save(p),
+        "one.png": lambda p: rgb.resize((1, 1)).save(p),
+        "name with ü.webp": lambda p: rgb.save(p, lossless=True),
+    }
+    for name, save in kinds.items():
+        save(tmp_path / name)
+        image = read_image(tmp_path / name)
+        assert image is not None, name
+        assert image.dtype == np.uint8, name
+        assert image.shape[2] == 3, name
+        if name in ("alpha.png", "deep.png", "name with ü.webp"):
+            assert np.array_equal(image, color), name
+    rgb.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "empty.jpg").touch()
+    for name in ("bad.jpg", "empty.jpg", "none.jpg"):
+        assert read_image(tmp_path / name) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a.jpg:b.jpg", ("a.jpg", "b.jpg")),
+        ("a.jpg", ("a.jpg", None)),
+        ("C:\\a.jpg", ("C:\\a.jpg", None)),
+        ("C:\\a.jpg:D:\\b.jpg", ("C:\\a.jpg", "D:\\b.jpg")),
+        ("C:/in:out", ("C:/in", "out")),
+        ("0", ("0", None)),
+    ],
+)
+def test_in_and_out(text, wanted):
+    assert split_output(text) == wanted
+
+
+def test_names_never_collide(tmp_path):
+    for name in ("a.jpg", "a.png", "a_png.bmp", "b/a.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "in" / name), photo(8, 8))
+    sources = collect([], [str(tmp_path / "in")], tmp_path / "out")
+    outputs = [s.output.relative_to(tmp_path / "out").as_posix() for s in sources]
+    assert len(set(outputs)) == 4
+    assert "b/a" in outputs
+    twice = collect([str(tmp_path / "in/a.jpg"), str(tmp_path / "in/b/a.jpg")], [], tmp_path / "out")
+    assert len({s.output for s in twice}) == 2
+
+
+def test_command_line_writes_every_kind(weights, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        cv2.imwrite(str(folder / f"p{i}.jpg"), photo(seed=i))
+    cv2.imwrite(str(folder / "p0.png"), photo(seed=3))
+    (folder / "broken.jpg").write_bytes(b"x")
+    kinds = "overlay,json,masks,polygons,prototypes"
+    out = run("eval.py", "--weights", weights, "--images", folder, "--output", tmp_path / "out", "--save", kinds,
+              "--device", "cpu", code=1)  # fmt: skip
+    assert "broken.jpg: cannot be read" in out
+    assert "1 of 4 pictures could not be read" in out
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    endings = ("", ".json", ".masks.json", ".masks.png", ".polygons.json", ".prototypes.png")
+    assert len(names) == 3 * len(endings)
+    results = json.loads((tmp_path / "out/p1.json").read_text())
+    assert results[0]["file_name"].endswith("p1.jpg")
+    assert {"image_id", "category_id", "category_name", "score", "bbox", "segmentation"} <= set(results[0])
+    assert cv2.imread(str(tmp_path / "out/p1.jpg")).shape == (90, 130, 3)
+    numbers = cv2.imread(str(tmp_path / "out/p1.masks.png"), cv2.IMREAD_UNCHANGED)
+    table = json.loads((tmp_path / "out/p1.masks.json").read_text())["instances"]
+    assert numbers.dtype == np.uint16
+    assert numbers.max() <= len(table)
+
+
+def test_command_line_places_of_results(weights, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.jpg"), photo())
+    common = ["eval.py", "--device", "cpu", "--trained_model", weights]
+    before = (tmp_path / "a.jpg").read_bytes()
+    run(ROOT / "eval.py", *common[1:], "--image", "a.jpg", cwd=tmp_path)
+    run(*common, "--image", f"{tmp_path}/a.jpg:{tmp_path}/deep/er/b.jpg")
+    run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png")
+    run(*common, "--image", f"{tmp_path}/*.jpg", "--output", tmp_path)
+    for name in ("results/a.jpg", "results/a.json", "deep/er/b.jpg", "deep/er/b.json", "c.json", "a.overlay.jpg"):
+        assert (tmp_path / name).is_file(), name
+    assert (tmp_path / "a.jpg").read_bytes() == before
+    listed = subprocess.run(
+        [sys.executable, "eval.py", *map(str, common[1:]), "--image", "-", "--output", str(tmp_path / "listed")],
+        input=f"{tmp_path / 'a.jpg'}\n", text=True, cwd=ROOT, capture_output=True, check=False,
+    )  # fmt: skip
+    assert listed.returncode == 0, listed.stderr
+    assert (tmp_path / "listed/a.jpg").is_file()
+
+
+def test_command_line_mistakes(weights, dataset, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["--image", "none.jpg"], "none.jpg: no such picture"),
+        (["--images", tmp_path / "empty"], "no pictures in this folder"),
+        (["--images", tmp_path / "none"], "no such folder"),
+        (["--video", tmp_path / "none.mp4"], "no such video"),
+        (["--annotations", dataset], "--image_dir"),
+        (["--annotations", tmp_path / "none.json", "--image_dir", tmp_path], "no such annotation file"),
+        ([], "nothing to do"),
+        (["--image", weights, "--benchmark"], "at once"),
+        (["--image", dataset, "--save", "overlays"], "did you mean 'overlay'"),
+        (["--image", dataset, "--size", "400"], "HxW"),
+        (["--image", dataset, "--config", "yolact_r55"], "did you mean 'yolact_r50"),
+        (["--image", dataset, "--config", "yolact_r50"], "does not fit configuration 'yolact_r50'"),
+        (["--image", dataset, "--weights", dataset], "a text file"),
+        (["--image", dataset, "--weights", "none.pth"], "no such weights file"),
+    ]
+    for args, words in cases:
+        more = [] if "--weights" in args else ["--weights", weights]
+        assert words in in_process(*args, *more), args
+
+
+def in_process(*args):
+    """eval.py's message for a mistake, without the start of a new interpreter."""
+    import eval as script
+
+    old, sys.argv = sys.argv, ["eval.py", *map(str, args)]
+    try:
+        with pytest.raises(UserError) as error:
+            script.main()
+    finally:
+        sys.argv = old
+    return str(error.value)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(weights):
+    out = run("eval.py", "--weights", weights, "--image", "none.jpg", code=2)
+    assert out.strip() == "error: none.jpg: no such picture"
+
+
+# Video
+
+
+@pytest.fixture
+def film(tmp_path):
+    path = tmp_path / "film.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12.5, (128, 96))
+    for i in range(20):
+        frame = photo(96, 128)
+        cv2.rectangle(frame, (0, 0), (6 * i, 10), (255, 255, 255), -1)  # a bar that grows: order can be checked
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def frames(path):
+    capture = cv2.VideoCapture(str(path))
+    out = []
+    while (read := capture.read())[0]:
+        out.append(read[1])
+    return out, capture.get(cv2.CAP_PROP_FPS)
+
+
+def test_video_keeps_length_rate_and_order(weights, film, tmp_path):
+    out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out/seg", "--device", "cpu",
+              "--save", "overlay,json,masks", "--score_threshold", 0.99)  # fmt: skip
+    assert "20 frames" in out
+    assert "latency" in out
+    written, rate = frames(tmp_path / "out/seg.mp4")
+    assert len(written) == 20
+    assert rate == pytest.approx(12.5)
+    bars = [int((f[5] > 200).all(axis=1).sum()) for f in written]
+    assert bars[-1] > bars[10] > bars[3]
+    assert sorted(p.name for p in (tmp_path / "out/seg").glob("*.png"))[-1] == "000019.masks.png"
+    assert all("video" in r for r in json.loads((tmp_path / "out/seg.json").read_text()))
+
+
+def test_interrupted_video_is_playable(predictor, film, tmp_path):
+    import os
+    import signal
+
+    from engine.video import process_video
+
+    calls = []
+
+    def slow(frame):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return predictor(frame)
+
+    report = process_video(slow, str(film), tmp_path / "cut", ("overlay", "json"))
+    assert report.interrupted
+    written, _ = frames(tmp_path / "cut.mp4")
+    assert 5 <= len(written) == report.frames < 20
+    assert isinstance(json.loads((tmp_path / "cut.json").read_text()), list)
+
+
+def test_broken_video(predictor, tmp_path):
+    from engine.video import process_video
+
+    (tmp_path / "bad.mp4").write_bytes(b"no film at all")
+    with pytest.raises(UserError, match="cannot be opened"):
+        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
+
+
+# Memory
+
+MEASURE = """
+import resource, sys, numpy as np, torch
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from engine.outputs import write_results
+from engine.predictor import Detections
+
+def detections(size, count):
+    low = torch.rand(count, 2) * 0.6
+    boxes = torch.cat((low, low + 0.05 + torch.rand(count, 2) * 0.3), dim=1)
+    h, w = size
+    return Detections(boxes * torch.tensor([w, h, w, h]), torch.rand(count), torch.rand(count),
+        torch.zeros(count, dtype=torch.long), ("a",), (1,), size, torch.randn(count, 32),
+        torch.rand(138, 138, 32), boxes)
+
+torch.manual_seed(0)
+image = np.zeros((3000, 4000, 3), np.uint8)
+write_results(image[:64, :64], detections((64, 64), 2), Path({out!r}) / "warm", ({kind!r},), {{}}, ".jpg")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_results(image, detections((3000, 4000), 100), Path({out!r}) / "large", ({kind!r},), {{}}, ".jpg")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux reports it")
+@pytest.mark.parametrize(("kind", "limit"), [("json", 600), ("overlay", 1000), ("masks", 600), ("polygons", 600)])
+def test_memory_of_a_hundred_masks_on_twelve_megapixels(tmp_path, kind, limit):
+    script = MEASURE.format(root=str(ROOT), out=str(tmp_path), kind=kind)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= limit, f"{done.stdout} MiB"
+
+
+def test_prototype_sheet():
+    sheet = prototype_sheet(disc_detections())
+    assert sheet.dtype == np.uint8
+    assert sheet.shape[1] == 8 * 138
+
+
+def test_overlay_reads_on_small_and_large_pictures():
+    for size in ((60, 80), (3000, 4000)):
+        found = disc_detections(*size)
+        out = found.draw(np.full((*size, 3), 100, np.uint8))
+        assert (out != 100).any(axis=2).mean() > 0.1
+        outside = ~found.masks.any(dim=0).numpy()
+        assert (out[outside] == 100).all(axis=1).mean() > 0.7

@@ -282,6 +282,8 @@ def fit(run: Run, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset
             while run.step < schedule.max_iter and not stopped:
                 started, lr = time.perf_counter(), schedule.rate(run.step)
                 batch = next(batches).to(run.device)
+                if not len(batch.images):
+                    raise UserError(f"ten photos in a row cannot be used; the last: {batch.problems[-1]}")
                 waited = time.perf_counter() - started
                 losses = run.train_step(batch, lr)
                 timing = {"seconds": time.perf_counter() - started, "waited": waited}

@@ -94,14 +94,29 @@ class CocoDataset(Dataset):
         return self.image_dir / name
 
     def read_image(self, index: int) -> np.ndarray:
-        """The photo, uint8 BGR [H, W, 3]. Raises UserError when it is missing or unreadable."""
-        path = self.image_path(index)
-        # The orientation that a camera noted does not apply: annotations are of the pixels as stored.
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        """The photo, uint8 BGR [H, W, 3]. Raises UserError when it is missing, unreadable or not of the stated size."""
+        path, stated = self.image_path(index), self.stated_size(index)
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if image is None:
             problem = "cannot be read as a picture" if path.is_file() else "no such photo"
             raise UserError(f"{path}: {problem} (image {self.image_ids[index]} of {self.path.name})")
-        return image
+        if stated is None or image.shape[:2] == stated:
+            return image
+        # Some tools annotate the pixels as they are stored, whatever orientation the camera noted.
+        stored = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if stored.shape[:2] == stated:
+            return stored
+        height, width = image.shape[:2]
+        swapped = ": width and height are swapped" if (width, height) == stated else ""
+        raise UserError(
+            f"{self.path}: image {self.image_ids[index]} ({path.name}) is {stated[1]}x{stated[0]} in the file and "
+            f"{width}x{height} on disk{swapped}"
+        )
+
+    def stated_size(self, index: int) -> tuple[int, int] | None:
+        """Height and width of a photo as the file has them, None where it does not say."""
+        image = self.images[index]
+        return (int(image["height"]), int(image["width"])) if image.get("height") and image.get("width") else None
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """The annotations of a photo, as they are in the file."""
@@ -202,8 +217,8 @@ class TrainingSet(Dataset):
         self.augment = Augment(config)
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Augmented, int, list[str]]:
-        """The sample, its image id, and what could not be read and was replaced."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Augmented | None, int, list[str]]:
+        """The sample, its image id, and what was wrong with photos that it replaces; None after ten of those."""
         epoch, index = key
         problems: list[str] = []
         for attempt in range(10):
@@ -215,7 +230,7 @@ class TrainingSet(Dataset):
                 problems.append(str(error))
                 continue
             return self.augment(sample, rng), self.dataset.image_ids[chosen], problems
-        raise RuntimeError(f"ten photos in a row cannot be read, the last: {problems[-1]}")
+        return None, -1, problems
 
 
 class EndlessShuffle(Sampler):
@@ -238,7 +253,7 @@ class EndlessShuffle(Sampler):
 
 @dataclass
 class Batch:
-    images: Tensor  # [B, 3, S, S] normalised RGB
+    images: Tensor  # [B, 3, S, S] normalised RGB; empty when ten photos in a row could not be used
     targets: list[Target]
     image_ids: list[int]
     problems: list[str]  # photos that could not be read and were replaced
@@ -253,8 +268,10 @@ class Batch:
         return Batch(self.images.pin_memory(), targets, self.image_ids, self.problems)
 
 
-def _collate(samples: list[tuple[Augmented, int, list[str]]]) -> Batch:
+def _collate(samples: list[tuple[Augmented | None, int, list[str]]]) -> Batch:
     augmented, image_ids, problems = zip(*samples, strict=True)
+    if None in augmented:
+        return Batch(torch.empty(0), [], [], [p for some in problems for p in some])
     images = torch.stack([torch.from_numpy(a.image) for a in augmented])
     targets = [
         {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "crowds")} for a in augmented

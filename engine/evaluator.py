@@ -100,11 +100,8 @@ def coco_metrics(
 def ground_truth(dataset: CocoDataset) -> COCO:
     """The annotation file as pycocotools wants it: numbers for ids, areas, and masks that decode."""
     images, annotations = [], []
-    for index, image in enumerate(dataset.images):
-        if not (image.get("height") and image.get("width")):
-            height, width = dataset.read_image(index).shape[:2]
-        else:
-            height, width = int(image["height"]), int(image["width"])
+    for index in range(len(dataset)):
+        height, width = dataset.stated_size(index) or dataset.read_image(index).shape[:2]
         images.append({"id": dataset.image_ids[index], "height": height, "width": width})
         for annotation in dataset.annotations(index):
             segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)

@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -171,11 +173,29 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_full_disk(small_config):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    with pytest.raises(UserError, match="cannot be written"):
-        save_checkpoint("/dev/full/x.pth", Yolact(small_config))
+FULL_DISK = """
+import resource, signal, sys
+from data.config import get_config
+from data.errors import run_main
+from engine.checkpoint import save_checkpoint
+from yolact import Yolact
+model = Yolact(get_config("yolact_lite"))
+save_checkpoint(sys.argv[1], model)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # as if the disk were full after a megabyte
+run_main(lambda: save_checkpoint(sys.argv[1], model))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_full_disk_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "model.pth"
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    done = subprocess.run(command, cwd=FIXTURES.parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+    assert model_from_weights(path).config == get_config("yolact_lite")
 
 
 def test_fine_tuning_copies_classes_of_the_same_name(tmp_path, small_config, capsys):

@@ -91,6 +91,35 @@ def test_broken_files(dataset, change, words):
     assert all(word in str(error.value) for word in words)
 
 
+def test_stated_size_is_checked(dataset):
+    def swap(content):
+        image = content["images"][0]
+        image["width"], image["height"] = image["height"], image["width"]
+        content["images"][1]["width"] = 127
+
+    data = CocoDataset(edit(dataset, swap), dataset.parent / "images")
+    with pytest.raises(UserError, match=r"image 10 .*is 96x128 in the file and 128x96 on disk: .*swapped"):
+        data[0]
+    with pytest.raises(UserError, match=r"127x96 in the file and 128x96 on disk$"):
+        data[1]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_orientation_is_the_one_that_was_annotated(dataset, stored):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees: 128x96 as stored, 96x128 as seen
+    Image.new("RGB", (128, 96)).save(dataset.parent / "images" / "picture_0.jpg", exif=exif)
+
+    def change(content):
+        width, height = (128, 96) if stored else (96, 128)
+        content["images"][0] |= {"file_name": "picture_0.jpg", "width": width, "height": height}
+
+    image = CocoDataset(edit(dataset, change), dataset.parent / "images").read_image(0)
+    assert image.shape[:2] == ((96, 128) if stored else (128, 96))
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png"])
 def test_names_may_not_leave_the_folder(dataset, name):
     data = CocoDataset(edit(dataset, lambda c: c["images"][0].update(file_name=name)), dataset.parent / "images")

@@ -67,10 +67,12 @@ def test_detections_and_masks(reference):
     found = Predictor(model, device="cpu", precision="fp32")(picture)
     assert found.labels.tolist() == stored["post_class"].tolist()
     assert np.abs(found.scores.numpy() - stored["post_score"]).max() < 1e-4
-    boxes = found.boxes.numpy()
+    beyond = found.boxes.numpy() - stored["post_box"]
     if layout == "authors":  # they cut boxes down to whole pixels
-        boxes = np.floor(boxes + 1e-3)
-    assert np.abs(boxes - stored["post_box"]).max() < 0.01
+        assert beyond.min() > -0.01
+        assert beyond.max() < 1.01
+    else:
+        assert np.abs(beyond).max() < 0.01
     areas, wanted = found.masks.sum(dim=(1, 2)).numpy(), stored["post_area"]
     assert (np.abs(areas - wanted) <= np.maximum(5, 0.005 * wanted)).all()
     for code, counts in zip(found[:30].encode_masks(), stored["rle"].tolist(), strict=True):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,8 +33,7 @@ def run(*args, code=0, cwd=ROOT, timeout=900):
     )
     assert done.returncode == code, done.stdout + done.stderr
     if code == 2:
-        last = done.stderr.strip().splitlines()
-        assert last[0].startswith(("error: ", "usage: ")), done.stderr
+        assert re.search("^error: ", done.stderr, re.MULTILINE), done.stderr
         assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 

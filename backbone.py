@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
+
+from data.errors import UserError, nearest
 
 
 class DeformConv2d(nn.Conv2d):
@@ -20,16 +23,23 @@ class DeformConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1)
         self.conv_offset_mask = nn.Conv2d(in_channels, 3 * 9, 3, stride=stride, padding=1)
-        nn.init.zeros_(self.conv_offset_mask.weight)
-        nn.init.zeros_(self.conv_offset_mask.bias)
+        for parameter in (self.bias, self.conv_offset_mask.weight, self.conv_offset_mask.bias):
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']. 18 channels of offsets (y, x for each tap), then 9 of weights."""
         offset, mask = self.conv_offset_mask(x).split((18, 9), dim=1)
-        # torchvision's kernel wants one dtype throughout, which autocast does not give it.
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        offset, mask = offset.to(x.dtype), mask.sigmoid().to(x.dtype)
-        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, mask=mask)
+        with torch.autocast(x.device.type, enabled=False):  # torchvision's kernel knows no bfloat16 on a CPU
+            out = deform_conv2d(
+                x.float(),
+                offset.float(),
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                mask=mask.float().sigmoid(),
+            )
+        return out.to(x.dtype)
 
 
 class Bottleneck(nn.Module):
@@ -214,6 +224,8 @@ BACKBONES = {
 
 def build_backbone(name: str, dcn_interval: int = 0) -> nn.Module:
     """The backbone called `name`, a key of BACKBONES, with random weights. Its `channels` are those of C3, C4, C5."""
+    if name not in BACKBONES:
+        raise UserError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}")
     return BACKBONES[name](dcn_interval)
 
 

@@ -12,7 +12,6 @@ Without --weights, the bundled ones are used.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from tqdm import tqdm
 
 from data.coco import CocoDataset
 from data.config import Config, get_config
-from data.errors import UserError, run_main
+from data.errors import UserError, positive, run_main
 from engine.checkpoint import model_from_weights
 from engine.devices import PRECISIONS
 from engine.evaluator import evaluate, predict_dataset
-from engine.media import Source, collect, read_image, split_output
+from engine.media import collect, read_image, split_output
 from engine.outputs import parse_kinds, write_json, write_results
 from engine.predictor import Predictor
 from engine.released import WEIGHTS_DIR
@@ -36,7 +35,9 @@ BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Segment pictures and videos with YOLACT, measure AP and speed.")
+    parser = argparse.ArgumentParser(
+        description="Segment pictures and videos with YOLACT, measure AP and speed.", allow_abbrev=False
+    )
     parser.add_argument("--weights", "--trained_model", help="a file or a released name (see weights/README.md)")
     parser.add_argument("--config", help="a name of data/config.py or a .py file; by default what the weights say")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -62,8 +63,8 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--size", help="the network's input as HxW, any from 32x32 on")
     how.add_argument("--no_crop", action="store_true", help="do not crop masks to their boxes")
     how.add_argument("--crop_after_resize", action="store_true", help="crop enlarged masks too: no pixel past a box")
-    how.add_argument("--batch_size", type=int, default=1, help="for --benchmark")
-    how.add_argument("--max_images", type=int, help="stop after so many pictures or frames")
+    how.add_argument("--batch_size", type=positive, default=1, help="for --benchmark")
+    how.add_argument("--max_images", type=positive, help="stop after so many pictures or frames")
     return parser.parse_args()
 
 
@@ -124,27 +125,29 @@ def segment_pictures(args: argparse.Namespace) -> int:
             continue
         detections = predictor(image)
         origin = {"image_id": number, "file_name": str(source.path)}
-        written = write_results(image, detections, source.output, kinds, origin, overlay_suffix(source))
+        written = write_results(image, detections, source.output, kinds, origin, source.suffix)
         tqdm.write(f"{source.path}: {len(detections)} found -> {', '.join(map(str, written))}")
     if unreadable:
         print(f"{unreadable} of {len(sources)} pictures could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 
-def overlay_suffix(source: Source) -> str:
-    """PNG for lossless pictures, else JPEG; with a name of its own where it would replace the picture itself."""
-    suffix = ".png" if source.path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
-    same = source.output.with_name(source.output.name + suffix).resolve() == source.path.resolve()
-    return f".overlay{suffix}" if same else suffix
+def video_name(path: str) -> str:
+    """The name of a video without its suffix, whatever other dots are in it."""
+    path = Path(path)
+    return path.stem if path.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif") else path.name
 
 
 def segment_video(args: argparse.Namespace) -> int:
     kinds = parse_kinds(args.save)
     source, target = split_output(args.video)
-    output = args.output or Path(target or f"results/{'camera' * source.isdigit()}{Path(source).stem}")
+    output = Path(args.output or target or "results")
+    if output.is_dir() or (args.output or target) is None:
+        output = output / f"{'camera' * source.isdigit()}{video_name(source)}"
+    output = output.with_name(video_name(str(output)))
     predictor = build_predictor(args, load_model(args), 0.3)
-    report = process_video(predictor, source, output.with_suffix(""), kinds, args.max_images)
-    print(f"{source} -> {output.with_suffix('')}: {report}")
+    report = process_video(predictor, source, output, kinds, args.max_images)
+    print(f"{source} -> {output}{'.mp4' * ('overlay' in kinds)}: {report}")
     return 130 if report.interrupted else 0
 
 
@@ -182,8 +185,7 @@ def measure_speed(args: argparse.Namespace) -> int:
     report = benchmark(build_predictor(args, model, 0.05), args.batch_size, provide_detections=args.weights is None)
     print(format_report(report))
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.output, report)
     return 0
 
 

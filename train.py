@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.coco import Batch, CocoDataset, training_batches
 from data.config import Config, get_config, override, parse_overrides
-from data.errors import UserError, run_main
+from data.errors import UserError, positive, run_main
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.devices import PRECISIONS, autocast, choose_device, choose_precision
 from engine.evaluator import compare_classes, evaluate
@@ -41,7 +41,7 @@ from yolact import Yolact
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train YOLACT on a data set in COCO format.")
+    parser = argparse.ArgumentParser(description="Train YOLACT on a data set in COCO format.", allow_abbrev=False)
     parser.add_argument("--config", help="a name of data/config.py, or a .py file that defines `config`")
     parser.add_argument("--train_annotations", type=Path, help="COCO JSON; the classes come from it")
     parser.add_argument("--train_images", type=Path, help="the folder of its photos")
@@ -52,11 +52,11 @@ def parse_args() -> argparse.Namespace:
         "--init", default="imagenet", help="weights to start from: a file, a released name, imagenet, none"
     )
     start.add_argument("--resume", type=Path, help="the folder (or checkpoint) of a run to go on with")
-    parser.add_argument("--batch_size", type=int, help="the learning rate and the schedule scale with it")
+    parser.add_argument("--batch_size", type=positive, help="the learning rate and the schedule scale with it")
     parser.add_argument("--lr", type=float, help="learning rate, taken as it is")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int)
-    length.add_argument("--max_iter", type=int)
+    length.add_argument("--epochs", type=positive)
+    length.add_argument("--max_iter", type=positive)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
     parser.add_argument("--workers", type=int, default=2, help="processes that read and augment; 0: none")
@@ -65,7 +65,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, help="runs/CONFIG by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override the configuration")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="key=value", help="override the configuration"
+    )
     return parser.parse_args()
 
 
@@ -99,7 +101,7 @@ class Schedule:
         batch_size = args.batch_size or config.batch_size
         scale = batch_size / config.batch_size
         per_epoch = max(1, math.ceil(num_images / batch_size))
-        lr = args.lr or config.lr * scale
+        lr = config.lr * scale if args.lr is None else args.lr
         if args.max_iter or args.epochs:
             max_iter = args.max_iter or args.epochs * per_epoch
             whole = config.epochs * per_epoch or round(config.max_iter / scale)
@@ -111,10 +113,10 @@ class Schedule:
         else:
             max_iter, steps = round(config.max_iter / scale), tuple(round(s / scale) for s in config.lr_steps)
         plan = f"cosine to 0 at {max_iter}" if config.lr_schedule == "cosine" else f"x{config.lr_gamma} at {steps}"
+        scaled = "" if args.lr is not None or scale == 1 else f" ({config.lr:g} x {scale:g} for the batch size)"
         print(
-            f"schedule: {max_iter} iterations of {batch_size} ({max_iter / per_epoch:.1f} epochs), learning rate {lr:g}"
-            f"{'' if args.lr or scale == 1 else f' ({config.lr:g} x {scale:g} for the batch size)'}, {plan}, "
-            f"warm-up {config.warmup_iters}"
+            f"schedule: {max_iter} iterations of {batch_size} ({max_iter / per_epoch:.1f} epochs), learning rate "
+            f"{lr:g}{scaled}, {plan}, warm-up {config.warmup_iters}"
         )
         return cls(config, lr, max_iter, steps)
 
@@ -172,9 +174,10 @@ class Run:
             self._stop_non_finite(batch, losses)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
-        if self.model.config.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.model.config.clip_grad)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.model.config.clip_grad or math.inf)
+        if not (norm.isfinite() or self.scaler.is_enabled()):  # a scaler skips such a step and lowers its scale
+            self._stop_non_finite(batch, losses | {"gradient": norm})
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
@@ -223,24 +226,46 @@ class Run:
 
 def load_data(args: argparse.Namespace) -> tuple[CocoDataset, CocoDataset | None]:
     train = CocoDataset(args.train_annotations, args.train_images)
+    train.check_photos()
     if args.val_annotations is None:
         return train, None
     val = CocoDataset(args.val_annotations, args.val_images or args.train_images)
-    if (val.class_names, val.category_ids) != (train.class_names, train.category_ids):
+    val.check_photos()
+    if val.class_names != train.class_names:
         known = Config("train", class_names=train.class_names, category_ids=train.category_ids)
         table = compare_classes(val, known).replace("in the weights", "in training")
         raise UserError(f"{val.path}: its categories are not those of {train.path}\n{table}")
     return train, val
 
 
+def restore_arguments(args: argparse.Namespace, stored: dict[str, Any]) -> None:
+    """Fill `args` with what the run was started with; what is given now counts where it can."""
+    given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("--")}
+    for key in ("config", "set", "batch_size", "lr", "init", "seed"):
+        if key in given:
+            raise UserError(f"--{key} cannot change in a run that goes on; start a new one with --init {args.resume}")
+    if given & {"epochs", "max_iter"}:
+        given |= {"epochs", "max_iter"}
+    for key, value in stored.items():
+        if key not in given and key not in ("resume", "output_dir"):
+            is_path = key.endswith(("_annotations", "_images")) and value is not None
+            setattr(args, key, Path(value) if is_path else value)
+
+
 def _resumed_folder(resume: Path | None) -> Path | None:
     return resume if resume is None or resume.is_dir() else resume.parent
 
 
-def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, CocoDataset, CocoDataset | None]:
+def build_run(args: argparse.Namespace) -> tuple[Run, CocoDataset, CocoDataset | None]:
     """Data, model and optimiser, new or as the checkpoint of --resume has them."""
     args.output_dir = args.output_dir or _resumed_folder(args.resume) or Path("runs") / Path(args.config).stem
     if args.resume is None:
+        torch.manual_seed(args.seed)
+        device = choose_device(args.device)
+        if (args.output_dir / "last.pth").exists():
+            raise UserError(
+                f"{args.output_dir} holds a run: --resume {args.output_dir}, or choose another --output_dir"
+            )
         train, val = load_data(args)
         config = get_config(args.config, **parse_overrides(args.set))
         config = override(config, class_names=train.class_names, category_ids=train.category_ids)
@@ -251,17 +276,12 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, Coco
     content = read_checkpoint(path)
     if "training" not in content:
         raise UserError(f"{path}: holds weights alone, no state of a run; start a new one with --init {path}")
-    # What the run was started with, but what is given now counts: the machine may be another one.
-    given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("--")}
-    for key, value in content["training"]["args"].items():
-        if key not in given and key not in ("resume", "output_dir"):
-            is_path = key.endswith(("_annotations", "_images", "_dir")) and value is not None
-            setattr(args, key, Path(value) if is_path else value)
+    restore_arguments(args, content["training"]["args"])
     model = Yolact.from_weights(path)
     train, val = load_data(args)
     if train.class_names != model.config.class_names:
         raise UserError(f"{train.path}: its categories are not the run's\n{compare_classes(train, model.config)}")
-    run = Run(model, args, device)
+    run = Run(model, args, choose_device(args.device))
     run.load(content["training"])
     print(f"resumed {path} at step {run.step}")
     return run, train, val
@@ -270,9 +290,13 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, Coco
 def fit(run: Run, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int) -> bool:
     """Train to the end of the schedule, or until told to stop by Ctrl-C or SIGTERM; True when it was the end."""
     stopped: list[int] = []  # by signals; the step under way is finished first
-    before = {
-        number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def stop(number: int, _: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt  # the second time at once
+        stopped.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     unreadable = 0
     try:
         with (
@@ -296,11 +320,12 @@ def fit(run: Run, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset
                 bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
                 if run.step % val_interval == 0 or run.step == schedule.max_iter:
                     log.flush()
-                    if val is not None:
+                    run.save("last.pth")  # whatever the validation meets
+                    if val is not None and not stopped:
                         metrics = validate(run, val)
                         bar.write(f"step {run.step}: {summary(metrics)}")
                         log.write(json.dumps({"step": run.step, **metrics}) + "\n")
-                    run.save("last.pth")
+                        run.save("last.pth")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -334,9 +359,8 @@ def main() -> int:
     args = parse_args()
     if args.resume is None and not (args.config and args.train_annotations and args.train_images):
         raise UserError("give --config, --train_annotations and --train_images, or --resume with a run's folder")
-    device = choose_device(args.device)
-    torch.manual_seed(args.seed)
-    run, train, val = build_run(args, device)
+    run, train, val = build_run(args)
+    device = run.device
     config = run.model.config
     batch_size = args.batch_size or config.batch_size
     schedule = Schedule.build(config, args, len(train))
@@ -357,7 +381,7 @@ def main() -> int:
     if finished and val is not None:
         print(run.table)
     if finished:
-        print(f"done: {run.folder / 'last.pth'}" + (f", best: {run.folder / 'best.pth'}" if val is not None else ""))
+        print(f"done: {run.folder / 'last.pth'}" + (f", best: {run.folder / 'best.pth'}" if run.best >= 0 else ""))
     return 0 if finished else 130
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from data.coco import Sample
 
 
+CANVAS_BGR = (103.94, 116.78, 123.68)  # the mean colour of COCO's photos, around those that were made smaller
+
+
 @dataclass
 class Augmented:
     """What the network and the loss take, as arrays."""
@@ -66,7 +69,6 @@ class Augment:
         self.size = config.max_size
         rows, columns = feature_sizes(self.size, self.size)[0]
         self.mask_size = (2 * rows, 2 * columns)
-        self.mean_bgr = tuple(reversed(config.mean))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Augmented:
         window = self.choose_window(sample, rng)
@@ -114,12 +116,13 @@ class Augment:
             (size, size),
             flags=cv2.INTER_LINEAR,
             borderMode=cv2.BORDER_CONSTANT,
-            borderValue=self.mean_bgr,
+            borderValue=CANVAS_BGR,
         ).astype(np.float32)
         if self.config.augment_photometric:
             # The canvas around the photo keeps the mean colour.
             corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
-            (x1, y1), (x2, y2) = corners.min(axis=0).clip(0).astype(int), np.ceil(corners.max(axis=0)).astype(int)
+            (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
+            x1, y1, x2, y2 = int(x1), int(y1), int(x2), int(y2)
             out[y1:y2, x1:x2] = distort(out[y1:y2, x1:x2], rng)
         return normalise(out, self.config)
 

@@ -8,6 +8,7 @@ loader = training_batches(dataset, config, seed=0)   # endless (images, targets)
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,14 @@ class CocoDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def check_photos(self) -> None:
+        """Raise UserError unless every photo of the file is there."""
+        missing = [path for path in map(self.image_path, range(len(self))) if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{self.path}: {len(missing)} of {len(self)} photos are not there, the first is {missing[0]}"
+            )
 
     def image_path(self, index: int) -> Path:
         """Where the photo lies. Names that lead out of the photo folder are refused."""
@@ -279,9 +288,12 @@ def _collate(samples: list[tuple[Augmented | None, int, list[str]]]) -> Batch:
     return Batch(images, targets, list(image_ids), [p for some in problems for p in some])
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     cv2.setNumThreads(1)  # the processes are the parallelism
     torch.set_num_threads(1)
+    # Ctrl-C and a batch system's SIGTERM reach all processes; the main one ends the run, and with it the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def training_batches(
@@ -303,7 +315,7 @@ def training_batches(
         sampler=EndlessShuffle(len(dataset), seed, start, rank, world_size),
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory,
     )
     return iter(loader)

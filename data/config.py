@@ -277,8 +277,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if origin is tuple:
             item, *rest = typing.get_args(hint)
             if isinstance(value, str):  # "(16,), (32,)" or "person, dog"
-                value = ast.literal_eval(value) if value.lstrip()[:1] in ("(", "[") else value.split(",")
-            value = tuple(_convert(key, part.strip() if isinstance(part, str) else part, item) for part in value)
+                nested = value.lstrip()[:1] in ("(", "[")
+                value = ast.literal_eval(value) if nested else [part.strip() for part in value.split(",")]
+            value = tuple(_convert(key, part, item) for part in value)
             if rest and rest[0] is not Ellipsis and len(value) != 1 + len(rest):
                 raise ValueError
             return value
@@ -298,6 +299,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
 
 def _check(config: Config) -> None:
     """Values of the right type that still cannot work."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"configuration key {field.name!r}: {value} is negative")
     if config.max_size < 32:
         raise UserError(f"max_size={config.max_size}: the network needs at least 32 pixels a side")
     if len(config.class_names) != len(config.category_ids):
@@ -308,10 +313,14 @@ def _check(config: Config) -> None:
         raise UserError(
             f"{config.name}: anchor_sizes needs one entry for each of P3..P7, not {len(config.anchor_sizes)}"
         )
+    if len({len(sides) for sides in config.anchor_sizes}) > 1 or not (config.anchor_sizes[0] and config.aspect_ratios):
+        raise UserError(
+            f"{config.name}: anchor_sizes needs as many sides at every level, and aspect_ratios at least one"
+        )
+    if min(config.batch_size, config.lr, config.num_classes) <= 0 or not (config.max_iter or config.epochs):
+        raise UserError(f"{config.name}: batch_size, lr, and one of max_iter and epochs must be more than 0")
+    if config.ema >= 1:
+        raise UserError(f"configuration key 'ema': {config.ema} must be less than 1")
     for key, known in (("optimizer", ("sgd", "adamw")), ("lr_schedule", ("steps", "cosine"))):
         if getattr(config, key) not in known:
             raise UserError(f"unknown {key} {getattr(config, key)!r}{nearest(getattr(config, key), known)}")
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f"configuration key {field.name!r}: {value} is negative")

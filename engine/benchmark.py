@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.devices import autocast
+from engine.devices import autocast, cpu_facts
 from engine.predictor import Detections, Predictor
 from layers.detect import Candidates
 from yolact import Predictions
@@ -51,6 +50,7 @@ def benchmark(
                     times[stage].append(1000 * seconds)
     stages = {stage: dict(zip(("p10", "median", "p90"), np.percentile(v, (10, 50, 90)).tolist(), strict=True))
               for stage, v in times.items()}  # fmt: skip
+    memory = _peak_memory(predictor.device)  # before the probes below take theirs
     flops = _flops(predictor, batch_size)
     peak = matmul_peak(predictor.device, predictor.dtype)
     seconds = stages["network"]["median"] / 1000
@@ -73,7 +73,7 @@ def benchmark(
         "matmul_peak_gflops": peak / 1e9,
         "share_of_peak": flops / seconds / peak,
         "memory_copy_gb_s": copy_peak(predictor.device) / 1e9,
-        "peak_memory_mib": _peak_memory(predictor.device),
+        "peak_memory_mib": memory,
     }
 
 
@@ -193,13 +193,17 @@ def device_name(device: torch.device) -> str:
     """The hardware in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    name = cpu_facts().get("cpu_name") or platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def _peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

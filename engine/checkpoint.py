@@ -18,10 +18,13 @@ from typing import IO, Any
 
 import torch
 
-from data.config import Config, config_from_dict
+from data.config import CONFIGS, Config, config_from_dict
 from data.errors import UserError, nearest
 from engine.convert import Weights, as_float32, backbone_state, convert, shorten
 from yolact import Yolact
+
+# What gives weights their meaning beyond their shapes.
+MEANING = ("backbone", "anchor_sizes", "aspect_ratios", "square_anchors", "mean", "std", "fpn_relu", "p6_from_c5")
 
 
 @contextmanager
@@ -114,13 +117,30 @@ def model_from_weights(path_or_name: str | Path, config: Config | None = None) -
             others = ", ".join(weights.ambiguous)
             print(f"{path}: these weights fit {others}; taking {config.name} (choose with --config)")
     else:
-        # The file knows the classes, the configuration everything else.
-        classes = {"class_names": weights.config.class_names, "category_ids": weights.config.category_ids}
-        if config.num_classes != weights.config.num_classes or weights.layout == "own":
-            config = dataclasses.replace(config, **classes)
+        config = _reconcile(config, weights, path)
     model = Yolact(config)
     _load_strictly(model, weights, path)
     return model
+
+
+def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
+    """`config` with the classes of the file; UserError where it would give the same weights another meaning."""
+    stored = weights.config
+    if weights.layout == "own":
+        different = [key for key in MEANING if getattr(config, key) != getattr(stored, key)]
+        if different:
+            raise UserError(
+                f"{path}: was trained as {stored.name!r} with other {', '.join(different)} than configuration "
+                f"{config.name!r} has; leave --config out, the file knows its own"
+            )
+    elif config.num_classes == stored.num_classes:
+        return config
+    elif stored == CONFIGS[stored.name]:
+        raise UserError(
+            f"{path}: does not fit configuration {config.name!r} with {config.num_classes} classes; these are weights "
+            f"of {stored.name!r} with {stored.num_classes}"
+        )
+    return dataclasses.replace(config, class_names=stored.class_names, category_ids=stored.category_ids)
 
 
 def load_weights(model: Yolact, path: str | Path) -> None:

@@ -77,6 +77,8 @@ def convert(content: dict[str, Any], source: str) -> Weights:
     between configurations that differ in nothing that a state_dict shows. Raises UserError when it is no YOLACT."""
     if "state_dict" in content and isinstance(content["state_dict"], dict):
         state, layout = _rename(content["state_dict"], MMDET, None, source), "mmdet"
+        if "head.box.bias" not in state:
+            raise UserError(f"{source}: incomplete weights, 'bbox_head.conv_reg.bias' is missing")
         state = {name: _background_first(name, value, state) for name, value in state.items()}
         names = _names_from_meta(content.get("meta") or {})
     elif any(str(name).startswith("prediction_layers.") for name in content):

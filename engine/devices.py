@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -17,12 +18,20 @@ def available_devices() -> list[str]:
     return [name for name, there in found if there] + ["cpu"]
 
 
+def cpu_facts() -> dict[str, Any]:
+    """What PyTorch knows of the processor; nothing before PyTorch 2.11."""
+    ask = getattr(torch.cpu, "get_capabilities", dict)
+    return dict(ask())
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """The device called `name` (cpu, cuda, cuda:1, mps), or the fastest for "auto"; UserError when it is not there."""
     found = available_devices()
     if name == "auto":
         return torch.device(found[0])
-    if name.split(":")[0] not in found:
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in found or (index and not (index.isdigit() and int(index) < count)):
         raise UserError(f"no device {name!r} on this machine; there is {', '.join(found)}")
     return torch.device(name)
 
@@ -32,8 +41,7 @@ def bf16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+        return bool(cpu_facts().get("amx_bf16") or cpu_facts().get("avx512_bf16"))
     return False
 
 

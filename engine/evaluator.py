@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,33 @@ from tqdm import tqdm
 
 from data.coco import CocoDataset, as_id, normalise_segmentation
 from data.errors import UserError
-from engine.predictor import Detections
+from engine.predictor import Predictor
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 def predict_dataset(
-    predictor: Callable[[np.ndarray], Detections],
+    predictor: Predictor,
     dataset: CocoDataset,
     max_images: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """COCO results of the whole data set, or of its first `max_images` pictures."""
+    """COCO results of the whole data set, or of its first `max_images` pictures, with the ids of its file.
+
+    Raises UserError when the file's classes are not the model's.
+    """
+    if dataset.class_names != predictor.config.class_names:
+        raise UserError(
+            f"{dataset.path}: its classes are not those of the weights\n{compare_classes(dataset, predictor.config)}"
+        )
     results: list[dict[str, Any]] = []
     indices = range(len(dataset))[:max_images]
     for index in tqdm(indices, desc="evaluating", disable=None if progress else True):
         results += predictor(dataset.read_image(index)).to_coco(dataset.image_ids[index])
+    # The weights may know the same classes by other ids.
+    to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
+    for result in results:
+        result["category_id"] = to_file[result["category_id"]]
     return results
 
 
@@ -45,15 +55,7 @@ def evaluate(
     Values are 0..1, and -1 where there is nothing to measure, as COCOeval has it. Raises UserError when the data set's
     classes are not the model's.
     """
-    if dataset.class_names != predictor.config.class_names:
-        raise UserError(
-            f"{dataset.path}: its classes are not those of the weights\n{compare_classes(dataset, predictor.config)}"
-        )
     results = predict_dataset(predictor, dataset, max_images, progress)
-    # The weights may know the same classes by other ids.
-    to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
-    for result in results:
-        result["category_id"] = to_file[result["category_id"]]
     return {"results": results, **coco_metrics(dataset, results, max_images, per_class)}
 
 

@@ -18,12 +18,16 @@ from data.errors import UserError
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 
 
+MADE_HERE = re.compile(r"\.yolact\.|\.(masks|prototypes)\.png$")  # in a folder of pictures: results of an earlier run
+
+
 @dataclass(frozen=True)
 class Source:
-    """One picture to read, and the path that its results are named after, without a suffix."""
+    """One picture to read, the path that its results are named after, and the suffix of its overlay."""
 
     path: Path
     output: Path
+    suffix: str
 
 
 def read_image(path: str | Path) -> np.ndarray | None:
@@ -58,50 +62,49 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
     """The pictures that `--image` (paths, globs, `-` for a list on standard input) and `--images` (folders) mean.
 
     Results go to `output`, a folder, or a file for a single picture; to what stands after the colon of `in:out`; or to
-    `results`. In a folder they keep the names of the pictures and of the folders they lie in, and never overwrite each
-    other. Raises UserError when there is nothing to do.
+    `results`. In a folder they keep the names of the pictures and of the folders they lie in; they overwrite neither
+    each other nor the pictures. Raises UserError when there is nothing to do.
     """
-    pairs: list[tuple[Path, Path]] = []  # picture, its name under the output folder
-    fixed: dict[Path, Path] = {}  # picture -> the file that was asked for
-    outputs: dict[Path, Path] = {}  # picture -> its output folder
+    jobs: list[tuple[Path, Path, str | None]] = []  # picture, its name under a folder, the folder or file asked for
     base = output or Path("results")
     for text in _with_stdin(images):
         found, target = _expand(text)
-        for path in found:
-            pairs.append((path, Path(path.name)))
-            outputs[path] = Path(target) if target else base
-        if target and Path(target).suffix.lower() in SUFFIXES and len(found) == 1:
-            fixed[found[0]] = Path(target)
+        jobs += [(path, Path(path.name), target) for path in found]
     for text in folders:
         folder, target = split_output(text)
-        for path in _pictures_in(Path(folder)):
-            pairs.append((path, path.relative_to(folder)))
-            outputs[path] = Path(target) if target else base
-    if output is not None and output.suffix.lower() in SUFFIXES:
-        if len(pairs) > 1:
-            raise UserError(f"--output {output} is a file, but there are {len(pairs)} pictures; name a folder")
-        fixed = {path: output for path, _ in pairs}
-    return _named(pairs, fixed, outputs)
-
-
-def _named(pairs: list[tuple[Path, Path]], fixed: dict[Path, Path], outputs: dict[Path, Path]) -> list[Source]:
-    """Give each picture a name of its own: its stem, with its suffix or a number where stems are the same."""
+        found = _pictures_in(Path(folder), base)
+        jobs += [(path, path.relative_to(folder), target) for path in found]
+    if not jobs:
+        raise UserError("no pictures: the list on standard input is empty")
+    is_file = output is not None and output.suffix.lower() in SUFFIXES
+    if is_file and len(jobs) > 1:
+        raise UserError(f"--output {output} is a file, but there are {len(jobs)} pictures; name a folder")
     taken: set[Path] = set()
     sources = []
-    for path, name in pairs:
-        if path in fixed:
-            sources.append(Source(path, fixed[path].with_suffix("")))
-            continue
-        candidate = outputs[path] / name.with_suffix("")
-        if candidate in taken:
-            candidate = outputs[path] / name.with_name(name.name.replace(".", "_"))
-        number = 2
-        while candidate in taken:
-            candidate = outputs[path] / name.with_name(f"{name.stem}_{number}")
-            number += 1
-        taken.add(candidate)
-        sources.append(Source(path, candidate))
+    for path, name, target in jobs:
+        wanted = Path(target) if target else base
+        if wanted.suffix.lower() in SUFFIXES and (target or is_file):
+            source = Source(path, wanted.with_suffix(""), wanted.suffix)
+            if source.output in taken or wanted.resolve() == path.resolve():
+                what = (
+                    "is the picture itself" if wanted.resolve() == path.resolve() else "is the result of two pictures"
+                )
+                raise UserError(f"{wanted}: {what}; choose another name")
+        else:
+            lossless = path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff")
+            source = Source(path, _free_name(path, wanted / name, taken), ".png" if lossless else ".jpg")
+        taken.add(source.output)
+        sources.append(source)
     return sources
+
+
+def _free_name(path: Path, target: Path, taken: set[Path]) -> Path:
+    """`target` without its suffix, or with more to its name where that is taken or would lie beside the picture."""
+    if target.parent.resolve() == path.parent.resolve():
+        target = target.with_name(f"{target.stem}.yolact{target.suffix}")
+    stem = target.name.removesuffix(target.suffix)
+    candidates = [stem, target.name.replace(".", "_"), *(f"{stem}_{n}" for n in range(2, len(taken) + 3))]
+    return next(free for name in candidates if (free := target.with_name(name)) not in taken)
 
 
 def _with_stdin(images: Iterable[str]) -> list[str]:
@@ -125,11 +128,19 @@ def _expand(text: str) -> tuple[list[Path], str | None]:
     return found, target
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    """The pictures in a folder and in those below it."""
+def _pictures_in(folder: Path, output: Path | None = None) -> list[Path]:
+    """The pictures in a folder and in those below it, but for results of earlier runs."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    results = output.resolve() if output is not None and output.resolve() != folder.resolve() else None
+    found = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES
+        and p.is_file()
+        and not MADE_HERE.search(p.name)
+        and not (results is not None and results in p.resolve().parents)
+    )
     if not found:
         raise UserError(f"{folder}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    _write_bytes(path, json.dumps(content).encode())
+    _write_bytes(path, json.dumps(content, indent=1 if isinstance(content, dict) else None).encode() + b"\n")
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -73,7 +74,9 @@ def write_results(
         write_image(path(".masks.png"), instance_map(detections))
         write_json(path(".masks.json"), origin | {"instances": instance_table(detections)})
     if "polygons" in kinds:
-        write_json(path(".polygons.json"), labelme(detections, str(origin.get("file_name", output.name))))
+        beside = output.parent.resolve()  # LabelMe looks for the picture from where the JSON lies
+        picture = os.path.relpath(Path(origin["file_name"]).resolve(), beside)
+        write_json(path(".polygons.json"), labelme(detections, picture))
     if "prototypes" in kinds:
         write_image(path(".prototypes.png"), prototype_sheet(detections))
     return written

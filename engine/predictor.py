@@ -29,6 +29,8 @@ from layers.masks import assemble_masks, combine
 from layers.nms import NMS
 from yolact import Predictions, Yolact
 
+MAX_BATCH = 16  # pictures that go through the network at once
+
 
 @dataclass
 class Detections:
@@ -51,13 +53,11 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: int | slice | Tensor | np.ndarray | Sequence[int]) -> Detections:
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"detection {index} of {len(self)}")
-            index = [index]
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.scores.device)
-            index = index if index.numel() else index.long()
+            if index.ndim == 0 and not -len(self) <= int(index) < len(self):
+                raise IndexError(f"detection {int(index)} of {len(self)}")
+            index = (index if index.numel() else index.long()).reshape(-1)
         names = ("boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
@@ -65,7 +65,7 @@ class Detections:
     def masks(self) -> Tensor:
         """[N, H, W] bool, at the picture's size. For many objects on a large picture `iter_masks` needs less memory."""
         chunks = list(self.iter_masks())
-        return torch.cat(chunks) if chunks else torch.zeros((0, *self.size), dtype=torch.bool)
+        return torch.cat(chunks) if chunks else self.scores.new_zeros((0, *self.size), dtype=torch.bool)
 
     def iter_masks(self, budget: int = 256 * 2**20) -> Iterator[Tensor]:
         """The masks in order, as bool chunks [n, H, W] made with about `budget` bytes each."""
@@ -168,10 +168,12 @@ class Predictor:
         for picture in pictures:
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
                 raise ValueError(f"expected a uint8 picture [H, W, 3], not {picture.dtype} {list(picture.shape)}")
-        batch = torch.stack([self.preprocess(picture) for picture in pictures])
-        predictions = self.predict(batch)
-        candidates = self.detect(predictions)
-        found = [self.collect(predictions, candidates, i, p.shape[:2]) for i, p in enumerate(pictures)]
+        found: list[Detections] = []
+        for start in range(0, len(pictures), MAX_BATCH):
+            some = pictures[start : start + MAX_BATCH]
+            predictions = self.predict(torch.stack([self.preprocess(picture) for picture in some]))
+            candidates = self.detect(predictions)
+            found += [self.collect(predictions, candidates, i, p.shape[:2]) for i, p in enumerate(some)]
         return found[0] if single else found
 
     def preprocess(self, image: np.ndarray) -> Tensor:
@@ -190,17 +192,21 @@ class Predictor:
         with autocast(self.device, self.dtype):
             return self.forward(batch)
 
+    @property
+    def strict(self) -> bool:
+        """Whether nothing under the threshold may come out."""
+        return self.config.clip_boxes or self.score_threshold > self.config.score_threshold
+
     def detect(self, predictions: Predictions) -> Candidates:
         """Raw outputs -> `top_k` slots a picture."""
         config, threshold = self.config, self.score_threshold
-        strict = config.clip_boxes or threshold > config.score_threshold
         return detect(
             predictions.boxes,
             predictions.logits,
             predictions.coefficients,
             self.anchors,
             score_threshold=threshold,
-            min_score=threshold if strict else 0.0,
+            min_score=threshold if self.strict else 0.0,
             iou_threshold=config.nms_threshold,
             nms=self.nms,
             nms_top_k=config.nms_top_k,
@@ -222,7 +228,7 @@ class Predictor:
         if self.model.mask_iou is not None and len(scores):
             soft = combine(prototypes, coefficients, boxes if self.crop else None)
             mask_scores = scores * self.model.mask_iou(soft).gather(1, labels[:, None])[:, 0]
-        return Detections(
+        found = Detections(
             boxes=torch.minimum((boxes * limits).clamp(min=0), limits),
             scores=scores,
             mask_scores=mask_scores,
@@ -236,3 +242,8 @@ class Predictor:
             crop=self.crop,
             crop_after_resize=self.crop_after_resize,
         )
+        if self.model.mask_iou is not None and self.score_threshold > self.config.score_threshold:
+            # What a person asked to see is judged by the re-scored value, as the authors' display does it.
+            found = found[mask_scores.argsort(descending=True)]
+            found = found[found.mask_scores >= self.score_threshold]
+        return found

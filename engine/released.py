@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import urllib.error
+import http.client
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +64,17 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     path = Path(path_or_name)
     if path.exists():
         return path
-    name = canonical_name(str(path_or_name))
-    local = folder / f"{name}.pth"
-    if local.is_file():
-        return local
-    if name in RELEASED and path.parent == Path("."):
-        return download(RELEASED[name], folder)
+    given = str(path_or_name)
+    name = canonical_name(given)
+    if path.parent == Path("."):
+        local = [folder / given, folder / f"{given}.pth"]
+        if not path.suffix:  # a name alone also means the file of that configuration that was saved here by hand
+            local += [p for p in sorted(folder.glob("*.pth")) if canonical_name(p.name) == name]
+        for candidate in local:
+            if candidate.is_file():
+                return candidate
+        if name in RELEASED and given.removesuffix(".pth") in (name, RELEASED[name].file_name.removesuffix(".pth")):
+            return download(RELEASED[name], folder)
     if path.suffix or path.parent != Path("."):
         raise UserError(f"{path}: no such weights file")
     raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{nearest(name, RELEASED)}")
@@ -98,7 +103,7 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0)
             if not digest.hexdigest().startswith(entry.sha256):
                 wrong = digest.hexdigest()[: len(entry.sha256)]
                 raise UserError(f"{entry.file_name}: SHA-256 starts with {wrong}, not {entry.sha256}{by_hand}")
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"{entry.file_name}: cannot be downloaded ({reason}){by_hand}") from None
     return target

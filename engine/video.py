@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import signal
@@ -10,14 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
 
 from data.errors import UserError
 from engine.checkpoint import atomic_write
-from engine.outputs import write_results
+from engine.outputs import write_image, write_results
 from engine.predictor import Detections, Predictor
 
 _END = None
@@ -51,23 +52,22 @@ class VideoSource:
             raise UserError(f"{'camera ' * self.camera}{source}: cannot be opened as a video")
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.fps = rate if 0 < rate < 1000 else 30.0
-        count = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        self.length = int(count) if count > 0 and not self.camera else None
         self.queue: queue.Queue = queue.Queue(1 if self.camera else ahead)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
     def _read(self) -> None:
-        while not self.stop.is_set():
-            there, frame = self.capture.read()
-            item = (time.perf_counter(), frame) if there else _END
-            if self.camera and self.queue.full():  # a camera's old frames are worth nothing
-                with _ignore_empty():
+        there = True
+        while there and not self.stop.is_set():
+            try:
+                there, frame = self.capture.read()
+            except cv2.error:
+                there = False
+            if there and self.camera and self.queue.full():  # a camera's old frames are worth nothing
+                with contextlib.suppress(queue.Empty):
                     self.queue.get_nowait()
-            _put(self.queue, item, self.stop)
-            if item is _END:
-                return
+            _put(self.queue, (time.perf_counter(), frame) if there else _END, self.stop)
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
         while True:
@@ -84,14 +84,8 @@ class VideoSource:
     def close(self) -> None:
         self.stop.set()
         self.thread.join(timeout=5)
-        self.capture.release()
-
-
-class _ignore_empty:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, *_: Any) -> bool:
-        return kind is queue.Empty
+        if not self.thread.is_alive():  # one that hangs in a read would crash
+            self.capture.release()
 
 
 def _put(items: queue.Queue, item: Any, stop: threading.Event) -> None:
@@ -105,16 +99,24 @@ def _put(items: queue.Queue, item: Any, stop: threading.Event) -> None:
 
 
 class VideoWriter:
-    """Draws and encodes in a thread of its own, and writes one JSON of all frames. `close` ends the files properly."""
+    """Draws and encodes in a thread of its own. `close` ends the files properly and gives them their names."""
 
     def __init__(self, output: Path, kinds: tuple[str, ...], name: str, fps: float, report: VideoReport):
         self.output, self.kinds, self.name, self.fps, self.report = output, kinds, name, fps, report
+        self.film = output.with_name(output.name + ".mp4")
         self.encoder: cv2.VideoWriter | None = None
-        self.results: list[dict[str, Any]] = []
+        self.files = contextlib.ExitStack()
+        self.json: IO[bytes] | None = None
         self.error: BaseException | None = None
         self.queue: queue.Queue = queue.Queue(4)
         self.thread = threading.Thread(target=self._run, daemon=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if "json" in kinds:  # a line a detection, as they come: a long film has millions
+                self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
+                self.json.write(b"[")
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
         self.thread.start()
 
     def put(self, item: tuple[float, int, np.ndarray, Detections]) -> None:
@@ -139,18 +141,23 @@ class VideoWriter:
             if self.encoder is None:
                 self.encoder = self._open(frame)
             self.encoder.write(detections.draw(frame))
-        if "json" in self.kinds:
-            self.results += [origin | result for result in detections.to_coco(index)]
+        if self.json is not None:
+            for result in detections.to_coco(index):
+                self.json.write((b",\n" if self.json.tell() > 1 else b"\n") + json.dumps(origin | result).encode())
         per_frame = tuple(kind for kind in self.kinds if kind in ("masks", "polygons", "prototypes"))
         if per_frame:
-            write_results(frame, detections, self.output / f"{index:06d}", per_frame, origin, ".jpg")
+            path = self.output / f"{index:06d}"
+            if "polygons" in per_frame:  # LabelMe shows them on the frame
+                origin["file_name"] = str(path.with_suffix(".jpg"))
+                write_image(path.with_suffix(".jpg"), frame)
+            write_results(frame, detections, path, per_frame, origin, ".jpg")
         self.report.latencies.append(time.perf_counter() - read_at)
 
     def _open(self, frame: np.ndarray) -> cv2.VideoWriter:
-        path = str(self.output.with_name(self.output.name + ".mp4"))
-        encoder = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), self.fps, frame.shape[1::-1])
+        self.part = self.film.with_name(f".{self.film.stem}.part.mp4")
+        encoder = cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, frame.shape[1::-1])
         if not encoder.isOpened():
-            raise UserError(f"{path}: cannot be written as a video")
+            raise UserError(f"{self.film}: cannot be written as a video")
         return encoder
 
     def close(self) -> None:
@@ -158,9 +165,10 @@ class VideoWriter:
         self.thread.join()
         if self.encoder is not None:
             self.encoder.release()
-        if "json" in self.kinds:
-            with atomic_write(self.output.with_name(self.output.name + ".json")) as out:
-                out.write(json.dumps(self.results).encode())
+            self.part.replace(self.film)
+        if self.json is not None:
+            self.json.write(b"\n]\n")
+        self.files.close()
 
 
 def process_video(
@@ -171,9 +179,15 @@ def process_video(
     The first Ctrl-C ends it: what was read is written and the files are closed. Raises UserError for a source that
     cannot be opened.
     """
+    if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
+        raise UserError(f"{source}: the result would replace the film itself; choose another --output")
     report = VideoReport()
     video = VideoSource(source)
-    writer = VideoWriter(output, kinds, Path(source).name, video.fps, report)
+    try:
+        writer = VideoWriter(output, kinds, Path(source).name, video.fps, report)
+    except UserError:
+        video.close()
+        raise
 
     def interrupt(*_: Any) -> None:
         report.interrupted = True

@@ -147,7 +147,8 @@ class MultiBoxLoss:
             if total == 0:
                 continue
             if total > self.config.masks_to_train:
-                chosen = chosen[torch.randperm(total, device=chosen.device)[: self.config.masks_to_train]]
+                # drawn on the CPU, whose random state checkpoints keep
+                chosen = chosen[torch.randperm(total)[: self.config.masks_to_train].to(chosen.device)]
             objects, boxes = matches.objects[b, chosen], matches.boxes[b, chosen]
             truth = shrink_masks(target["masks"], size)[objects]
             coefficients = predictions.coefficients[b, chosen].float()

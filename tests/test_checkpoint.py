@@ -101,6 +101,16 @@ def test_wrong_configuration_names_the_right_one(tmp_path):
         load_weights(Yolact(get_config("yolact_resnet50")), tmp_path / "w.pth")
 
 
+def test_configurations_that_would_change_the_meaning_are_refused(tmp_path, small_config):
+    write(tmp_path / "coco.pth", "dbolya", SHAPES["dbolya/yolact_resnet50_config"])
+    with pytest.raises(UserError, match="weights of 'yolact_resnet50' with 80"):
+        model_from_weights(tmp_path / "coco.pth", get_config("yolact_resnet50_pascal"))
+    save_checkpoint(tmp_path / "own.pth", Yolact(small_config))
+    with pytest.raises(UserError, match="other anchor_sizes"):
+        model_from_weights(tmp_path / "own.pth", get_config("yolact_lite"))
+    assert model_from_weights(tmp_path / "own.pth", small_config).config == small_config
+
+
 def test_missing_and_foreign_entries_are_listed(tmp_path):
     state = random_state(SHAPES["dbolya/yolact_resnet50_config"])
     torch.save({**state, "extra.weight": torch.zeros(1)}, tmp_path / "more.pth")
@@ -275,6 +285,15 @@ def test_download(server, tmp_path, monkeypatch):
     assert released.download(entry("http://127.0.0.1:9/good.pth"), tmp_path) == path  # offline once it is there
     monkeypatch.setitem(released.RELEASED, "yolact_r50", entry(f"{server}/other.pth", digits))
     assert released.find_weights("yolact_r50", tmp_path).name == "other.pth"
+
+
+def test_files_saved_by_hand_are_found_and_names_of_others_download_nothing(tmp_path):
+    (tmp_path / "yolact_im400_54_800000.pth").touch()
+    for name in ("yolact_im400", "yolact_im400_54_800000", "yolact_im400_54_800000.pth"):
+        assert released.find_weights(name, tmp_path).name == "yolact_im400_54_800000.pth"
+    for name in ("yolact_base_12_34567.pth", "runs/yolact_base.pth"):
+        with pytest.raises(UserError, match="no such weights file"):
+            released.find_weights(name, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_published_schedules():
 def test_overrides_are_converted_and_checked():
     config = get_config(
         "yolact_r50", max_size="400", lr="2e-3", square_anchors="true", class_names="a, b", category_ids=(1, 2),
-        anchor_sizes="((1,), (2,), (3,), (4,), (5, 6))",
+        anchor_sizes="((1, 2), (2, 3), (3, 4), (4, 5), (5, 6))",
     )  # fmt: skip
     assert (config.max_size, config.lr, config.square_anchors) == (400, 2e-3, True)
     assert config.class_names == ("a", "b")
@@ -67,6 +67,9 @@ def test_overrides_are_converted_and_checked():
         ({"lr": -1}, ["lr", "negative"]),
         ({"optimizer": "sdg"}, ["sdg", "'sgd'"]),
         ({"anchor_sizes": "(1,"}, ["anchor_sizes"]),
+        ({"anchor_sizes": "((1,), (2,), (3,), (4,), (5, 6))"}, ["anchor_sizes", "every level"]),
+        ({"ema": 2}, ["ema"]),
+        ({"batch_size": 0}, ["batch_size"]),
         ({"class_names": ("one",)}, ["1 class_names", "80 category_ids"]),
     ],
 )

@@ -86,6 +86,7 @@ def test_detections_behave_like_a_list():
     assert len(found) == 2
     assert [len(d) for d in (found[0], found[:1], found[[True, False]], found[torch.tensor([1, 0])])] == [1, 1, 1, 2]
     assert found[-1].scores.tolist() == pytest.approx([0.6])
+    assert len(found[found.scores.argmax()]) == len(found[np.int64(1)]) == 1
     assert torch.equal(found[1].masks[0], found.masks[1])
     assert len(list(found)) == 2
     with pytest.raises(IndexError):
@@ -165,7 +166,7 @@ def test_any_network_size(weights, size):
 def test_predictor_refuses(weights):
     model = Yolact.from_weights(weights)
     for options, words in (
-        ({"device": "cuda:9"}, "there is" if torch.cuda.is_available() else "no device 'cuda:9'"),
+        ({"device": "cuda:99"}, "no device 'cuda:99'"),
         ({"precision": "int8"}, "unknown precision"),
         ({"precision": "fp16"}, "for GPUs"),
         ({"nms": "fats"}, "did you mean 'fast'"),
@@ -237,6 +238,11 @@ def test_names_never_collide(tmp_path):
     outputs = [s.output.relative_to(tmp_path / "out").as_posix() for s in sources]
     assert len(set(outputs)) == 4
     assert "b/a" in outputs
+    for explicit in (["a.jpg:o.jpg", "a.png:o.jpg"], ["a.jpg:a.jpg"]):
+        with pytest.raises(UserError, match="choose another name"):
+            collect([f"{tmp_path}/in/{e.split(':')[0]}:{tmp_path}/in/{e.split(':')[1]}" for e in explicit], [], None)
+    beside = collect([], [str(tmp_path / "in")], tmp_path / "in")
+    assert {s.output.name for s in beside} == {"a.yolact", "a_yolact_png", "a_png.yolact"}
     twice = collect([str(tmp_path / "in/a.jpg"), str(tmp_path / "in/b/a.jpg")], [], tmp_path / "out")
     assert len({s.output for s in twice}) == 2
 
@@ -274,7 +280,9 @@ def test_command_line_places_of_results(weights, tmp_path):
     run(*common, "--image", f"{tmp_path}/a.jpg:{tmp_path}/deep/er/b.jpg")
     run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png")
     run(*common, "--image", f"{tmp_path}/*.jpg", "--output", tmp_path)
-    for name in ("results/a.jpg", "results/a.json", "deep/er/b.jpg", "deep/er/b.json", "c.json", "a.overlay.jpg"):
+    run(*common, "--images", tmp_path, "--output", tmp_path / "results")  # finds the picture, not the results
+    names = "results/a.jpg results/a.json deep/er/b.jpg deep/er/b.json c.png c.json a.yolact.jpg a.yolact.json"
+    for name in names.split():
         assert (tmp_path / name).is_file(), name
     assert (tmp_path / "a.jpg").read_bytes() == before
     listed = subprocess.run(
@@ -299,7 +307,7 @@ def test_command_line_mistakes(weights, dataset, tmp_path):
         (["--image", dataset, "--save", "overlays"], "did you mean 'overlay'"),
         (["--image", dataset, "--size", "400"], "HxW"),
         (["--image", dataset, "--config", "yolact_r55"], "did you mean 'yolact_r50"),
-        (["--image", dataset, "--config", "yolact_r50"], "does not fit configuration 'yolact_r50'"),
+        (["--image", dataset, "--config", "yolact_r50"], "leave --config out"),
         (["--image", dataset, "--weights", dataset], "a text file"),
         (["--image", dataset, "--weights", "none.pth"], "no such weights file"),
     ]
@@ -358,7 +366,7 @@ def test_video_keeps_length_rate_and_order(weights, film, tmp_path):
     assert rate == pytest.approx(12.5)
     assert np.abs([f.mean() - 12 * i for i, f in enumerate(written)]).max() < 9
     assert sorted(p.name for p in (tmp_path / "out/seg").glob("*.png"))[-1] == "000019.masks.png"
-    assert all("video" in r for r in json.loads((tmp_path / "out/seg.json").read_text()))
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_interrupted_video_is_playable(predictor, film, tmp_path):
@@ -379,7 +387,32 @@ def test_interrupted_video_is_playable(predictor, film, tmp_path):
     assert report.interrupted
     written, _ = frames(tmp_path / "cut.mp4")
     assert 5 <= len(written) == report.frames < 20
-    assert isinstance(json.loads((tmp_path / "cut.json").read_text()), list)
+    results = json.loads((tmp_path / "cut.json").read_text())
+    assert {r["frame"] for r in results} == set(range(report.frames))
+    assert results[0]["video"] == "film.mp4"
+
+
+def test_video_does_not_replace_itself(predictor, film):
+    from engine.video import process_video
+
+    before = film.read_bytes()
+    with pytest.raises(UserError, match="replace the film itself"):
+        process_video(predictor, str(film), film.with_suffix(""), ("overlay",))
+    assert film.read_bytes() == before
+
+
+def test_errors_while_writing_reach_the_caller(predictor, film, tmp_path, monkeypatch):
+    from engine import video
+
+    def fail(*_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr(video, "write_results", fail)
+    with pytest.raises(UserError, match="disk full"):
+        video.process_video(predictor, str(film), tmp_path / "x", ("masks",))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        video.process_video(predictor, str(film), tmp_path / "file" / "x", ("json",))
 
 
 def test_broken_video(predictor, tmp_path):

@@ -68,6 +68,8 @@ def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
         patch.setattr(sys, "argv", [str(a) for a in train_args(dataset, *options, "--output_dir", tmp_path / "parts")])
         assert train.main() == 130
     assert torch.load(tmp_path / "parts/last.pth", weights_only=True)["training"]["step"] == 3
+    assert "cannot change" in run("train.py", "--resume", tmp_path / "parts", "--batch_size", "4", code=2)
+    assert "holds a run" in run(*train_args(dataset, "--output_dir", tmp_path / "parts"), code=2)
     out = run("train.py", "--resume", tmp_path / "parts")
     assert "resumed" in out
     whole, parts = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "parts"))
@@ -89,20 +91,27 @@ def test_schedule_scales_visibly_and_the_log_is_complete(dataset, tmp_path):
     assert {"AP", "AP50"} <= set(steps[-1]["segm"])
 
 
-def test_interrupted_runs_are_saved(dataset, tmp_path):
-    args = train_args(dataset, "--batch_size", "2", "--max_iter", "100000", "--output_dir", tmp_path / "run")
-    process = subprocess.Popen(
-        [sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    log = tmp_path / "run" / "log.jsonl"
-    started = time.time()
-    while not (log.exists() and log.stat().st_size) and time.time() - started < 120:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=120)
-    assert process.returncode == 130
-    saved = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
-    assert saved["training"]["step"] >= 1
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_runs_are_saved(dataset, tmp_path, number):
+    """As a terminal or a batch system does it: all processes of the run get the signal."""
+    folder = tmp_path / "run"
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "100000", "--output_dir", folder)
+    args[args.index("--workers") + 1] = "1"
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, args)], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
+        started = time.time()
+        while "2/100000" not in (tmp_path / "out").read_text() and time.time() - started < 120:
+            time.sleep(0.2)
+        os.killpg(process.pid, number)
+        process.wait(timeout=120)
+    text = (tmp_path / "out").read_text()
+    assert process.returncode == 130, text
+    assert f"go on with: python train.py --resume {folder}" in text
+    assert "Traceback" not in text
+    assert torch.load(folder / "last.pth", weights_only=True)["training"]["step"] >= 2
 
 
 def test_mistakes_get_one_line(dataset, tmp_path):

@@ -1,0 +1,93 @@
+"""What each NMS, and each way to crop masks, does to AP and to time (the paper's Table 2a, repeated).
+
+python benchmarks/nms.py --weights runs/mine/best.pth --annotations val.json --image_dir photos --output benchmarks/nms.json
+
+AP is COCOeval's. Time is that of the step alone, median over the pictures: from raw outputs to detections for the NMS,
+from detections to masks at the pictures' size for the crops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from data.coco import CocoDataset
+from data.errors import run_main
+from engine.benchmark import device_name
+from engine.evaluator import evaluate
+from engine.predictor import Predictor
+from layers.nms import NMS
+from yolact import Yolact
+
+CROPS = {"crop": {}, "no crop": {"crop": False}, "crop after resize": {"crop_after_resize": True}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--annotations", type=Path, required=True)
+    parser.add_argument("--image_dir", type=Path, required=True)
+    parser.add_argument("--max_images", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/nms.json"))
+    args = parser.parse_args()
+    model = Yolact.from_weights(args.weights)
+    dataset = CocoDataset(args.annotations, args.image_dir)
+    rows = []
+    for name, options in [(nms, {"nms": nms}) for nms in NMS] + list(CROPS.items())[1:]:
+        predictor = Predictor(model, args.device, **options)
+        metrics = evaluate(predictor, dataset, args.max_images)
+        step = _mask_times(predictor, dataset) if name in CROPS else _detect_times(predictor, dataset)
+        box, mask = metrics["bbox"], metrics["segm"]
+        rows.append(
+            {"variant": name, "box_AP": box["AP"], "mask_AP": mask["AP"], "mask_AP50": mask["AP50"], "ms": step}
+        )
+        print(rows[-1])
+    report = {
+        "command": " ".join(sys.argv),
+        "configuration": model.config.name,
+        "input": model.config.max_size,
+        "classes": model.config.num_classes,
+        "pictures": len(dataset),
+        "device": device_name(predictor.device),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _median(
+    dataset: CocoDataset, prepare: Callable[[Any], Any], step: Callable[[Any], Any], pictures: int = 40
+) -> float:
+    """Median milliseconds of `step` on what `prepare` makes of the first pictures, after a warm-up."""
+    times = []
+    with torch.inference_mode():
+        for index in range(min(pictures, len(dataset))):
+            given = prepare(dataset.read_image(index))
+            started = time.perf_counter()
+            step(given)
+            times.append(1000 * (time.perf_counter() - started))
+    return round(statistics.median(times[3:] or times), 2)
+
+
+def _detect_times(predictor: Predictor, dataset: CocoDataset) -> float:
+    return _median(dataset, lambda image: predictor.predict(predictor.preprocess(image)[None]), predictor.detect)
+
+
+def _mask_times(predictor: Predictor, dataset: CocoDataset) -> float:
+    return _median(dataset, predictor, lambda found: list(found.iter_masks()))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -120,7 +120,8 @@ def segment_pictures(args: argparse.Namespace) -> int:
     for number, source in enumerate(tqdm(sources, desc="segmenting", disable=None if several else True), start=1):
         image = read_image(source.path)
         if image is None:
-            tqdm.write(f"{source.path}: cannot be read as a picture, skipped", file=sys.stderr)
+            problem = "cannot be read as a picture" if source.path.is_file() else "no such picture"
+            tqdm.write(f"{source.path}: {problem}, skipped", file=sys.stderr)
             unreadable += 1
             continue
         detections = predictor(image)
@@ -197,6 +198,8 @@ def main() -> int:
         "--annotations": args.annotations is not None,
         "--benchmark": args.benchmark,
     }
+    if args.no_crop and args.crop_after_resize:
+        raise UserError("--no_crop and --crop_after_resize exclude each other")
     chosen = [name for name, on in modes.items() if on]
     if len(chosen) != 1:
         problem = "nothing to do" if not chosen else f"{' and '.join(chosen)} at once"

@@ -1,6 +1,6 @@
 """What each NMS, and each way to crop masks, does to AP and to time (the paper's Table 2a, repeated).
 
-python benchmarks/nms.py --weights runs/mine/best.pth --annotations val.json --image_dir photos --output benchmarks/nms.json
+python benchmarks/nms.py --weights runs/mine/best.pth --annotations val.json --image_dir photos --output nms.json
 
 AP is COCOeval's. Time is that of the step alone, median over the pictures: from raw outputs to detections for the NMS,
 from detections to masks at the pictures' size for the crops.

@@ -42,9 +42,15 @@ def read_image(path: str | Path) -> np.ndarray | None:
     if data.size == 0:
         return None
     try:
-        return cv2.imdecode(data, cv2.IMREAD_COLOR)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error:
         return None
+    if image is None or image.dtype == np.uint8:
+        return image
+    # 12-bit cameras fill a part of the 16 bits; floating point pictures go to 1 or to 255.
+    top = image.max(initial=0)
+    scale = (1 / 257 if top > 4095 else 1 / 16) if image.dtype == np.uint16 else (255 if top <= 1 else 1)
+    return (image * np.float32(scale)).round().clip(0, 255).astype(np.uint8)
 
 
 def split_output(text: str) -> tuple[str, str | None]:
@@ -67,15 +73,20 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
     """
     jobs: list[tuple[Path, Path, str | None]] = []  # picture, its name under a folder, the folder or file asked for
     base = output or Path("results")
+    missing: list[Path] = []
     for text in _with_stdin(images):
         found, target = _expand(text)
+        missing += [] if found else [Path(split_output(text)[0])]
         jobs += [(path, Path(path.name), target) for path in found]
     for text in folders:
         folder, target = split_output(text)
         found = _pictures_in(Path(folder), base)
         jobs += [(path, path.relative_to(folder), target) for path in found]
     if not jobs:
-        raise UserError("no pictures: the list on standard input is empty")
+        raise UserError(
+            f"{missing[0]}: no such picture" if missing else "no pictures: the list on standard input is empty"
+        )
+    jobs += [(path, Path(path.name), None) for path in missing]  # reported when their turn comes
     is_file = output is not None and output.suffix.lower() in SUFFIXES
     if is_file and len(jobs) > 1:
         raise UserError(f"--output {output} is a file, but there are {len(jobs)} pictures; name a folder")
@@ -116,16 +127,13 @@ def _with_stdin(images: Iterable[str]) -> list[str]:
 
 
 def _expand(text: str) -> tuple[list[Path], str | None]:
-    """The pictures that one argument of `--image` means, and where their results go if it says so."""
+    """The pictures that one argument of `--image` means, none if it names none, and where their results go."""
     pattern, target = split_output(text)
     if os.path.isdir(pattern):
         return _pictures_in(Path(pattern)), target
     if os.path.exists(pattern):
         return [Path(pattern)], target
-    found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    if not found:
-        raise UserError(f"{pattern}: no such picture")
-    return found, target
+    return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)), target
 
 
 def _pictures_in(folder: Path, output: Path | None = None) -> list[Path]:

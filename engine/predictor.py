@@ -161,11 +161,15 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray | list[np.ndarray]) -> Any:
+        if images is None or isinstance(images, (str, bytes)):
+            raise TypeError(f"expected a picture as cv2.imread gives it, not {images!r}: does the file exist?")
         single = isinstance(images, np.ndarray)
         pictures = [images] if single else list(images)
         if not pictures:
             return []
         for picture in pictures:
+            if not isinstance(picture, np.ndarray):
+                raise TypeError(f"expected pictures as cv2.imread gives them, not {type(picture).__name__}")
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
                 raise ValueError(f"expected a uint8 picture [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         found: list[Detections] = []

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from data.errors import UserError
 from engine.checkpoint import atomic_write
@@ -52,6 +53,8 @@ class VideoSource:
             raise UserError(f"{'camera ' * self.camera}{source}: cannot be opened as a video")
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.fps = rate if 0 < rate < 1000 else 30.0
+        count = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.length = int(count) if count > 0 and not self.camera else None
         self.queue: queue.Queue = queue.Queue(1 if self.camera else ahead)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._read, daemon=True)
@@ -104,6 +107,7 @@ class VideoWriter:
     def __init__(self, output: Path, kinds: tuple[str, ...], name: str, fps: float, report: VideoReport):
         self.output, self.kinds, self.name, self.fps, self.report = output, kinds, name, fps, report
         self.film = output.with_name(output.name + ".mp4")
+        self.part = output.with_name(f".{output.name}.part.mp4")
         self.encoder: cv2.VideoWriter | None = None
         self.files = contextlib.ExitStack()
         self.json: IO[bytes] | None = None
@@ -154,21 +158,37 @@ class VideoWriter:
         self.report.latencies.append(time.perf_counter() - read_at)
 
     def _open(self, frame: np.ndarray) -> cv2.VideoWriter:
-        self.part = self.film.with_name(f".{self.film.stem}.part.mp4")
         encoder = cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, frame.shape[1::-1])
         if not encoder.isOpened():
             raise UserError(f"{self.film}: cannot be written as a video")
         return encoder
 
     def close(self) -> None:
+        """Raises what went wrong while writing; then no file appears."""
         self.queue.put(_END)
         self.thread.join()
-        if self.encoder is not None:
-            self.encoder.release()
-            self.part.replace(self.film)
-        if self.json is not None:
-            self.json.write(b"\n]\n")
-        self.files.close()
+        try:
+            with self.files:
+                if self.error is not None:
+                    raise self.error
+                if self.json is not None:
+                    self.json.write(b"\n]\n")
+                if self.encoder is not None:
+                    self._finish_film()
+        except OSError as error:
+            raise UserError(f"{self.output}: cannot be written ({error.strerror or error})") from None
+        finally:
+            self.part.unlink(missing_ok=True)
+
+    def _finish_film(self) -> None:
+        """OpenCV says nothing when a disk is full: whether the film is whole shows when it is opened."""
+        self.encoder.release()
+        check = cv2.VideoCapture(str(self.part))
+        playable = check.isOpened()
+        check.release()
+        if not playable:
+            raise UserError(f"{self.film}: cannot be written whole; is the disk full?")
+        self.part.replace(self.film)
 
 
 def process_video(
@@ -197,19 +217,21 @@ def process_video(
     before = signal.signal(signal.SIGINT, interrupt) if in_main else None
     started = time.perf_counter()
     try:
-        for read_at, frame in video:
+        for read_at, frame in tqdm(video, total=max_frames or video.length, desc="frames", disable=None):
             writer.put((read_at, report.frames, frame, predictor(frame)))
             report.frames += 1
             if report.frames == max_frames:
                 break
+    except BaseException as error:
+        writer.error = writer.error or error
     finally:
         video.close()
-        writer.close()
-        if in_main:
-            signal.signal(signal.SIGINT, before)
+        try:
+            writer.close()
+        finally:
+            if in_main:
+                signal.signal(signal.SIGINT, before)
     report.seconds = time.perf_counter() - started
-    if writer.error is not None:
-        raise writer.error
     if report.frames == 0 and not report.interrupted:
         raise UserError(f"{source}: no frame could be read from this video")
     return report

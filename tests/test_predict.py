@@ -176,6 +176,9 @@ def test_predictor_refuses(weights):
     ):
         with pytest.raises(UserError, match=words):
             Predictor(model, **({"device": "cpu"} | options))
+    for wrong in (None, "a.jpg", [None]):
+        with pytest.raises(TypeError, match=r"cv2\.imread"):
+            Predictor(model, "cpu")(wrong)
     with pytest.raises(ValueError, match="uint8"):
         Predictor(model, "cpu")(np.zeros((5, 5)))
 
@@ -209,6 +212,10 @@ def test_every_kind_of_picture_is_read(tmp_path):
             assert np.array_equal(image, color), name
     rgb.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
+    cv2.imwrite(str(tmp_path / "twelve.png"), color.astype(np.uint16) * 16)
+    assert np.array_equal(read_image(tmp_path / "twelve.png"), color)
+    cv2.imwrite(str(tmp_path / "float.tiff"), color.astype(np.float32) / 255)
+    assert np.array_equal(read_image(tmp_path / "float.tiff"), color)
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     (tmp_path / "empty.jpg").touch()
     for name in ("bad.jpg", "empty.jpg", "none.jpg"):
@@ -258,6 +265,10 @@ def test_command_line_writes_every_kind(weights, tmp_path):
     out = run("eval.py", "--weights", weights, "--images", folder, "--output", tmp_path / "out", "--save", kinds,
               "--device", "cpu", code=1)  # fmt: skip
     assert "broken.jpg: cannot be read" in out
+    out_2 = run("eval.py", "--weights", weights, "--image", "none.jpg", folder / "p1.jpg", "--output", tmp_path / "two",
+                "--device", "cpu", code=1)  # fmt: skip
+    assert "none.jpg: no such picture" in out_2
+    assert (tmp_path / "two/p1.jpg").is_file()
     assert "1 of 4 pictures could not be read" in out
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     endings = ("", ".json", ".masks.json", ".masks.png", ".polygons.json", ".prototypes.png")
@@ -303,6 +314,7 @@ def test_command_line_mistakes(weights, dataset, tmp_path):
         (["--annotations", dataset], "--image_dir"),
         (["--annotations", tmp_path / "none.json", "--image_dir", tmp_path], "no such annotation file"),
         ([], "nothing to do"),
+        (["--image", dataset, "--no_crop", "--crop_after_resize"], "exclude each other"),
         (["--image", weights, "--benchmark"], "at once"),
         (["--image", dataset, "--save", "overlays"], "did you mean 'overlay'"),
         (["--image", dataset, "--size", "400"], "HxW"),
@@ -401,12 +413,39 @@ def test_video_does_not_replace_itself(predictor, film):
     assert film.read_bytes() == before
 
 
+FULL_DISK = """
+import resource, signal, sys, numpy as np
+from data.errors import run_main
+import eval as script
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # as if the disk were full
+run_main(script.main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("kind", ["overlay", "json"])
+def test_full_disk_leaves_no_broken_film(weights, film, tmp_path, kind):
+    args = ["--weights", weights, "--video", film, "--output", tmp_path / "out/film", "--save", kind, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot be written" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_errors_while_writing_reach_the_caller(predictor, film, tmp_path, monkeypatch):
     from engine import video
 
     def fail(*_):
         raise UserError("disk full")
 
+    monkeypatch.setattr(video.VideoWriter, "_finish_film", fail)
+    with pytest.raises(UserError, match="disk full"):
+        video.process_video(predictor, str(film), tmp_path / "x", ("overlay", "json"))
+    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
     monkeypatch.setattr(video, "write_results", fail)
     with pytest.raises(UserError, match="disk full"):
         video.process_video(predictor, str(film), tmp_path / "x", ("masks",))

@@ -289,7 +289,8 @@ def _collate(samples: list[tuple[Augmented | None, int, list[str]]]) -> Batch:
 
 
 def _start_worker(_worker: int) -> None:
-    cv2.setNumThreads(1)  # the processes are the parallelism
+    if cv2.getNumThreads() != 1:  # where processes are spawned; a forked one must not touch OpenCV's threads
+        cv2.setNumThreads(1)  # the processes are the parallelism
     torch.set_num_threads(1)
     # Ctrl-C and a batch system's SIGTERM reach all processes; the main one ends the run, and with it the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -318,4 +319,9 @@ def training_batches(
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    # A process forked while OpenCV has threads hangs in its first call: let there be none for the moment.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    batches = iter(loader)
+    cv2.setNumThreads(threads)
+    return batches

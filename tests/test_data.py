@@ -233,8 +233,13 @@ def test_unreadable_photo_is_replaced_and_named(dataset, small_config):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches(dataset, small_config, workers):
+    cv2.setNumThreads(4)
+    cv2.GaussianBlur(
+        np.zeros((2000, 2000, 3), np.uint8), (9, 9), 2
+    )  # OpenCV's threads run; processes fork all the same
     data = CocoDataset(dataset, dataset.parent / "images")
     batches = training_batches(data, small_config, batch_size=3, seed=0, workers=workers)
+    assert cv2.getNumThreads() == 4
     batch = next(batches)
     assert batch.images.shape == (3, 3, 96, 96)
     assert len(batch.targets) == len(batch.image_ids) == 3

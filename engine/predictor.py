@@ -36,7 +36,7 @@ MAX_BATCH = 16  # pictures that go through the network at once
 class Detections:
     """What was found in one picture, best first. Indexing with a number, slice or mask gives fewer of them."""
 
-    boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels of the picture
+    boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels of the picture; x1 > x2 or y1 > y2 if all of it lies outside
     scores: Tensor  # [N] 0..1
     mask_scores: Tensor  # [N] the same, or as YOLACT++ re-scores it by the mask's quality
     labels: Tensor  # [N] 0..C-1
@@ -101,7 +101,7 @@ class Detections:
                     "category_name": self.class_names[label],
                     "score": scores[i],
                     "mask_score": mask_scores[i],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "bbox": [x1, y1, max(0.0, x2 - x1), max(0.0, y2 - y1)],
                     "segmentation": segmentation,
                 }
             )
@@ -233,7 +233,9 @@ class Predictor:
             soft = combine(prototypes, coefficients, boxes if self.crop else None)
             mask_scores = scores * self.model.mask_iou(soft).gather(1, labels[:, None])[:, 0]
         found = Detections(
-            boxes=torch.minimum((boxes * limits).clamp(min=0), limits),
+            boxes=torch.cat(
+                ((boxes * limits)[:, :2].clamp(min=0), torch.minimum(boxes * limits, limits)[:, 2:]), dim=1
+            ),
             scores=scores,
             mask_scores=mask_scores,
             labels=labels,

@@ -159,8 +159,9 @@ def test_every_nms_and_threshold(weights, nms):
 def test_any_network_size(weights, size):
     found = Predictor(Yolact.from_weights(weights), "cpu", size=size)(photo(120, 300))
     assert len(found) > 0
-    assert (found.boxes <= torch.tensor([300, 120, 300, 120])).all()
-    assert (found.boxes >= 0).all()
+    assert (found.boxes[:, 2:] <= torch.tensor([300, 120])).all()
+    assert (found.boxes[:, :2] >= 0).all()
+    assert all(min(r["bbox"]) >= 0 for r in found.to_coco())
 
 
 def test_predictor_refuses(weights):

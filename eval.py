@@ -6,7 +6,7 @@ python eval.py --video film.mp4 --output film_segmented           # or a camera'
 python eval.py --weights runs/mine/best.pth --annotations val.json --image_dir photos
 python eval.py --weights yolact_r50 --benchmark
 
-Without --weights, the bundled ones are used.
+Without --weights, those bundled in weights/ are used, where this copy has them.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ python eval.py --image photo.jpg                                  # -> results/p
 python eval.py --images photos --output results --save overlay,json,masks,polygons
 python eval.py --video film.mp4 --output film_segmented           # or a camera's number: --video 0
 python eval.py --weights runs/mine/best.pth --annotations val.json --image_dir photos
+torchrun --nproc_per_node 8 eval.py --weights yolact_r50 --annotations val.json --image_dir photos   # 8 GPUs share it
 python eval.py --weights yolact_r50 --benchmark
 
 Without --weights, those bundled in weights/ are used, where this copy has them.
@@ -22,7 +23,8 @@ from data.config import Config, get_config
 from data.errors import UserError, positive, run_main
 from engine.checkpoint import model_from_weights
 from engine.devices import PRECISIONS
-from engine.evaluator import evaluate, predict_dataset
+from engine.distributed import Ranks, join
+from engine.evaluator import evaluate, per_class_table, predict_dataset
 from engine.media import collect, read_image, split_output
 from engine.outputs import parse_kinds, write_json, write_results
 from engine.predictor import Predictor
@@ -31,6 +33,7 @@ from engine.video import process_video
 from layers.nms import NMS
 from yolact import Yolact
 
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif"}
 BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
 
 
@@ -136,13 +139,15 @@ def segment_pictures(args: argparse.Namespace) -> int:
 def video_name(path: str) -> str:
     """The name of a video without its suffix, whatever other dots are in it."""
     path = Path(path)
-    return path.stem if path.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif") else path.name
+    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
 
 
 def segment_video(args: argparse.Namespace) -> int:
     kinds = parse_kinds(args.save)
     source, target = split_output(args.video)
     output = Path(args.output or target or "results")
+    if output.suffix.lower() in VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
+        raise UserError(f"{output}: films are written as .mp4; name it {output.with_suffix('.mp4').name}")
     if output.is_dir() or (args.output or target) is None:
         output = output / f"{'camera' * source.isdigit()}{video_name(source)}"
     output = output.with_name(video_name(str(output)))
@@ -152,25 +157,26 @@ def segment_video(args: argparse.Namespace) -> int:
     return 130 if report.interrupted else 0
 
 
-def measure_ap(args: argparse.Namespace) -> int:
+def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
     """COCO metrics; for a file without annotations, such as test-dev's, the results alone."""
     if args.image_dir is None:
         raise UserError("--annotations needs --image_dir, the folder of the photos")
     dataset = CocoDataset(args.annotations, args.image_dir)
+    args.device = str(ranks.device)
     predictor = build_predictor(args, load_model(args), 0.05)
     if not dataset.has_annotations:
         output = args.output or Path("results.json")
-        write_json(output, predict_dataset(predictor, dataset, args.max_images))
+        results = predict_dataset(predictor, dataset, args.max_images, ranks=ranks)
+        if ranks.main:
+            write_json(output, results)
         print(f"{args.annotations} has no annotations to compare with; results -> {output}")
         return 0
-    metrics = evaluate(predictor, dataset, args.max_images, args.per_class)
+    metrics = evaluate(predictor, dataset, args.max_images, args.per_class, ranks=ranks)
+    if metrics is None:  # the main process has them
+        return 0
     print(metrics["table"])
     if args.per_class:
-        print(f"{'class':<24}{'box AP':>8}{'mask AP':>9}{'AP50':>8}{'precision':>11}{'recall':>8}")
-        boxes = metrics["per_class"]["bbox"]
-        for name, row in metrics["per_class"]["segm"].items():
-            values = [boxes.get(name, {}).get("AP", -1), row["AP"], row["AP50"], row["precision"], row["recall"]]
-            print(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
+        print(per_class_table(metrics))
     if args.output is not None:
         results = metrics.pop("results")
         write_json(args.output, {k: v for k, v in metrics.items() if k != "table"})
@@ -208,7 +214,10 @@ def main() -> int:
         return segment_pictures(args)
     if args.video is not None:
         return segment_video(args)
-    return measure_ap(args) if args.annotations is not None else measure_speed(args)
+    if args.benchmark:
+        return measure_speed(args)
+    with join(args.device) as ranks:
+        return measure_ap(args, ranks)
 
 
 if __name__ == "__main__":

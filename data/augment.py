@@ -33,6 +33,7 @@ class Augmented:
     labels: np.ndarray  # int64 [n]
     masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the prototypes' size
     crowds: np.ndarray  # float32 [m, 4], corner form, relative
+    seed: np.ndarray  # int64 [], for what the loss draws at random
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Augment:
             sample.labels[kept],
             np.stack(masks) if masks else np.zeros((0, *self.mask_size), np.uint8),
             crowds,
+            np.array(rng.integers(2**62)),
         )
 
     def choose_window(self, sample: Sample, rng: np.random.Generator) -> Window:

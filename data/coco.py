@@ -7,6 +7,7 @@ loader = training_batches(dataset, config, seed=0)   # endless (images, targets)
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,6 +27,7 @@ from data.config import Config
 from data.errors import UserError
 
 Target = dict[str, Tensor]
+Box = tuple[float, float, float, float]
 
 
 @dataclass
@@ -61,10 +64,9 @@ class CocoDataset(Dataset):
         self.has_annotations = "annotations" in content
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._annotations: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in self.image_ids}
+        self.orphans: list[dict[str, Any]] = []  # annotations of photos that are not listed
         for annotation in content.get("annotations", []):
-            owner = as_id(annotation["image_id"], self.path)
-            if owner in self._annotations:
-                self._annotations[owner].append(annotation)
+            self._annotations.get(as_id(annotation["image_id"], self.path), self.orphans).append(annotation)
         self._check()
 
     def _check(self) -> None:
@@ -125,11 +127,35 @@ class CocoDataset(Dataset):
     def stated_size(self, index: int) -> tuple[int, int] | None:
         """Height and width of a photo as the file has them, None where it does not say."""
         image = self.images[index]
-        return (int(image["height"]), int(image["width"])) if image.get("height") and image.get("width") else None
+        try:
+            size = int(float(image["height"])), int(float(image["width"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+        return size if min(size) > 0 else None
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """The annotations of a photo, as they are in the file."""
         return self._annotations[self.image_ids[index]]
+
+    def label_of(self, annotation: dict[str, Any]) -> int:
+        """The label 0..C-1 of an annotation."""
+        return self._label[as_id(annotation["category_id"], self.path)]
+
+    @staticmethod
+    def box_of(annotation: dict[str, Any], segmentation: Any, height: int, width: int) -> Box | None:
+        """The annotation's box (x1, y1, x2, y2), clipped to the photo; None if nothing is left of it."""
+        stated = _numbers(annotation.get("bbox"))
+        if stated is not None and len(stated) == 4:
+            x, y, w, h = map(float, stated)
+        elif isinstance(segmentation, list):
+            points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
+            (x, y), (w, h) = points.min(axis=0), np.ptp(points, axis=0)
+        elif segmentation is not None:
+            x, y, w, h = rle.toBbox(segmentation)
+        else:
+            return None
+        x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
+        return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
     def __getitem__(self, index: int) -> Sample:
         image = self.read_image(index)
@@ -137,14 +163,14 @@ class CocoDataset(Dataset):
         boxes, labels, segmentations, crowds = [], [], [], []
         for annotation in self.annotations(index):
             segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)
-            box = _box(annotation, segmentation, height, width)
+            box = self.box_of(annotation, segmentation, height, width)
             if box is None:
                 continue
-            if annotation.get("iscrowd") or segmentation is None:
+            if is_crowd(annotation) or segmentation is None:
                 crowds.append(box)  # without a mask it can still keep its anchors from being called background
             else:
                 boxes.append(box)
-                labels.append(self._label[as_id(annotation["category_id"], self.path)])
+                labels.append(self.label_of(annotation))
                 segmentations.append(segmentation)
         return Sample(
             image,
@@ -184,38 +210,50 @@ def as_id(value: Any, path: Path) -> int:
         raise UserError(f"{path}: id {value!r} is not a whole number") from None
 
 
-def normalise_segmentation(segmentation: Any, height: int, width: int) -> Any:
-    """Polygons of at least three points, or an RLE with compressed counts of the photo's size; None if neither."""
-    from pycocotools import mask as rle
+def is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is a crowd region; some files have "0" and "1" for it."""
+    return str(annotation.get("iscrowd") or 0) not in ("0", "false", "False")
 
+
+def normalise_segmentation(segmentation: Any, height: int, width: int) -> Any:
+    """Flat polygons of at least three points, or an RLE with compressed counts of the photo's size; None if neither."""
     if isinstance(segmentation, list):
+        if len(segmentation) == 1 and isinstance(segmentation[0], dict):
+            return normalise_segmentation(segmentation[0], height, width)
         if segmentation and not isinstance(segmentation[0], (list, tuple)):
             segmentation = [segmentation]  # one flat polygon
-        return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0] or None
-    if isinstance(segmentation, dict) and "counts" in segmentation:
-        if list(segmentation.get("size", [])) != [height, width]:
-            return None
-        if isinstance(segmentation["counts"], list):
-            return rle.frPyObjects(segmentation, height, width)
-        return segmentation
-    return None
-
-
-def _box(annotation: dict[str, Any], segmentation: Any, height: int, width: int) -> tuple[float, ...] | None:
-    """The annotation's box (x1, y1, x2, y2), clipped to the photo; None if nothing is left of it."""
-    if len(annotation.get("bbox") or ()) == 4:
-        x, y, w, h = map(float, annotation["bbox"])
-    elif isinstance(segmentation, list):
-        points = np.concatenate([np.asarray(p, float).reshape(-1, 2) for p in segmentation])
-        (x, y), (w, h) = points.min(axis=0), np.ptp(points, axis=0)
-    elif segmentation is not None:
-        from pycocotools import mask as rle
-
-        x, y, w, h = rle.toBbox(segmentation)
-    else:
+        polygons = [values.tolist() for p in segmentation if (values := _numbers(p)) is not None]
+        return [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0] or None
+    if not isinstance(segmentation, dict) or _sides(segmentation.get("size")) != (height, width):
         return None
-    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
-    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+    counts = segmentation.get("counts")
+    if isinstance(counts, list):
+        numbers = _numbers(counts)
+        if numbers is None or (numbers < 0).any() or numbers.sum() != height * width:
+            return None
+        return rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return segmentation if isinstance(counts, (str, bytes)) else None
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """What `normalise_segmentation` gives, as one RLE."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    return segmentation
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    """Finite numbers [n], whatever lists they lie in; None if they are anything else."""
+    try:
+        out = np.asarray(values, np.float64).ravel()
+    except (TypeError, ValueError):
+        return None
+    return out if isinstance(values, (list, tuple)) and np.isfinite(out).all() else None
+
+
+def _sides(size: Any) -> tuple[float, ...]:
+    numbers = _numbers(size)
+    return () if numbers is None else tuple(numbers.tolist())
 
 
 class TrainingSet(Dataset):
@@ -272,6 +310,15 @@ class Batch:
         targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
         return Batch(images, targets, self.image_ids, self.problems)
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in `parts` of equal size, as far as that goes."""
+        cuts = [round(i * len(self.images) / parts) for i in range(parts + 1)]
+        return [
+            Batch(self.images[a:b], self.targets[a:b], self.image_ids[a:b], [])
+            for a, b in itertools.pairwise(cuts)
+            if b > a
+        ]
+
     def pin_memory(self) -> Batch:
         targets = [{k: v.pin_memory() for k, v in target.items()} for target in self.targets]
         return Batch(self.images.pin_memory(), targets, self.image_ids, self.problems)
@@ -283,7 +330,8 @@ def _collate(samples: list[tuple[Augmented | None, int, list[str]]]) -> Batch:
         return Batch(torch.empty(0), [], [], [p for some in problems for p in some])
     images = torch.stack([torch.from_numpy(a.image) for a in augmented])
     targets = [
-        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "crowds")} for a in augmented
+        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "crowds", "seed")}
+        for a in augmented
     ]
     return Batch(images, targets, list(image_ids), [p for some in problems for p in some])
 

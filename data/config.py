@@ -95,6 +95,7 @@ class Config:
     clip_grad: float = 0.0  # largest gradient norm, 0: no limit
     freeze_stages: int = 0  # the backbone's stem and so many stages (less one) or blocks keep their weights, 0: none
     freeze_bn: bool = False  # batch norm keeps the statistics and the scale that the backbone came with
+    sync_bn: bool = False  # batch norm takes its statistics over the pictures of all GPUs
     ema: float = 0.0  # decay of the running average of the weights that is validated and saved, 0: none
 
     # Loss (paper, section 3 and the released code)

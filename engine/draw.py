@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import cv2
@@ -9,6 +11,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from engine.predictor import Detections
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
 # BGR, bright enough for dark photos and far enough from each other for neighbours
 COLORS = (
@@ -23,27 +28,43 @@ def color_of(index: int) -> tuple[int, int, int]:
 
 
 def draw(image: np.ndarray, detections: Detections, alpha: float = 0.45) -> np.ndarray:
-    """A copy of `image` (uint8 BGR [H, W, 3]) with the detections on it, the best on top.
+    """A copy of `image` (uint8 BGR [H, W, 3]) with the detections on it, the best on top."""
+    labels, scores = detections.labels.tolist(), detections.mask_scores.tolist()
+    texts = [f"{detections.class_names[k]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
+    order = list(range(len(detections)))[::-1]
+    masks = (mask for chunk in detections[order].iter_masks(budget=64 * 2**20) for mask in chunk.cpu().numpy())
+    return draw_objects(image, masks, detections.boxes.cpu().numpy()[order], texts[::-1], order, alpha)
 
-    Lines and letters grow with the picture, so that a photo of 12 megapixels and one of 300 pixels both read well.
+
+def draw_objects(
+    image: np.ndarray,
+    masks: Iterable[np.ndarray],
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colors: Sequence[int],
+    alpha: float = 0.45,
+) -> np.ndarray:
+    """A copy of `image` (uint8 BGR [H, W, 3]) with objects on it, the last on top.
+
+    masks: n, bool [H, W]; boxes [n, 4] corners in pixels; colors: n numbers for `color_of`. Lines and letters grow with
+    the picture, so that a photo of 12 megapixels and one of 300 pixels both read well. A name that would lie on an
+    earlier one moves to a free place beside its box.
     """
     out = image.copy()
-    order = list(range(len(detections)))[::-1]
     scale = max(image.shape[:2]) / 900
     line = max(1, round(1.6 * scale))
-    index = 0
-    for chunk in detections[order].iter_masks(budget=64 * 2**20):
-        for mask in chunk.cpu().numpy():
-            _paint(out, mask, color_of(order[index]), alpha, line)
-            index += 1
-    boxes = detections.boxes.cpu().numpy()
-    scores, labels = detections.mask_scores.tolist(), detections.labels.tolist()
-    for i in order:
-        x1, y1, x2, y2 = (round(v) for v in boxes[i])
-        cv2.rectangle(out, (x1, y1), (x2, y2), color_of(i), line, cv2.LINE_AA)
-    for i in order:
-        text = f"{detections.class_names[labels[i]]} {scores[i]:.2f}"
-        _write(out, text, boxes[i], color_of(i), scale)
+    for mask, color in zip(masks, colors, strict=True):
+        _paint(out, mask, color_of(color), alpha, line)
+    for box, color in zip(boxes, colors, strict=True):
+        x1, y1, x2, y2 = (round(float(v)) for v in box)
+        cv2.rectangle(out, (x1, y1), (x2, y2), color_of(color), line, cv2.LINE_AA)
+    plates = [_Plate.fitting(text, scale) for text in texts]
+    taken: list[Place] = []
+    for plate, box in zip(plates[::-1], boxes[::-1], strict=True):  # the best chooses its place first
+        plate.place = _free_place(out.shape[:2], plate.size, box, taken)
+        taken.append(plate.place)
+    for plate, color in zip(plates, colors, strict=True):
+        plate.draw(out, color_of(color))
     return out
 
 
@@ -61,19 +82,46 @@ def _paint(out: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha
     cv2.drawContours(out, contours, -1, color, line, cv2.LINE_AA, offset=offset)
 
 
-def _write(out: np.ndarray, text: str, box: np.ndarray, color: tuple[int, int, int], scale: float) -> None:
-    """`text` on a plate over the box, moved inside the picture where it would stick out."""
-    height, width = out.shape[:2]
-    font, size = cv2.FONT_HERSHEY_SIMPLEX, max(0.36, 0.55 * scale)
-    thickness = max(1, round(1.3 * scale))
-    text = text.encode("ascii", "replace").decode()  # all that cv2's own fonts have
-    (w, h), below = cv2.getTextSize(text, font, size, thickness)
-    pad = max(2, round(3 * scale))
-    plate_w, plate_h = w + 2 * pad, h + below + pad
-    x = int(np.clip(box[0], 0, max(0, width - plate_w)))
-    y = int(box[1]) - plate_h if box[1] >= plate_h else int(box[1])
-    y = int(np.clip(y, 0, max(0, height - plate_h)))
-    cv2.rectangle(out, (x, y), (x + plate_w, y + plate_h), color, -1)
-    luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
-    ink = (20, 20, 20) if luminance > 140 else (255, 255, 255)
-    cv2.putText(out, text, (x + pad, y + h + pad // 2 + 1), font, size, ink, thickness, cv2.LINE_AA)
+@dataclass
+class _Plate:
+    """A name on a coloured ground."""
+
+    text: str
+    size: tuple[int, int]  # width, height
+    font_scale: float
+    thickness: int
+    origin: tuple[int, int]  # of the letters in the plate
+    place: Place = (0, 0, 0, 0)
+
+    @classmethod
+    def fitting(cls, text: str, scale: float) -> _Plate:
+        """A plate as large as the text."""
+        text = text.encode("ascii", "replace").decode()  # all that cv2's own fonts have
+        font_scale, thickness, pad = max(0.36, 0.55 * scale), max(1, round(1.3 * scale)), max(2, round(3 * scale))
+        (w, h), below = cv2.getTextSize(text, FONT, font_scale, thickness)
+        return cls(text, (w + 2 * pad, h + below + pad), font_scale, thickness, (pad, h + pad // 2 + 1))
+
+    def draw(self, out: np.ndarray, color: tuple[int, int, int]) -> None:
+        cv2.rectangle(out, self.place[:2], self.place[2:], color, -1)
+        luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
+        ink = (20, 20, 20) if luminance > 140 else (255, 255, 255)
+        origin = (self.place[0] + self.origin[0], self.place[1] + self.origin[1])
+        cv2.putText(out, self.text, origin, FONT, self.font_scale, ink, self.thickness, cv2.LINE_AA)
+
+
+def _free_place(picture: tuple[int, int], plate: tuple[int, int], box: np.ndarray, taken: list[Place]) -> Place:
+    """Where a plate (width, height) goes: over the box, in its top, in its bottom, under it; the first that is free."""
+    (height, width), (w, h) = picture, plate
+    left, top, right, bottom = (round(float(v)) for v in box)
+    above = top - h if top >= h else top
+    wanted = [(left, above), (left, top), (right - w, above), (right - w, top), (left, bottom - h), (left, bottom)]
+    places = []
+    for x, y in wanted:
+        x, y = int(np.clip(x, 0, max(0, width - w))), int(np.clip(y, 0, max(0, height - h)))
+        places.append((x, y, x + w, y + h))
+    free = (p for p in places if not any(_meet(p, other) for other in taken))
+    return next(free, places[0])
+
+
+def _meet(a: Place, b: Place) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

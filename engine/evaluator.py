@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from data.coco import CocoDataset, as_id, normalise_segmentation
+from data.coco import CocoDataset, as_id, is_crowd, normalise_segmentation, to_rle
 from data.errors import UserError
+from engine.distributed import Ranks
 from engine.predictor import Predictor
 
+ALONE = Ranks(torch.device("cpu"))
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -23,24 +28,36 @@ def predict_dataset(
     dataset: CocoDataset,
     max_images: int | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
+    unreadable: Callable[[str], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of the whole data set, or of its first `max_images` pictures, with the ids of its file.
 
-    Raises UserError when the file's classes are not the model's.
+    Several processes take turns; the main one gets the results of all, the others none.
+
+    Raises UserError when the file's classes are not the model's, or a photo cannot be used; with `unreadable`, that is
+    told what is wrong with the photo, which then has no detections.
     """
     if dataset.class_names != predictor.config.class_names:
         raise UserError(
             f"{dataset.path}: its classes are not those of the weights\n{compare_classes(dataset, predictor.config)}"
         )
     results: list[dict[str, Any]] = []
-    indices = range(len(dataset))[:max_images]
-    for index in tqdm(indices, desc="evaluating", disable=None if progress else True):
-        results += predictor(dataset.read_image(index)).to_coco(dataset.image_ids[index])
+    indices = range(len(dataset))[:max_images][ranks.rank :: ranks.size]
+    for index in tqdm(indices, desc="evaluating", disable=None if progress and ranks.main else True):
+        try:
+            image = dataset.read_image(index)
+        except UserError as error:
+            if unreadable is None:
+                raise
+            unreadable(str(error))
+            continue
+        results += predictor(image).to_coco(dataset.image_ids[index])
     # The weights may know the same classes by other ids.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
     for result in results:
         result["category_id"] = to_file[result["category_id"]]
-    return results
+    return ranks.gather(results)
 
 
 def evaluate(
@@ -49,13 +66,18 @@ def evaluate(
     max_images: int | None = None,
     per_class: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
+    ranks: Ranks = ALONE,
+    unreadable: Callable[[str], Any] | None = None,
+) -> dict[str, Any] | None:
     """{"bbox": {"AP": ..., ...}, "segm": ..., "table": text, "results": COCO results}, and "per_class" if asked for.
 
     Values are 0..1, and -1 where there is nothing to measure, as COCOeval has it. Raises UserError when the data set's
-    classes are not the model's.
+    classes are not the model's; see predict_dataset for `unreadable`. Of several processes the main one alone gets the
+    metrics, the others None.
     """
-    results = predict_dataset(predictor, dataset, max_images, progress)
+    results = predict_dataset(predictor, dataset, max_images, progress, ranks, unreadable)
+    if not ranks.main:
+        return None
     return {"results": results, **coco_metrics(dataset, results, max_images, per_class)}
 
 
@@ -111,10 +133,10 @@ def ground_truth(dataset: CocoDataset) -> COCO:
                 "id": len(annotations) + 1,
                 "image_id": dataset.image_ids[index],
                 "category_id": as_id(annotation["category_id"], dataset.path),
-                "iscrowd": int(bool(annotation.get("iscrowd"))),
+                "iscrowd": int(is_crowd(annotation)),
                 "segmentation": segmentation or [[0.0] * 6],
             }
-            entry["bbox"] = list(map(float, annotation.get("bbox") or _box_of(entry, height, width)))
+            entry["bbox"] = _stated_box(annotation) or rle.toBbox(to_rle(entry["segmentation"], height, width)).tolist()
             entry["area"] = float(annotation.get("area") or entry["bbox"][2] * entry["bbox"][3])
             annotations.append(entry)
     categories = [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.class_names, strict=True)]
@@ -125,13 +147,13 @@ def ground_truth(dataset: CocoDataset) -> COCO:
     return truth
 
 
-def _box_of(annotation: dict[str, Any], height: int, width: int) -> list[float]:
-    from pycocotools import mask as rle
-
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-    return rle.toBbox(segmentation).tolist()
+def _stated_box(annotation: dict[str, Any]) -> list[float] | None:
+    """The annotation's own box, even where it sticks out of the photo: COCOeval counts with it."""
+    try:
+        box = [float(value) for value in annotation["bbox"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return box if len(box) == 4 else None
 
 
 def _nothing(truth: COCO) -> COCO:
@@ -166,3 +188,13 @@ def _per_class(evaluation: COCOeval, dataset: CocoDataset) -> dict[str, dict[str
 def dataset_class(evaluation: COCOeval, dataset: CocoDataset, label: int) -> int:
     """Where COCOeval, which sorts the ids, has the class with this label."""
     return list(evaluation.params.catIds).index(dataset.category_ids[label])
+
+
+def per_class_table(metrics: dict[str, Any]) -> str:
+    """The "per_class" metrics as lines of text."""
+    lines = [f"{'class':<24}{'box AP':>8}{'mask AP':>9}{'AP50':>8}{'precision':>11}{'recall':>8}"]
+    boxes = metrics["per_class"]["bbox"]
+    for name, row in metrics["per_class"]["segm"].items():
+        values = [boxes.get(name, {}).get("AP", -1), row["AP"], row["AP50"], row["precision"], row["recall"]]
+        lines.append(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
+    return "\n".join(lines)

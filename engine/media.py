@@ -17,7 +17,8 @@ from data.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 
-
+# Endings that an output folder does not have: someone expects such a file.
+NOT_PICTURES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv"}
 MADE_HERE = re.compile(r"\.yolact\.|\.(masks|prototypes)\.png$")  # in a folder of pictures: results of an earlier run
 
 
@@ -77,7 +78,7 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
     for text in _with_stdin(images):
         found, target = _expand(text)
         missing += [] if found else [Path(split_output(text)[0])]
-        jobs += [(path, Path(path.name), target) for path in found]
+        jobs += [(path, name, target) for path, name in found]
     for text in folders:
         folder, target = split_output(text)
         found = _pictures_in(Path(folder), base)
@@ -87,6 +88,9 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
             f"{missing[0]}: no such picture" if missing else "no pictures: the list on standard input is empty"
         )
     jobs += [(path, Path(path.name), None) for path in missing]  # reported when their turn comes
+    jobs = list(dict.fromkeys(jobs))  # a picture that is named twice is segmented once
+    if output is not None and output.suffix.lower() in NOT_PICTURES and not output.is_dir():
+        raise UserError(f"--output {output}: name a folder, or a picture ({', '.join(sorted(SUFFIXES))})")
     is_file = output is not None and output.suffix.lower() in SUFFIXES
     if is_file and len(jobs) > 1:
         raise UserError(f"--output {output} is a file, but there are {len(jobs)} pictures; name a folder")
@@ -126,14 +130,15 @@ def _with_stdin(images: Iterable[str]) -> list[str]:
     return texts
 
 
-def _expand(text: str) -> tuple[list[Path], str | None]:
-    """The pictures that one argument of `--image` means, none if it names none, and where their results go."""
+def _expand(text: str) -> tuple[list[tuple[Path, Path]], str | None]:
+    """The pictures that one argument of `--image` means, with their names, none if it names none; where results go."""
     pattern, target = split_output(text)
     if os.path.isdir(pattern):
-        return _pictures_in(Path(pattern)), target
+        return [(path, path.relative_to(pattern)) for path in _pictures_in(Path(pattern))], target
     if os.path.exists(pattern):
-        return [Path(pattern)], target
-    return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)), target
+        return [(Path(pattern), Path(Path(pattern).name))], target
+    found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    return [(path, Path(path.name)) for path in found], target
 
 
 def _pictures_in(folder: Path, output: Path | None = None) -> list[Path]:

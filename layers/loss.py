@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from yolact import Predictions
 
 # One picture's ground truth: boxes [n, 4] (corner form, relative), labels [n] (0..C-1), masks [n, h, w] (0 or 1, any
-# size), crowds [m, 4] (boxes of crowd regions).
+# size), crowds [m, 4] (boxes of crowd regions), and where the draw of masks must be the same in any process and after
+# any interruption, seed [] (int64).
 Target = dict[str, Tensor]
 
 TERMS = ("box", "class", "mask", "semantic", "mask_iou")
@@ -56,23 +57,24 @@ class MultiBoxLoss:
         targets: list[Target],
         mask_iou_net: Callable[[Tensor], Tensor] | None = None,
         num_positives: Tensor | float | None = None,
+        num_images: float | None = None,
     ) -> dict[str, Tensor]:
         """predictions of B pictures, anchors [A, 4], B targets; see Target for theirs.
 
-        `mask_iou_net` is the model's, for YOLACT++. `num_positives` overrides the number of positive anchors to divide
-        by, where a batch is spread over several processes or accumulated in parts.
+        `mask_iou_net` is the model's, for YOLACT++. `num_positives` and `num_images` override the numbers of positive
+        anchors and of pictures to divide by, where a batch is spread over several processes or accumulated in parts.
         """
         offsets, logits = predictions.boxes.float(), predictions.logits.float()
         matches = self.match(anchors, targets)
         if num_positives is None:
-            num_positives = matches.positive.sum()
-        divisor = torch.as_tensor(num_positives, device=offsets.device).clamp(min=1)
+            num_positives = matches.positive.sum().clamp(min=1)
+        divisor = torch.as_tensor(num_positives, device=offsets.device)
         mask, mask_iou = self.mask_terms(predictions, matches, targets, mask_iou_net)
         losses = {
             "box": self.box_term(offsets, anchors, matches) / divisor,
             "class": self.class_term(logits, matches) / divisor,
             "mask": mask / divisor,
-            "semantic": self.semantic_term(predictions.semantic, targets),
+            "semantic": self.semantic_term(predictions.semantic, targets) / (num_images or len(targets)),
             "mask_iou": mask_iou / divisor,
         }
         weights = {term: getattr(self.config, f"{term}_weight") for term in TERMS}
@@ -139,7 +141,8 @@ class MultiBoxLoss:
         its box, as shifted annotations do, cannot make it explode.
         """
         size = predictions.prototypes.shape[1:3]
-        mask_loss = predictions.prototypes.new_zeros((), dtype=torch.float32)
+        # Without any object the loss is 0 and still has gradients, zeros, for all: DDP waits for each parameter's.
+        mask_loss = predictions.prototypes[:0].float().sum() + predictions.coefficients[:0].float().sum()
         soft_masks, true_masks, mask_labels = [], [], []
         for b, target in enumerate(targets):
             chosen = matches.positive[b].nonzero()[:, 0]
@@ -147,8 +150,9 @@ class MultiBoxLoss:
             if total == 0:
                 continue
             if total > self.config.masks_to_train:
-                # drawn on the CPU, whose random state checkpoints keep
-                chosen = chosen[torch.randperm(total)[: self.config.masks_to_train].to(chosen.device)]
+                own = torch.Generator().manual_seed(int(target["seed"])) if "seed" in target else None
+                some = torch.randperm(total, generator=own)[: self.config.masks_to_train]
+                chosen = chosen[some.to(chosen.device)]
             objects, boxes = matches.objects[b, chosen], matches.boxes[b, chosen]
             truth = shrink_masks(target["masks"], size)[objects]
             coefficients = predictions.coefficients[b, chosen].float()
@@ -188,7 +192,7 @@ class MultiBoxLoss:
         return F.smooth_l1_loss(expected, iou.detach(), reduction="sum")
 
     def semantic_term(self, semantic: Tensor | None, targets: list[Target]) -> Tensor:
-        """Binary cross-entropy of the class maps [B, C, h, w], summed over classes, mean over pixels and pictures."""
+        """Binary cross-entropy of the class maps [B, C, h, w], mean over pixels, summed over classes and pictures."""
         if semantic is None:
             raise ValueError("no semantic maps: the model must be in training mode")
         truth = torch.zeros_like(semantic, dtype=torch.float32)
@@ -196,7 +200,7 @@ class MultiBoxLoss:
             if len(target["labels"]):
                 truth[b].index_add_(0, target["labels"], shrink_masks(target["masks"], semantic.shape[2:]))
         loss = F.binary_cross_entropy_with_logits(semantic.float(), truth.clamp(max=1), reduction="sum")
-        return loss / (semantic.shape[0] * semantic.shape[2] * semantic.shape[3])
+        return loss / (semantic.shape[2] * semantic.shape[3])
 
 
 def shrink_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:

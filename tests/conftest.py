@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import recipe
 import torch
 from pycocotools import mask as rle
 
 from data.config import Config, get_config
+from engine.checkpoint import save_checkpoint
+from engine.predictor import Predictor
+from yolact import Yolact
 
-FIXTURES = Path(__file__).parent / "fixtures"
-sys.path.insert(0, str(FIXTURES))  # recipe.py
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "tests/fixtures"
+SMALL = ["--set", "max_size=96", "--set", "anchor_sizes=((8,),(16,),(32,),(64,),(96,))", "--init", "none"]
 
 CLASSES = ({"id": 7, "name": "disc"}, {"id": 3, "name": "tile"})  # neither sorted nor from 1
 
@@ -75,6 +83,31 @@ def make_dataset(
     return path
 
 
+def run(*args, code=0, cwd=ROOT, timeout=900):
+    """Run a script as a user would; its output."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 2:
+        assert re.search("^error: ", done.stderr, re.MULTILINE), done.stderr
+        assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def train_args(path, *more):
+    images = path.parent / "images"
+    files = ["--train_annotations", path, "--train_images", images, "--val_annotations", path, "--val_images", images]
+    return ["train.py", "--config", "yolact_lite", *files, "--device", "cpu", "--workers", "0", *SMALL, *more]
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """The JSON of eight pictures, the last one without objects; the photos lie beside it in `images`."""
@@ -91,6 +124,24 @@ def small_config() -> Config:
         class_names=("disc", "tile"),
         category_ids=(7, 3),
     )
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, small_config):
+    """Random ones whose outputs differ from place to place, with the background turned down: it finds plenty."""
+    model = Yolact(small_config)
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=1.0))
+    with torch.no_grad():
+        model.head.cls.bias.view(-1, 3)[:, 0] -= 3
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    save_checkpoint(path, model)
+    return path
+
+
+@pytest.fixture(scope="session")
+def predictor(weights):
+    return Predictor(Yolact.from_weights(weights), device="cpu", precision="fp32")
 
 
 @pytest.fixture(autouse=True)

@@ -243,4 +243,4 @@ def test_batches(dataset, small_config, workers):
     batch = next(batches)
     assert batch.images.shape == (3, 3, 96, 96)
     assert len(batch.targets) == len(batch.image_ids) == 3
-    assert set(batch.targets[0]) == {"boxes", "labels", "masks", "crowds"}
+    assert set(batch.targets[0]) == {"boxes", "labels", "masks", "crowds", "seed"}

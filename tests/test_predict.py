@@ -9,36 +9,16 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import recipe
 import torch
+from conftest import ROOT, run
 from pycocotools import mask as rle
-from test_train import ROOT, run
 
 from data.errors import UserError
-from engine.checkpoint import save_checkpoint
 from engine.media import collect, read_image, split_output
 from engine.outputs import instance_map, labelme, prototype_sheet, rings
 from engine.predictor import Detections, Predictor
 from layers.nms import NMS
 from yolact import Yolact
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory, small_config):
-    """Random ones whose outputs differ from place to place, with the background turned down: it finds plenty."""
-    model = Yolact(small_config)
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=1.0))
-    with torch.no_grad():
-        model.head.cls.bias.view(-1, 3)[:, 0] -= 3
-    path = tmp_path_factory.mktemp("weights") / "small.pth"
-    save_checkpoint(path, model)
-    return path
-
-
-@pytest.fixture(scope="module")
-def predictor(weights):
-    return Predictor(Yolact.from_weights(weights), device="cpu", precision="fp32")
 
 
 def photo(height=90, width=130, seed=0):
@@ -253,6 +233,11 @@ def test_names_never_collide(tmp_path):
     assert {s.output.name for s in beside} == {"a.yolact", "a_yolact_png", "a_png.yolact"}
     twice = collect([str(tmp_path / "in/a.jpg"), str(tmp_path / "in/b/a.jpg")], [], tmp_path / "out")
     assert len({s.output for s in twice}) == 2
+    assert len(collect([str(tmp_path / "in/a.jpg")] * 2, [], None)) == 1
+    nested = collect([str(tmp_path / "in")], [], tmp_path / "out")
+    assert (tmp_path / "out/b/a") in {s.output for s in nested}
+    with pytest.raises(UserError, match="name a folder, or a picture"):
+        collect([str(tmp_path / "in/a.jpg")], [], tmp_path / "out.json")
 
 
 def test_command_line_writes_every_kind(weights, tmp_path):
@@ -347,122 +332,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(weights):
     assert out.strip() == "error: none.jpg: no such picture"
 
 
-# Video
-
-
-@pytest.fixture
-def film(tmp_path):
-    path = tmp_path / "film.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12.5, (128, 96))
-    for i in range(20):
-        frame = np.full((96, 128, 3), 12 * i, np.uint8)  # brighter and brighter: order can be checked
-        writer.write(frame)
-    writer.release()
-    return path
-
-
-def frames(path):
-    capture = cv2.VideoCapture(str(path))
-    out = []
-    while (read := capture.read())[0]:
-        out.append(read[1])
-    return out, capture.get(cv2.CAP_PROP_FPS)
-
-
-def test_video_keeps_length_rate_and_order(weights, film, tmp_path):
-    out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out/seg", "--device", "cpu",
-              "--save", "overlay,json,masks", "--score_threshold", 1)  # fmt: skip
-    assert "20 frames" in out
-    assert "latency" in out
-    written, rate = frames(tmp_path / "out/seg.mp4")
-    assert len(written) == 20
-    assert rate == pytest.approx(12.5)
-    assert np.abs([f.mean() - 12 * i for i, f in enumerate(written)]).max() < 9
-    assert sorted(p.name for p in (tmp_path / "out/seg").glob("*.png"))[-1] == "000019.masks.png"
-    assert not list((tmp_path / "out").glob(".*"))
-
-
-def test_interrupted_video_is_playable(predictor, film, tmp_path):
-    import os
-    import signal
-
-    from engine.video import process_video
-
-    calls = []
-
-    def slow(frame):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return predictor(frame)
-
-    report = process_video(slow, str(film), tmp_path / "cut", ("overlay", "json"))
-    assert report.interrupted
-    written, _ = frames(tmp_path / "cut.mp4")
-    assert 5 <= len(written) == report.frames < 20
-    results = json.loads((tmp_path / "cut.json").read_text())
-    assert {r["frame"] for r in results} == set(range(report.frames))
-    assert results[0]["video"] == "film.mp4"
-
-
-def test_video_does_not_replace_itself(predictor, film):
-    from engine.video import process_video
-
-    before = film.read_bytes()
-    with pytest.raises(UserError, match="replace the film itself"):
-        process_video(predictor, str(film), film.with_suffix(""), ("overlay",))
-    assert film.read_bytes() == before
-
-
-FULL_DISK = """
-import resource, signal, sys, numpy as np
-from data.errors import run_main
-import eval as script
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # as if the disk were full
-run_main(script.main)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
-@pytest.mark.parametrize("kind", ["overlay", "json"])
-def test_full_disk_leaves_no_broken_film(weights, film, tmp_path, kind):
-    args = ["--weights", weights, "--video", film, "--output", tmp_path / "out/film", "--save", kind, "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert "cannot be written" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_errors_while_writing_reach_the_caller(predictor, film, tmp_path, monkeypatch):
-    from engine import video
-
-    def fail(*_):
-        raise UserError("disk full")
-
-    monkeypatch.setattr(video.VideoWriter, "_finish_film", fail)
-    with pytest.raises(UserError, match="disk full"):
-        video.process_video(predictor, str(film), tmp_path / "x", ("overlay", "json"))
-    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
-    monkeypatch.setattr(video, "write_results", fail)
-    with pytest.raises(UserError, match="disk full"):
-        video.process_video(predictor, str(film), tmp_path / "x", ("masks",))
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        video.process_video(predictor, str(film), tmp_path / "file" / "x", ("json",))
-
-
-def test_broken_video(predictor, tmp_path):
-    from engine.video import process_video
-
-    (tmp_path / "bad.mp4").write_bytes(b"no film at all")
-    with pytest.raises(UserError, match="cannot be opened"):
-        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
-
-
 # Memory
 
 MEASURE = """
@@ -512,3 +381,15 @@ def test_overlay_reads_on_small_and_large_pictures():
         assert (out != 100).any(axis=2).mean() > 0.1
         outside = ~found.masks.any(dim=0).numpy()
         assert (out[outside] == 100).all(axis=1).mean() > 0.5  # the rest is lines and letters
+
+
+def test_names_of_neighbours_do_not_hide_each_other():
+    """Boxes one beside the other, as in a crowd: every name finds a place of its own."""
+    from engine.draw import _free_place, _meet
+
+    taken = []
+    for shift in (0, 4, 8, 12):
+        box = np.array([40 + shift, 60 + shift, 160 + shift, 200 + shift])
+        taken.append(_free_place((300, 300), (70, 18), box, taken))
+    assert not any(_meet(a, b) for i, a in enumerate(taken) for b in taken[:i])
+    assert all(x1 >= 0 and y1 >= 0 and x2 <= 300 and y2 <= 300 for x1, y1, x2, y2 in taken)

@@ -2,46 +2,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import cv2
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import ROOT, make_dataset, run, train_args
 
 import train
-
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--set", "max_size=96", "--set", "anchor_sizes=((8,),(16,),(32,),(64,),(96,))", "--init", "none"]
-
-
-def run(*args, code=0, cwd=ROOT, timeout=900):
-    """Run a script as a user would; its output."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    if code == 2:
-        assert re.search("^error: ", done.stderr, re.MULTILINE), done.stderr
-        assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
-def train_args(path, *more):
-    images = path.parent / "images"
-    files = ["--train_annotations", path, "--train_images", images, "--val_annotations", path, "--val_images", images]
-    return ["train.py", "--config", "yolact_lite", *files, "--device", "cpu", "--workers", "0", *SMALL, *more]
+from data.config import config_from_dict
+from data.errors import UserError
+from engine.checkpoint import read_checkpoint
+from engine.runlog import RunLog
+from yolact import Yolact
 
 
 def lines(folder):
@@ -61,7 +38,7 @@ def stop_in_step(patch, step):
 
 
 def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
-    options = ["--batch_size", "3", "--max_iter", "6", "--val_interval", "3", "--set", "ema=0.9"]
+    options = ["--batch_size", "3", "--max_iter", "6", "--val_interval", "3", "--set", "ema=0.9", "masks_to_train=2"]
     run(*train_args(dataset, *options, "--output_dir", tmp_path / "whole"))
     with monkeypatch.context() as patch:
         stop_in_step(patch, 3)
@@ -77,6 +54,7 @@ def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
     assert all(torch.equal(v, parts["model"][k]) for k, v in whole["model"].items())
     raw = parts["training"]["raw"]
     assert all(torch.equal(v, raw[k]) for k, v in whole["training"]["raw"].items())
+    assert whole["training"]["best"] == parts["training"]["best"] > -1
     steps = [[line["total"] for line in lines(tmp_path / name) if "total" in line] for name in ("whole", "parts")]
     assert steps[0] == steps[1]
     assert len(steps[0]) == 6
@@ -141,6 +119,79 @@ def test_non_finite_loss_stops_and_names_the_pictures(dataset, tmp_path):
     out = run(*train_args(dataset, "--lr", "1e30", "--max_iter", "50", *settings, "--output_dir", tmp_path), code=2)
     assert "not finite" in out
     assert json.loads((tmp_path / "non_finite.json").read_text())["image_ids"]
+
+
+def test_too_many_unreadable_photos_stop(tmp_path):
+    path = make_dataset(tmp_path / "data", 230)
+    val = make_dataset(tmp_path / "val", 2)
+    args = train_args(path, "--batch_size", "23", "--max_iter", "10")
+    args[args.index("--val_annotations") + 1], args[args.index("--val_images") + 1] = val, val.parent / "images"
+    (tmp_path / "data/images/picture_1.png").write_bytes(b"")  # one that the quick audit does not look at
+    (tmp_path / "val/images/picture_1.png").write_bytes(b"")
+    out = run(*args, "--output_dir", tmp_path / "run")
+    assert "picture_1.png: cannot be read as a picture" in out
+    assert "1 photos could not be used" in out
+    assert "step 10: box AP" in out
+    for i in (3, 5, 7):
+        (tmp_path / f"data/images/picture_{i}.png").write_bytes(b"")
+    out = run(*args, "--output_dir", tmp_path / "other", code=2)
+    assert "3 of 230 photos cannot be used" in out
+
+
+def test_bf16_and_clipping(dataset, tmp_path):
+    """bfloat16 trains with losses in float32; a gradient clipped to next to nothing moves nothing."""
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--lr", "1")
+    args += ["--set", "optimizer=sgd", "ema=0", "weight_decay=0", "warmup_iters=0", "freeze_bn=true"]
+    out = run(*args, "--precision", "bf16", "--set", "clip_grad=1e-9", "--output_dir", tmp_path)
+    assert "bfloat16 on 1 x cpu" in out
+    assert "batch norm frozen" in out
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    torch.manual_seed(0)
+    for name, value in Yolact(config_from_dict(content["config"])).state_dict().items():
+        torch.testing.assert_close(content["model"][name], value, rtol=0, atol=1e-6)
+
+
+def test_pictures_and_per_class_ap_of_a_run(dataset, tmp_path):
+    run(*train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--output_dir", tmp_path))
+    for name in ("first_batch", "validation"):
+        assert cv2.imread(str(tmp_path / f"{name}.jpg")).std() > 20
+    assert set(lines(tmp_path)[-1]["class_AP"]) == {"disc", "tile"}
+
+
+def test_tensorboard_is_an_extra(dataset, tmp_path, monkeypatch):
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path, "--tensorboard")
+    run(*args)
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        RunLog(tmp_path, tensorboard=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_killed_at_any_moment_the_checkpoint_loads(dataset, tmp_path):
+    """Twenty times in a row: a run that writes its checkpoint at every step is killed, and goes on from it."""
+    folder, rng, step = tmp_path / "run", random.Random(0), 0
+    start = train_args(dataset, "--batch_size", "2", "--max_iter", "100000", "--val_interval", "1")
+    start = [*start[: start.index("--val_annotations")], *start[start.index("--device") :], "--output_dir", folder]
+    for _ in range(20):
+        args = ["train.py", "--resume", folder] if step else start
+        process = subprocess.Popen(
+            [sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        began, before = time.time(), step
+        while step == before and time.time() - began < 120:
+            time.sleep(0.1)
+            if (folder / "last.pth").exists():
+                step = read_checkpoint(folder / "last.pth")["training"]["step"]
+        time.sleep(rng.uniform(0, 0.7))
+        process.kill()
+        process.wait()
+        content = read_checkpoint(folder / "last.pth")
+        Yolact.from_weights(folder / "last.pth")
+        assert content["training"]["step"] >= step > before
+        step = content["training"]["step"]
+    assert len(list(folder.glob(".*.part"))) <= 1  # what was left half written is cleared away
 
 
 @pytest.mark.slow

@@ -1,0 +1,143 @@
+"""Two processes, or two parts, take the steps of one; on the CPU with gloo."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_dataset, run, train_args
+
+from data.coco import CocoDataset, training_batches
+from data.config import config_from_dict
+from engine.trainer import TrainStep
+from yolact import Yolact
+
+# Steps of plain SGD are as close as the gradients are; batch norm trained in parts is another network.
+EXACT = ["--set", "freeze_bn=true", "optimizer=sgd", "ema=0.9", "warmup_iters=0", "clip_grad=0", "masks_to_train=3"]
+EXACT += ["--lr", "1e-3", "--max_iter", "3"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def steps_taken(folder):
+    """How far each weight is from where the run began, and the running average from the weights."""
+    content = torch.load(folder / "last.pth", weights_only=True)
+    torch.manual_seed(0)
+    start = Yolact(config_from_dict(content["config"])).state_dict()
+    raw = content["training"]["raw"]
+    moved = {name: raw[name] - start[name] for name in start if start[name].is_floating_point()}
+    return moved | {f"average {name}": raw[name] - content["model"][name] for name in moved}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["total"] for line in lines if "total" in line]
+
+
+def assert_same_run(folder, other):
+    assert losses(folder) == pytest.approx(losses(other), rel=1e-4)
+    ours, theirs = steps_taken(folder), steps_taken(other)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0.01, atol=0.01 * float(value.abs().max()) + 1e-7, msg=name)
+    assert max(float(value.abs().max()) for value in theirs.values()) > 1e-4  # the steps were real ones
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(dataset, tmp_path):
+    args = train_args(dataset, "--batch_size", "4", *EXACT)
+    run(*args, "--output_dir", tmp_path / "one")
+    out = run(*TORCHRUN, *args, "--output_dir", tmp_path / "two")
+    assert "2 x cpu" in out
+    assert out.count("schedule:") == 1
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two/best.pth").exists()
+    run("train.py", "--resume", tmp_path / "one", "--max_iter", "5")
+    assert "resumed" in run(*TORCHRUN, "train.py", "--resume", tmp_path / "two", "--max_iter", "5")
+    assert len(losses(tmp_path / "two")) == 5
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_evaluation_is_shared_without_duplicates(dataset, small_config, tmp_path):
+    from engine.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / "w.pth", Yolact(small_config))
+    args = ["eval.py", "--weights", tmp_path / "w.pth", "--annotations", dataset, "--device", "cpu"]
+    args += ["--image_dir", dataset.parent / "images", "--score_threshold", "0.01"]
+    run(*args, "--output", tmp_path / "one.json")
+    run(*TORCHRUN, *args, "--output", tmp_path / "two.json")
+    one, two = (json.loads((tmp_path / f"{name}.results.json").read_text()) for name in ("one", "two"))
+    assert len(one) == len(two) > 0
+    key = lambda r: (r["image_id"], -r["score"], r["category_id"], r["bbox"])  # noqa: E731
+    for a, b in zip(sorted(one, key=key), sorted(two, key=key), strict=True):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        assert a["score"] == pytest.approx(b["score"], rel=1e-4)
+    assert json.loads((tmp_path / "one.json").read_text())["segm"] == pytest.approx(
+        json.loads((tmp_path / "two.json").read_text())["segm"], abs=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_accumulated_parts_take_the_step_of_the_whole(dataset, tmp_path):
+    args = train_args(dataset, "--batch_size", "5", *EXACT)
+    run(*args, "--output_dir", tmp_path / "whole")
+    run(*args, "--accumulate", "2", "--output_dir", tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def without_objects(target):
+    return {key: value if key == "seed" else value[:0] for key, value in target.items()}
+
+
+def test_gradients_of_parts_add_up(dataset, small_config):
+    """Also with a part that holds no object at all."""
+    data = CocoDataset(dataset, dataset.parent / "images")
+    batch = next(training_batches(data, small_config, batch_size=4, seed=0))
+    batch.targets[0] = without_objects(batch.targets[0])
+    step = TrainStep(Yolact(small_config)).train()
+    step.model.backbone.eval()
+
+    def gradients(parts, **given):
+        step.zero_grad(set_to_none=True)
+        for part in parts:
+            sum(step(part.images, part.targets, **given).values()).backward()
+        return {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad}
+
+    positives = step.loss.match(step.anchors, batch.targets).positive.sum()
+    whole = gradients([batch])
+    parts = gradients(batch.split(4), num_positives=positives, num_images=4)
+    assert [len(part.images) for part in batch.split(3)] == [1, 2, 1]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
+    """DDP waits for every one of them."""
+    data = CocoDataset(dataset, dataset.parent / "images")
+    batch = next(training_batches(data, small_config, batch_size=2, seed=0))
+    empty = [without_objects(target) for target in batch.targets]
+    step = TrainStep(Yolact(small_config)).train()
+    sum(step(batch.images, empty).values()).backward()
+    assert all(p.grad is not None for p in step.parameters() if p.requires_grad)
+
+
+def test_batches_that_cannot_be_shared_are_refused(tmp_path):
+    path = make_dataset(tmp_path / "data", 2)
+    out = run(*train_args(path, "--batch_size", "2", "--accumulate", "3"), code=2)
+    assert "batch size 2 cannot be shared by 1 processes in 3 parts each" in out
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_meets_ends_all(dataset, tmp_path):
+    """The second process alone gets the broken photo; both stop, and its name is told."""
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "20", "--output_dir", tmp_path / "run")
+    for i in (1, 3, 5):
+        (dataset.parent / f"images/picture_{i}.png").write_bytes(b"broken")
+    out = run(*TORCHRUN, *args, code=1)
+    assert "cannot be used" in out
+
+
+@pytest.mark.slow
+def test_sync_batch_norm_is_for_gpus(dataset, tmp_path):
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path)
+    assert "sync_bn=true needs GPUs" in run(*TORCHRUN, *args, "--set", "sync_bn=true", code=1)

@@ -1,0 +1,125 @@
+"""Videos: length, rate and order kept, nothing lost when they are interrupted, broken or the disk is full."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+from data.errors import UserError
+from engine import video
+from engine.video import process_video
+
+
+@pytest.fixture
+def film(tmp_path):
+    path = tmp_path / "film.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12.5, (128, 96))
+    for i in range(20):
+        frame = np.full((96, 128, 3), 12 * i, np.uint8)  # brighter and brighter: order can be checked
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def frames(path):
+    capture = cv2.VideoCapture(str(path))
+    out = []
+    while (read := capture.read())[0]:
+        out.append(read[1])
+    return out, capture.get(cv2.CAP_PROP_FPS)
+
+
+def test_video_keeps_length_rate_and_order(weights, film, tmp_path):
+    out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out/seg", "--device", "cpu",
+              "--save", "overlay,json,masks", "--score_threshold", 1)  # fmt: skip
+    assert "20 frames" in out
+    assert "latency" in out
+    written, rate = frames(tmp_path / "out/seg.mp4")
+    assert len(written) == 20
+    assert rate == pytest.approx(12.5)
+    assert np.abs([f.mean() - 12 * i for i, f in enumerate(written)]).max() < 9
+    assert sorted(p.name for p in (tmp_path / "out/seg").glob("*.png"))[-1] == "000019.masks.png"
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_interrupted_video_is_playable(predictor, film, tmp_path):
+    calls = []
+
+    def slow(frame):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return predictor(frame)
+
+    report = process_video(slow, str(film), tmp_path / "cut", ("overlay", "json"))
+    assert report.interrupted
+    written, _ = frames(tmp_path / "cut.mp4")
+    assert 5 <= len(written) == report.frames < 20
+    results = json.loads((tmp_path / "cut.json").read_text())
+    assert {r["frame"] for r in results} == set(range(report.frames))
+    assert results[0]["video"] == "film.mp4"
+
+
+def test_video_does_not_replace_itself(predictor, film):
+    before = film.read_bytes()
+    with pytest.raises(UserError, match="replace the film itself"):
+        process_video(predictor, str(film), film.with_suffix(""), ("overlay",))
+    assert film.read_bytes() == before
+
+
+FULL_DISK = """
+import resource, signal, sys, numpy as np
+from data.errors import run_main
+import eval as script
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # as if the disk were full
+run_main(script.main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("kind", ["overlay", "json"])
+def test_full_disk_leaves_no_broken_film(weights, film, tmp_path, kind):
+    args = ["--weights", weights, "--video", film, "--output", tmp_path / "out/film", "--save", kind, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot be written" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_errors_while_writing_reach_the_caller(predictor, film, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr(video.VideoWriter, "_finish_film", fail)
+    with pytest.raises(UserError, match="disk full"):
+        process_video(predictor, str(film), tmp_path / "x", ("overlay", "json"))
+    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
+    monkeypatch.setattr(video, "write_results", fail)
+    with pytest.raises(UserError, match="disk full"):
+        process_video(predictor, str(film), tmp_path / "x", ("masks",))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        process_video(predictor, str(film), tmp_path / "file" / "x", ("json",))
+
+
+def test_broken_video(predictor, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no film at all")
+    with pytest.raises(UserError, match="cannot be opened"):
+        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
+
+
+def test_films_are_mp4(weights, film, tmp_path):
+    out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out.avi", code=2)
+    assert "name it out.mp4" in out

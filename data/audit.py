@@ -30,7 +30,7 @@ from data.config import Config, get_config, parse_overrides
 from data.errors import UserError, run_main
 from layers.anchors import feature_sizes
 
-SAMPLE = 200  # photos that the quick form looks at
+SAMPLE = 100  # photos that the quick form looks at
 EXAMPLES = 5
 
 

@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from engine.predictor import Detections
 
+CROWD = 30  # objects
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
@@ -48,7 +49,8 @@ def draw_objects(
 
     masks: n, bool [H, W]; boxes [n, 4] corners in pixels; colors: n numbers for `color_of`. Lines and letters grow with
     the picture, so that a photo of 12 megapixels and one of 300 pixels both read well. A name that would lie on an
-    earlier one moves to a free place beside its box.
+    earlier one moves to a free place at its box, and is left out where there is none; among more than CROWD objects so
+    is a name wider than its box.
     """
     out = image.copy()
     scale = max(image.shape[:2]) / 900
@@ -58,13 +60,15 @@ def draw_objects(
     for box, color in zip(boxes, colors, strict=True):
         x1, y1, x2, y2 = (round(float(v)) for v in box)
         cv2.rectangle(out, (x1, y1), (x2, y2), color_of(color), line, cv2.LINE_AA)
-    plates = [_Plate.fitting(text, scale) for text in texts]
     taken: list[Place] = []
-    for plate, box in zip(plates[::-1], boxes[::-1], strict=True):  # the best chooses its place first
-        plate.place = _free_place(out.shape[:2], plate.size, box, taken)
-        taken.append(plate.place)
-    for plate, color in zip(plates, colors, strict=True):
-        plate.draw(out, color_of(color))
+    for i in reversed(range(len(texts))):  # the best chooses its place first
+        plate = _Plate.fitting(texts[i], scale)
+        if not texts[i] or (len(texts) > CROWD and plate.size[0] > boxes[i][2] - boxes[i][0]):
+            continue
+        place = _free_place(out.shape[:2], plate.size, boxes[i], taken)
+        if place is not None:
+            plate.draw(out, place, color_of(colors[i]))
+            taken.append(place)
     return out
 
 
@@ -91,7 +95,6 @@ class _Plate:
     font_scale: float
     thickness: int
     origin: tuple[int, int]  # of the letters in the plate
-    place: Place = (0, 0, 0, 0)
 
     @classmethod
     def fitting(cls, text: str, scale: float) -> _Plate:
@@ -101,16 +104,17 @@ class _Plate:
         (w, h), below = cv2.getTextSize(text, FONT, font_scale, thickness)
         return cls(text, (w + 2 * pad, h + below + pad), font_scale, thickness, (pad, h + pad // 2 + 1))
 
-    def draw(self, out: np.ndarray, color: tuple[int, int, int]) -> None:
-        cv2.rectangle(out, self.place[:2], self.place[2:], color, -1)
+    def draw(self, out: np.ndarray, place: Place, color: tuple[int, int, int]) -> None:
+        """Draw it on `out`, its own ink chosen to be read on `color`."""
+        cv2.rectangle(out, place[:2], place[2:], color, -1)
         luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
         ink = (20, 20, 20) if luminance > 140 else (255, 255, 255)
-        origin = (self.place[0] + self.origin[0], self.place[1] + self.origin[1])
+        origin = (place[0] + self.origin[0], place[1] + self.origin[1])
         cv2.putText(out, self.text, origin, FONT, self.font_scale, ink, self.thickness, cv2.LINE_AA)
 
 
-def _free_place(picture: tuple[int, int], plate: tuple[int, int], box: np.ndarray, taken: list[Place]) -> Place:
-    """Where a plate (width, height) goes: over the box, in its top, in its bottom, under it; the first that is free."""
+def _free_place(picture: tuple[int, int], plate: tuple[int, int], box: np.ndarray, taken: list[Place]) -> Place | None:
+    """Where a plate (width, height) goes: over the box, in its top, in its bottom, under it: the first that is free."""
     (height, width), (w, h) = picture, plate
     left, top, right, bottom = (round(float(v)) for v in box)
     above = top - h if top >= h else top
@@ -120,7 +124,7 @@ def _free_place(picture: tuple[int, int], plate: tuple[int, int], box: np.ndarra
         x, y = int(np.clip(x, 0, max(0, width - w))), int(np.clip(y, 0, max(0, height - h)))
         places.append((x, y, x + w, y + h))
     free = (p for p in places if not any(_meet(p, other) for other in taken))
-    return next(free, places[0])
+    return next(free, None)
 
 
 def _meet(a: Place, b: Place) -> bool:

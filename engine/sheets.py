@@ -25,8 +25,13 @@ def truth_picture(sample: Sample, class_names: Sequence[str]) -> np.ndarray:
     """The photo with its objects drawn."""
     height, width = sample.image.shape[:2]
     masks = (rle.decode(to_rle(segmentation, height, width)) > 0 for segmentation in sample.segmentations)
-    texts = [class_names[label] for label in sample.labels]
+    texts = [_name(class_names, label) for label in sample.labels]
     return draw_objects(sample.image, masks, sample.boxes, texts, range(len(texts)))
+
+
+def _name(class_names: Sequence[str], label: int) -> str:
+    """The class, where there is more than one."""
+    return class_names[label] if len(class_names) > 1 else ""
 
 
 def truth_sheet(dataset: CocoDataset, seed: int = 0) -> np.ndarray:
@@ -54,7 +59,7 @@ def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
             cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0
             for mask in target["masks"].cpu().numpy()
         ]
-        texts = [config.class_names[label] for label in target["labels"].tolist()]
+        texts = [_name(config.class_names, label) for label in target["labels"].tolist()]
         pictures.append(draw_objects(bgr, masks, target["boxes"].cpu().numpy() * side, texts, range(len(texts))))
     return sheet(pictures, [str(image_id) for image_id in batch.image_ids[:LARGEST]])
 

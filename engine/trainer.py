@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from engine.distributed import Ranks
 from engine.schedule import build_optimizer
 from layers.loss import MultiBoxLoss
 from yolact import Yolact
+
+
+def average(decay: float, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    """A step of the running average. At first it follows faster than `decay`, so that short runs do not lag behind."""
+    followed = min(decay, (1 + int(count)) / (10 + int(count)))
+    get_ema_multi_avg_fn(followed)(averaged, current, count)
 
 
 class TrainStep(nn.Module):
@@ -73,7 +80,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = None
         if config.ema:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.ema = AveragedModel(model, multi_avg_fn=partial(average, config.ema), use_buffers=True)
         self.step = 0
         self.best = -1.0
         self.validated = 0  # the step of the last validation

@@ -47,8 +47,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, then faster")
     what = parser.add_argument_group("what to do")
-    what.add_argument("--image", nargs="+", default=[], help="pictures, globs, in:out pairs, or - for a list on stdin")
-    what.add_argument("--images", nargs="+", default=[], help="folders of pictures, searched to the bottom")
+    what.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="pictures, globs, in:out pairs, or - for a list on stdin",
+    )
+    what.add_argument(
+        "--images", nargs="+", action="extend", default=[], help="folders of pictures, searched to the bottom"
+    )
     what.add_argument("--video", help="a video file or a camera's number, or in:out")
     what.add_argument("--annotations", type=Path, help="COCO JSON to measure AP on")
     what.add_argument("--image_dir", type=Path, help="the folder of its photos")
@@ -148,7 +156,8 @@ def segment_video(args: argparse.Namespace) -> int:
     output = Path(args.output or target or "results")
     if output.suffix.lower() in VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(f"{output}: films are written as .mp4; name it {output.with_suffix('.mp4').name}")
-    if output.is_dir() or (args.output or target) is None:
+    earlier = output.with_suffix(".mp4").exists() or any(output.glob("000000.*"))  # of the same command
+    if (output.is_dir() and not earlier) or (args.output or target) is None:
         output = output / f"{'camera' * source.isdigit()}{video_name(source)}"
     output = output.with_name(video_name(str(output)))
     predictor = build_predictor(args, load_model(args), 0.3)

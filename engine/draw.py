@@ -30,6 +30,8 @@ def color_of(index: int) -> tuple[int, int, int]:
 
 def draw(image: np.ndarray, detections: Detections, alpha: float = 0.45) -> np.ndarray:
     """A copy of `image` (uint8 BGR [H, W, 3]) with the detections on it, the best on top."""
+    if image.shape[:2] != tuple(detections.size):
+        raise ValueError(f"the detections are of a picture of {detections.size}, not {image.shape[:2]}")
     labels, scores = detections.labels.tolist(), detections.mask_scores.tolist()
     texts = [f"{detections.class_names[k]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
     order = list(range(len(detections)))[::-1]
@@ -52,6 +54,8 @@ def draw_objects(
     earlier one moves to a free place at its box, and is left out where there is none; among more than CROWD objects so
     is a name wider than its box.
     """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"expected a uint8 picture [H, W, 3], not {image.dtype} {list(image.shape)}")
     out = image.copy()
     scale = max(image.shape[:2]) / 900
     line = max(1, round(1.6 * scale))

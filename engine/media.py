@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", "
 
 # Endings that an output folder does not have: someone expects such a file.
 NOT_PICTURES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv"}
-MADE_HERE = re.compile(r"\.yolact\.|\.(masks|prototypes)\.png$")  # in a folder of pictures: results of an earlier run
+MARK = b"made by YOLACT"  # a comment in the pictures that are written, so that results are told from photos
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,24 @@ def read_image(path: str | Path) -> np.ndarray | None:
     return (image * np.float32(scale)).round().clip(0, 255).astype(np.uint8)
 
 
+def marked(data: bytes) -> bytes:
+    """A JPEG or PNG file with MARK as a comment; other files as they are."""
+    if data[:4] == b"\xff\xd8\xff\xe0":  # after the first segment, which has to be JFIF's
+        end = 4 + int.from_bytes(data[4:6], "big")
+        return data[:end] + b"\xff\xfe" + (len(MARK) + 2).to_bytes(2, "big") + MARK + data[end:]
+    if data[:8] == b"\x89PNG\r\n\x1a\n":  # after the header, 25 bytes
+        chunk = b"tEXtComment\0" + MARK
+        length, checksum = (len(chunk) - 4).to_bytes(4, "big"), zlib.crc32(chunk).to_bytes(4, "big")
+        return data[:33] + length + chunk + checksum + data[33:]
+    return data
+
+
+def is_result(path: Path) -> bool:
+    """Whether a picture was written by an earlier run."""
+    with path.open("rb") as file:
+        return MARK in file.read(256)
+
+
 def split_output(text: str) -> tuple[str, str | None]:
     """`in:out` -> (in, out), anything else -> (text, None). `C:\\photo.jpg` and existing names stay whole."""
     if os.path.exists(text):
@@ -70,7 +90,7 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
 
     Results go to `output`, a folder, or a file for a single picture; to what stands after the colon of `in:out`; or to
     `results`. In a folder they keep the names of the pictures and of the folders they lie in; they overwrite neither
-    each other nor the pictures. Raises UserError when there is nothing to do.
+    each other nor any picture but results of earlier runs. Raises UserError when there is nothing to do.
     """
     jobs: list[tuple[Path, Path, str | None]] = []  # picture, its name under a folder, the folder or file asked for
     base = output or Path("results")
@@ -81,7 +101,7 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
         jobs += [(path, name, target) for path, name in found]
     for text in folders:
         folder, target = split_output(text)
-        found = _pictures_in(Path(folder), base)
+        found = _pictures_in(Path(folder))
         jobs += [(path, path.relative_to(folder), target) for path in found]
     if not jobs:
         raise UserError(
@@ -95,31 +115,39 @@ def collect(images: Iterable[str], folders: Iterable[str], output: Path | None) 
     if is_file and len(jobs) > 1:
         raise UserError(f"--output {output} is a file, but there are {len(jobs)} pictures; name a folder")
     taken: set[Path] = set()
+    inputs = {path.resolve() for path, _, _ in jobs}
     sources = []
     for path, name, target in jobs:
         wanted = Path(target) if target else base
         if wanted.suffix.lower() in SUFFIXES and (target or is_file):
             source = Source(path, wanted.with_suffix(""), wanted.suffix)
-            if source.output in taken or wanted.resolve() == path.resolve():
-                what = (
-                    "is the picture itself" if wanted.resolve() == path.resolve() else "is the result of two pictures"
-                )
+            if source.output in taken or wanted.resolve() in inputs:
+                what = "is one of the pictures" if wanted.resolve() in inputs else "is the result of two pictures"
                 raise UserError(f"{wanted}: {what}; choose another name")
         else:
-            lossless = path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff")
-            source = Source(path, _free_name(path, wanted / name, taken), ".png" if lossless else ".jpg")
+            suffix = ".png" if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
+            source = Source(path, _free_name(path, wanted / name, suffix, taken), suffix)
         taken.add(source.output)
         sources.append(source)
     return sources
 
 
-def _free_name(path: Path, target: Path, taken: set[Path]) -> Path:
-    """`target` without its suffix, or with more to its name where that is taken or would lie beside the picture."""
-    if target.parent.resolve() == path.parent.resolve():
+def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
+    """`target` without its suffix, or with more to its name where that is taken or would lie beside the picture.
+
+    A picture that lies there and is no result of an earlier run is not replaced either.
+    """
+
+    def foreign(output: Path) -> bool:
+        file = output.with_name(output.name + suffix)
+        return file.exists() and not is_result(file)
+
+    if target.parent.resolve() == path.parent.resolve() or foreign(target.with_suffix("")):
         target = target.with_name(f"{target.stem}.yolact{target.suffix}")
     stem = target.name.removesuffix(target.suffix)
-    candidates = [stem, target.name.replace(".", "_"), *(f"{stem}_{n}" for n in range(2, len(taken) + 3))]
-    return next(free for name in candidates if (free := target.with_name(name)) not in taken)
+    candidates = itertools.chain((stem, target.name.replace(".", "_")), (f"{stem}_{n}" for n in itertools.count(2)))
+    outputs = (target.with_name(name) for name in candidates)
+    return next(output for output in outputs if output not in taken and not foreign(output))
 
 
 def _with_stdin(images: Iterable[str]) -> list[str]:
@@ -141,19 +169,11 @@ def _expand(text: str) -> tuple[list[tuple[Path, Path]], str | None]:
     return [(path, Path(path.name)) for path in found], target
 
 
-def _pictures_in(folder: Path, output: Path | None = None) -> list[Path]:
+def _pictures_in(folder: Path) -> list[Path]:
     """The pictures in a folder and in those below it, but for results of earlier runs."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    results = output.resolve() if output is not None and output.resolve() != folder.resolve() else None
-    found = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES
-        and p.is_file()
-        and not MADE_HERE.search(p.name)
-        and not (results is not None and results in p.resolve().parents)
-    )
+        raise UserError(f"{folder}: {'not a folder, use --image' if folder.exists() else 'no such folder'}")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not is_result(p))
     if not found:
         raise UserError(f"{folder}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
     return found

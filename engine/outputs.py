@@ -13,6 +13,7 @@ import numpy as np
 from data.errors import UserError, nearest
 from engine.checkpoint import atomic_write
 from engine.draw import color_of
+from engine.media import marked
 from engine.predictor import Detections
 
 KINDS = ("overlay", "json", "masks", "polygons", "prototypes")
@@ -29,13 +30,13 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Encode by the path's suffix and write."""
+def write_image(path: Path, image: np.ndarray, result: bool = True) -> None:
+    """Encode by the path's suffix and write, with a comment that says who made it if it is a `result`."""
     options = [cv2.IMWRITE_JPEG_QUALITY, 95] if path.suffix.lower() in (".jpg", ".jpeg") else []
     done, data = cv2.imencode(path.suffix, image, options)
     if not done:
         raise UserError(f"{path}: OpenCV cannot write pictures of this kind")
-    _write_bytes(path, data.tobytes())
+    _write_bytes(path, marked(data.tobytes()) if result else data.tobytes())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -160,12 +161,13 @@ def labelme(detections: Detections, image_path: str) -> dict[str, Any]:
     }
 
 
-def prototype_sheet(detections: Detections, tile: int = 138, best: int = 4) -> np.ndarray:
+def prototype_sheet(detections: Detections, height: int = 138, best: int = 4) -> np.ndarray:
     """The prototypes side by side, and how the coefficients of the best detections add up to masks (paper, figure 5).
 
     A row a detection: the sum after its 1, 2, 4, 8, 16 and all strongest prototypes, then the mask cropped to its box.
-    Blue is negative, red positive.
+    Blue is negative, red positive. Tiles have the picture's proportions, up to 2:1.
     """
+    tile = (height, round(height * min(max(detections.size[1] / detections.size[0], 0.5), 2)))
     prototypes = detections.prototypes.float().cpu().numpy()
     count = prototypes.shape[2]
     tiles = [_tile(prototypes[..., k] / max(prototypes[..., k].max(), 1e-6), tile, f"{k}") for k in range(count)]
@@ -183,15 +185,17 @@ def prototype_sheet(detections: Detections, tile: int = 138, best: int = 4) -> n
         name = detections.class_names[int(detections.labels[i])]
         row.append(_tile(mask, tile, f"{name} {float(detections.scores[i]):.2f}", color_of(i)))
         sheet.append(row)
-    blank = np.full((tile, tile, 3), 255, np.uint8)
+    blank = np.full((*tile, 3), 255, np.uint8)
     return np.vstack([np.hstack(row + [blank] * (8 - len(row))) for row in sheet])
 
 
-def _tile(values: np.ndarray, side: int, text: str, color: tuple[int, int, int] = (40, 40, 200)) -> np.ndarray:
-    """Values -1..1 [h, w] as a square tile with a caption: white is 0, `color` 1, blue -1."""
-    values = cv2.resize(values.astype(np.float32), (side, side))[..., None]
+def _tile(
+    values: np.ndarray, size: tuple[int, int], text: str, color: tuple[int, int, int] = (40, 40, 200)
+) -> np.ndarray:
+    """Values -1..1 [h, w] as a tile of `size` (height, width) with a caption: white is 0, `color` 1, blue -1."""
+    values = cv2.resize(values.astype(np.float32), size[::-1])[..., None]
     ink = np.where(values > 0, np.array(color), np.array((200, 90, 30)))
     out = (255 + (ink - 255) * np.abs(values).clip(0, 1)).astype(np.uint8)
-    cv2.rectangle(out, (0, 0), (side - 1, side - 1), (210, 210, 210), 1)
+    cv2.rectangle(out, (0, 0), (size[1] - 1, size[0] - 1), (210, 210, 210), 1)
     cv2.putText(out, text, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return out

@@ -116,6 +116,8 @@ class VideoWriter:
         self.thread = threading.Thread(target=self._run, daemon=True)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
+            for left in output.glob("[0-9]" * 6 + ".*"):  # frames of an earlier run, which may have had more of them
+                left.unlink()
             if "json" in kinds:  # a line a detection, as they come: a long film has millions
                 self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
                 self.json.write(b"[")
@@ -153,7 +155,7 @@ class VideoWriter:
             path = self.output / f"{index:06d}"
             if "polygons" in per_frame:  # LabelMe shows them on the frame
                 origin["file_name"] = str(path.with_suffix(".jpg"))
-                write_image(path.with_suffix(".jpg"), frame)
+                write_image(path.with_suffix(".jpg"), frame, result=False)
             write_results(frame, detections, path, per_frame, origin, ".jpg")
         self.report.latencies.append(time.perf_counter() - read_at)
 

@@ -15,7 +15,7 @@ from pycocotools import mask as rle
 
 from data.errors import UserError
 from engine.media import collect, read_image, split_output
-from engine.outputs import instance_map, labelme, prototype_sheet, rings
+from engine.outputs import instance_map, labelme, prototype_sheet, rings, write_image
 from engine.predictor import Detections, Predictor
 from layers.nms import NMS
 from yolact import Yolact
@@ -238,6 +238,23 @@ def test_names_never_collide(tmp_path):
     assert (tmp_path / "out/b/a") in {s.output for s in nested}
     with pytest.raises(UserError, match="name a folder, or a picture"):
         collect([str(tmp_path / "in/a.jpg")], [], tmp_path / "out.json")
+    with pytest.raises(UserError, match="is one of the pictures"):
+        collect([f"{tmp_path}/in/a.jpg:{tmp_path}/in/a.png", f"{tmp_path}/in/a.png:{tmp_path}/x.png"], [], None)
+    assert len(collect([], [str(tmp_path / "in")], tmp_path)) == 4  # a folder above the pictures
+
+
+def test_photos_are_never_replaced_and_results_are(tmp_path):
+    for name in ("in/a.jpg", "out/a.jpg", "in/b.png", "out/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), photo(8, 8))
+    for _ in range(2):
+        sources = collect([], [str(tmp_path / "in")], tmp_path / "out")
+        assert [s.output.name for s in sources] == ["a.yolact", "b.yolact"]
+        for source in sources:
+            write_image(source.output.with_name(source.output.name + source.suffix), photo(9, 9))
+    assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (8, 8, 3)
+    assert len(collect([], [str(tmp_path / "out")], None)) == 2  # results are no pictures to segment
+    assert np.array_equal(cv2.imread(str(tmp_path / "out/b.yolact.png")), photo(9, 9))
 
 
 def test_command_line_writes_every_kind(weights, tmp_path):
@@ -369,9 +386,11 @@ def test_memory_of_a_hundred_masks_on_twelve_megapixels(tmp_path, kind, limit):
 
 
 def test_prototype_sheet():
-    sheet = prototype_sheet(disc_detections())
+    sheet = prototype_sheet(disc_detections(200, 300))
     assert sheet.dtype == np.uint8
-    assert sheet.shape[1] == 8 * 138
+    assert sheet.shape[1] == 8 * 207  # 2:3 as the picture
+    with pytest.raises(ValueError, match="of a picture of"):
+        disc_detections().draw(photo())
 
 
 def test_overlay_reads_on_small_and_large_pictures():

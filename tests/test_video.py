@@ -120,6 +120,13 @@ def test_broken_video(predictor, tmp_path):
         process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
 
 
+def test_the_same_command_again_replaces_its_results(weights, film, tmp_path):
+    args = ["eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out", "--save", "masks"]
+    run(*args, "--max_images", 3, "--device", "cpu")
+    run(*args, "--max_images", 2, "--device", "cpu")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["000000.masks.png", "000001.masks.png"]
+
+
 def test_films_are_mp4(weights, film, tmp_path):
     out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out.avi", code=2)
     assert "name it out.mp4" in out

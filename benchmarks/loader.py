@@ -46,7 +46,9 @@ def main() -> int:
     medians = {name: statistics.median(values) for name, values in times.items()}
     means = {name: statistics.fmean(values) for name, values in times.items()}
     report = {
-        "command": " ".join(sys.argv),
+        "command": f"python benchmarks/loader.py --original {args.original.name} --annotations {args.annotations.name} "
+        f"--image_dir {args.image_dir.name} --samples {args.samples}",
+        "processor": processor(),
         "median_ms": {name: round(1000 * value, 2) for name, value in medians.items()},
         "mean_ms": {name: round(1000 * value, 2) for name, value in means.items()},
         "ratio_of_medians": round(medians["original"] / medians["ours"], 2),
@@ -58,6 +60,16 @@ def main() -> int:
     print(json.dumps(report, indent=1))
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def processor() -> str:
+    """What the processor calls itself, and how many cores there are."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from engine.benchmark import device_name
+
+    return device_name(torch.device("cpu"))
 
 
 def measure(read: Callable[[int], object], samples: int, warmup: int = 10) -> list[float]:

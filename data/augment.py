@@ -70,6 +70,7 @@ class Augment:
         self.size = config.max_size
         rows, columns = feature_sizes(self.size, self.size)[0]
         self.mask_size = (2 * rows, 2 * columns)
+        self.scratch = Scratch()
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Augmented:
         window = self.choose_window(sample, rng)
@@ -109,24 +110,28 @@ class Augment:
         return np.concatenate((low, high), axis=1)[kept].astype(np.float32), kept
 
     def _image(self, image: np.ndarray, window: Window, rng: np.random.Generator) -> np.ndarray:
-        size = self.size
+        size, config = self.size, self.config
         height, width = image.shape[:2]
-        matrix = window.matrix(size, size)
-        out = cv2.warpAffine(
+        pixels = cv2.warpAffine(
             image,
-            matrix,
+            window.matrix(size, size),
             (size, size),
             flags=cv2.INTER_LINEAR,
             borderMode=cv2.BORDER_CONSTANT,
             borderValue=CANVAS_BGR,
-        ).astype(np.float32)
-        if self.config.augment_photometric:
-            # The canvas around the photo keeps the mean colour.
-            corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
-            (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
-            x1, y1, x2, y2 = int(x1), int(y1), int(x2), int(y2)
-            out[y1:y2, x1:x2] = distort(out[y1:y2, x1:x2], rng)
-        return normalise(out, self.config)
+        )
+        if not config.augment_photometric:
+            return normalise(pixels, config)
+        # The canvas around the photo keeps the mean colour.
+        corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
+        (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
+        inside = np.s_[int(y1) : int(y2), int(x1) : int(x2)]
+        out = np.empty((3, size, size), np.float32)
+        if (x1, y1) != (0, 0) or x2 < size or y2 < size:
+            colour = (np.array(CANVAS_BGR[::-1]) - config.mean) / config.std
+            out[:] = colour.astype(np.float32)[:, None, None]
+        Distortion.draw(rng).apply(pixels[inside], out[:, inside[0], inside[1]], config, self.scratch)
+        return out
 
 
 def normalise(image: np.ndarray, config: Config) -> np.ndarray:
@@ -167,28 +172,77 @@ def sample_crop(
     return area
 
 
-def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue of a float32 BGR picture, each changed in half of the cases."""
-    if image.size == 0:
-        return image
-    if rng.random() < 0.5:
-        image = image + np.float32(rng.uniform(-32, 32))
-    contrast = np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else None
-    contrast_first = rng.random() < 0.5
-    if contrast is not None and contrast_first:
-        image = image * contrast
-    saturation = np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else None
-    hue = np.float32(rng.uniform(-18, 18)) if rng.random() < 0.5 else None
-    if saturation is not None or hue is not None:
-        h, s, v = cv2.split(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_BGR2HSV))
-        if saturation is not None:
-            s = s * saturation
-        if hue is not None:
-            h = (h + hue) % np.float32(360)
-        image = cv2.cvtColor(cv2.merge((h, s, v)), cv2.COLOR_HSV2BGR)
-    if contrast is not None and not contrast_first:
-        image = image * contrast
-    return image
+@dataclass(frozen=True)
+class Distortion:
+    """A change of brightness, contrast, saturation and hue, as SSD has it, of values that are not cut at 0 and 255."""
+
+    brightness: float = 0.0  # added
+    contrast: float = 1.0  # times
+    contrast_first: bool = True  # before the colours change, or after
+    saturation: float = 1.0  # times
+    hue: float = 0.0  # degrees
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Distortion:
+        """Each of the four in half of the cases."""
+        brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
+        contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+        contrast_first = rng.random() < 0.5
+        saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+        hue = rng.uniform(-18, 18) if rng.random() < 0.5 else 0.0
+        return cls(brightness, contrast, contrast_first, saturation, hue)
+
+    def apply(self, image: np.ndarray, out: np.ndarray, config: Config, scratch: Scratch) -> None:
+        """Change `image`, uint8 BGR [h, w, 3], and write it normalised as RGB planes to `out`, float32 [3, h, w].
+
+        All that depends on one byte is looked up. Saturation needs no other colour space: a channel's distance from
+        the largest of the three is what it scales.
+        """
+        if image.size == 0:
+            return
+        first, last = (self.contrast, 1.0) if self.contrast_first else (1.0, self.contrast)
+        table = (np.arange(256) + self.brightness) * first
+        scales, shifts = last / np.array(config.std), np.array(config.mean) / config.std
+        if self.hue:
+            pixels = cv2.LUT(image, table.astype(np.float32), dst=scratch.get(0, image.shape))
+            hsv = cv2.cvtColor(pixels, cv2.COLOR_BGR2HSV, dst=scratch.get(1, image.shape))
+            hue = hsv[..., 0]
+            hue += np.float32(self.hue % 360)
+            hue -= np.float32(360) * (hue >= 360)
+            hsv[..., 1] *= np.float32(self.saturation)
+            cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR, dst=pixels)
+            for channel in range(3):
+                np.multiply(pixels[..., 2 - channel], np.float32(scales[channel]), out=out[channel])
+                out[channel] -= np.float32(shifts[channel])
+            return
+        planes = cv2.split(image)[::-1]
+        if self.saturation == 1:
+            for channel, plane in enumerate(planes):
+                out[channel] = cv2.LUT(plane, (table * scales[channel] - shifts[channel]).astype(np.float32))
+            return
+        shape, kept = image.shape[:2], self.saturation
+        for channel, plane in enumerate(planes):
+            out[channel] = cv2.LUT(plane, table.astype(np.float32), dst=scratch.get(0, shape))
+        largest = np.maximum(out[0], out[1], out=scratch.get(0, shape))
+        np.maximum(largest, out[2], out=largest)
+        for channel in range(3):
+            out[channel] *= np.float32(kept * scales[channel])
+            out[channel] += np.multiply(largest, np.float32((1 - kept) * scales[channel]), out=scratch.get(1, shape))
+            out[channel] -= np.float32(shifts[channel])
+
+
+class Scratch:
+    """Memory for intermediate results, used again: fresh memory for each picture costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, np.ndarray] = {}
+
+    def get(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        """float32 of `shape`, with whatever was left in it; what `get` gave for this number before is overwritten."""
+        size = int(np.prod(shape))
+        if number not in self.buffers or self.buffers[number].size < size:
+            self.buffers[number] = np.empty(size, np.float32)
+        return self.buffers[number][:size].reshape(shape)
 
 
 def draw_mask(segmentation: Any, window: Window, size: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_dataset
 from pycocotools import mask as rle
 
-from data.augment import Augment, Window, draw_mask, sample_crop
+from data.augment import Augment, Distortion, Scratch, Window, draw_mask, sample_crop
 from data.coco import CocoDataset, EndlessShuffle, TrainingSet, training_batches
 from data.config import get_config
 from data.errors import UserError
@@ -189,6 +189,31 @@ def test_window_turns_points_as_it_turns_pixels():
         px, py = window.points(np.array([50.5, 10.5]), 160, 128)
         assert abs(x + 0.5 - px) <= 1
         assert abs(y + 0.5 - py) <= 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_distortion_is_what_its_definition_says(seed):
+    """Step by step in float: brightness, contrast here or at the end, saturation and hue in HSV, normalisation."""
+    config = get_config("yolact_base")
+    image = np.random.default_rng(seed).integers(33, 256, (20, 30, 3), dtype=np.uint8)
+    change = Distortion.draw(np.random.default_rng(seed))
+    values = image.astype(np.float32) + np.float32(change.brightness)
+    values *= np.float32(change.contrast if change.contrast_first else 1)
+    h, s, v = cv2.split(cv2.cvtColor(values, cv2.COLOR_BGR2HSV))
+    changed = cv2.merge(((h + np.float32(change.hue)) % 360, s * np.float32(change.saturation), v))
+    values = cv2.cvtColor(changed, cv2.COLOR_HSV2BGR) * (1 if change.contrast_first else change.contrast)
+    wanted = (values[..., ::-1] - np.array(config.mean)) / np.array(config.std)
+    out = np.empty((3, 20, 30), np.float32)
+    change.apply(image, out, config, Scratch())
+    np.testing.assert_allclose(out.transpose(1, 2, 0), wanted, atol=1e-4)
+
+
+def test_each_change_is_made_in_half_of_the_cases():
+    rng = np.random.default_rng(0)
+    drawn = [Distortion.draw(rng) for _ in range(2000)]
+    for name, neutral in (("brightness", 0), ("contrast", 1), ("saturation", 1), ("hue", 0)):
+        assert sum(getattr(d, name) == neutral for d in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
+    assert max(abs(d.hue) for d in drawn) <= 18
 
 
 def test_crop_holds_a_centre():

@@ -29,7 +29,7 @@ from engine.media import collect, read_image, split_output
 from engine.outputs import parse_kinds, write_json, write_results
 from engine.predictor import Predictor
 from engine.released import WEIGHTS_DIR
-from engine.video import process_video
+from engine.video import frame_files, process_video
 from layers.nms import NMS
 from yolact import Yolact
 
@@ -156,9 +156,11 @@ def segment_video(args: argparse.Namespace) -> int:
     output = Path(args.output or target or "results")
     if output.suffix.lower() in VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(f"{output}: films are written as .mp4; name it {output.with_suffix('.mp4').name}")
-    earlier = output.with_suffix(".mp4").exists() or any(output.glob("000000.*"))  # of the same command
-    if (output.is_dir() and not earlier) or (args.output or target) is None:
+    # A folder with frames of the same command's earlier run is not one to write into, but to write again.
+    if (output.is_dir() and not frame_files(output)) or (args.output or target) is None:
         output = output / f"{'camera' * source.isdigit()}{video_name(source)}"
+        if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
+            output = output.with_name(output.name + ".yolact")
     output = output.with_name(video_name(str(output)))
     predictor = build_predictor(args, load_model(args), 0.3)
     report = process_video(predictor, source, output, kinds, args.max_images)

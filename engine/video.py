@@ -101,6 +101,12 @@ def _put(items: queue.Queue, item: Any, stop: threading.Event) -> None:
             continue
 
 
+def frame_files(folder: Path) -> list[Path]:
+    """What an earlier run left in `folder` for its frames: names that nobody else gives, so no photo is among them."""
+    endings = ("masks.png", "masks.json", "polygons.json", "prototypes.png", "frame.jpg")
+    return [path for ending in endings for path in folder.glob("[0-9]" * 6 + "." + ending)]
+
+
 class VideoWriter:
     """Draws and encodes in a thread of its own. `close` ends the files properly and gives them their names."""
 
@@ -116,7 +122,7 @@ class VideoWriter:
         self.thread = threading.Thread(target=self._run, daemon=True)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            for left in output.glob("[0-9]" * 6 + ".*"):  # frames of an earlier run, which may have had more of them
+            for left in frame_files(output):  # of an earlier run, which may have had more of them
                 left.unlink()
             if "json" in kinds:  # a line a detection, as they come: a long film has millions
                 self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
@@ -154,8 +160,8 @@ class VideoWriter:
         if per_frame:
             path = self.output / f"{index:06d}"
             if "polygons" in per_frame:  # LabelMe shows them on the frame
-                origin["file_name"] = str(path.with_suffix(".jpg"))
-                write_image(path.with_suffix(".jpg"), frame, result=False)
+                origin["file_name"] = str(path.with_suffix(".frame.jpg"))
+                write_image(path.with_suffix(".frame.jpg"), frame, result=False)
             write_results(frame, detections, path, per_frame, origin, ".jpg")
         self.report.latencies.append(time.perf_counter() - read_at)
 

@@ -127,6 +127,28 @@ def test_the_same_command_again_replaces_its_results(weights, film, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["000000.masks.png", "000001.masks.png"]
 
 
+def test_a_persons_own_frames_stay(weights, film, tmp_path):
+    """Stills numbered as ours are, in the folder that is named for the results."""
+    own = tmp_path / "stills"
+    own.mkdir()
+    for i in range(4):
+        (own / f"{i:06d}.jpg").write_bytes(b"mine")
+    args = ["eval.py", "--weights", weights, "--video", film, "--output", own, "--device", "cpu", "--max_images", 2]
+    for _ in range(2):
+        run(*args, "--save", "overlay,masks,polygons")
+    assert [(own / f"{i:06d}.jpg").read_bytes() for i in range(4)] == [b"mine"] * 4
+    assert (own / "film.mp4").exists()
+    assert len(list((own / "film").glob("*.frame.jpg"))) == 2
+
+
+def test_beside_the_film_the_result_has_another_name(weights, film):
+    before = film.read_bytes()
+    run(ROOT / "eval.py", "--weights", weights, "--video", film.name, "--output", ".", "--max_images", 2,
+        "--device", "cpu", cwd=film.parent)  # fmt: skip
+    assert film.read_bytes() == before
+    assert (film.parent / "film.yolact.mp4").exists()
+
+
 def test_films_are_mp4(weights, film, tmp_path):
     out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out.avi", code=2)
     assert "name it out.mp4" in out

@@ -144,9 +144,9 @@ class CocoDataset(Dataset):
     @staticmethod
     def box_of(annotation: dict[str, Any], segmentation: Any, height: int, width: int) -> Box | None:
         """The annotation's box (x1, y1, x2, y2), clipped to the photo; None if nothing is left of it."""
-        stated = _numbers(annotation.get("bbox"))
-        if stated is not None and len(stated) == 4:
-            x, y, w, h = map(float, stated)
+        stated = stated_box(annotation)
+        if stated is not None:
+            x, y, w, h = stated
         elif isinstance(segmentation, list):
             points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
             (x, y), (w, h) = points.min(axis=0), np.ptp(points, axis=0)
@@ -208,6 +208,12 @@ def as_id(value: Any, path: Path) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise UserError(f"{path}: id {value!r} is not a whole number") from None
+
+
+def stated_box(annotation: dict[str, Any]) -> list[float] | None:
+    """The annotation's own box (x, y, width, height), even where it sticks out of the photo; None if it is none."""
+    numbers = _numbers(annotation.get("bbox"))
+    return numbers.tolist() if numbers is not None and len(numbers) == 4 else None
 
 
 def is_crowd(annotation: dict[str, Any]) -> bool:

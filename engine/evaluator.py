@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from data.coco import CocoDataset, as_id, is_crowd, normalise_segmentation, to_rle
+from data.coco import CocoDataset, as_id, is_crowd, normalise_segmentation, stated_box, to_rle
 from data.errors import UserError
 from engine.distributed import Ranks
 from engine.predictor import Predictor
@@ -82,14 +82,13 @@ def evaluate(
 
 
 def compare_classes(dataset: CocoDataset, config: Any) -> str:
-    """The classes of a file and those of a model side by side."""
+    """The classes of a file and those of a model side by side, those that differ marked."""
     rows = [f"{'label':>5}  {'in the file':<24}  in the weights"]
     for label in range(max(len(dataset.class_names), config.num_classes)):
         left = dataset.class_names[label] if label < len(dataset.class_names) else "-"
         right = config.class_names[label] if label < config.num_classes else "-"
-        if left != right:
-            rows.append(f"{label:>5}  {left:<24}  {right}")
-    return "\n".join(rows[:13] + [f"... and {len(rows) - 13} more"] * (len(rows) > 13))
+        rows.append(f"{label:>5}  {left:<24}  {right}{'  <' * (left != right)}")
+    return "\n".join(rows)
 
 
 def coco_metrics(
@@ -136,7 +135,7 @@ def ground_truth(dataset: CocoDataset) -> COCO:
                 "iscrowd": int(is_crowd(annotation)),
                 "segmentation": segmentation or [[0.0] * 6],
             }
-            entry["bbox"] = _stated_box(annotation) or rle.toBbox(to_rle(entry["segmentation"], height, width)).tolist()
+            entry["bbox"] = stated_box(annotation) or rle.toBbox(to_rle(entry["segmentation"], height, width)).tolist()
             entry["area"] = float(annotation.get("area") or entry["bbox"][2] * entry["bbox"][3])
             annotations.append(entry)
     categories = [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.class_names, strict=True)]
@@ -145,15 +144,6 @@ def ground_truth(dataset: CocoDataset) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
-
-
-def _stated_box(annotation: dict[str, Any]) -> list[float] | None:
-    """The annotation's own box, even where it sticks out of the photo: COCOeval counts with it."""
-    try:
-        box = [float(value) for value in annotation["bbox"]]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return box if len(box) == 4 else None
 
 
 def _nothing(truth: COCO) -> COCO:

@@ -70,8 +70,11 @@ def marked(data: bytes) -> bytes:
 
 def is_result(path: Path) -> bool:
     """Whether a picture was written by an earlier run."""
-    with path.open("rb") as file:
-        return MARK in file.read(256)
+    try:
+        with path.open("rb") as file:
+            return MARK in file.read(256)
+    except OSError:  # told of when it is to be segmented
+        return False
 
 
 def split_output(text: str) -> tuple[str, str | None]:

@@ -44,7 +44,7 @@ def truth_sheet(dataset: CocoDataset, seed: int = 0) -> np.ndarray:
         with contextlib.suppress(UserError):  # the audit tells of it
             pictures.append(truth_picture(dataset[index], dataset.class_names))
             captions.append(f"{dataset.image_ids[index]}: {dataset.image_path(index).name}")
-    return sheet(pictures or [np.full((8, 8, 3), 255, np.uint8)], captions or ["no photo can be read"])
+    return sheet(pictures, captions)
 
 
 def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
@@ -76,11 +76,13 @@ def comparison_sheet(predictor: Predictor, dataset: CocoDataset, count: int = 8,
         found = found[found.scores >= score]
         pictures += [truth_picture(sample, dataset.class_names), found.draw(sample.image)]
         captions += [f"{dataset.image_ids[index]}: truth", f"{len(found)} predicted"]
-    return sheet(pictures or [np.full((8, 8, 3), 255, np.uint8)], captions or ["no photo can be read"])
+    return sheet(pictures, captions)
 
 
 def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], side: int = 360, columns: int = 4) -> np.ndarray:
-    """Pictures of any size side by side, each in a square of `side` pixels under its caption."""
+    """Pictures of any size side by side, each in a square of `side` pixels under its caption; a white one if none."""
+    if not pictures:
+        pictures, captions = [np.full((side, side, 3), 255, np.uint8)], ["no photo can be read"]
     tiles = []
     for picture, caption in zip(pictures, captions, strict=True):
         tile = np.full((side + 22, side, 3), 255, np.uint8)

@@ -181,4 +181,5 @@ class Run:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         torch.set_rng_state(training["random"])
-        self.step, self.best, self.validated = training["step"], training["best"], training["validated"]
+        self.step, self.best = training["step"], training["best"]
+        self.validated = training.get("validated", self.step)  # files of before say nothing of it

@@ -112,6 +112,7 @@ class VideoWriter:
 
     def __init__(self, output: Path, kinds: tuple[str, ...], name: str, fps: float, report: VideoReport):
         self.output, self.kinds, self.name, self.fps, self.report = output, kinds, name, fps, report
+        self.per_frame = tuple(kind for kind in kinds if kind in ("masks", "polygons", "prototypes"))
         self.film = output.with_name(output.name + ".mp4")
         self.part = output.with_name(f".{output.name}.part.mp4")
         self.encoder: cv2.VideoWriter | None = None
@@ -122,7 +123,7 @@ class VideoWriter:
         self.thread = threading.Thread(target=self._run, daemon=True)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            for left in frame_files(output):  # of an earlier run, which may have had more of them
+            for left in frame_files(output) if self.per_frame else ():  # an earlier run may have had more of them
                 left.unlink()
             if "json" in kinds:  # a line a detection, as they come: a long film has millions
                 self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
@@ -156,13 +157,12 @@ class VideoWriter:
         if self.json is not None:
             for result in detections.to_coco(index):
                 self.json.write((b",\n" if self.json.tell() > 1 else b"\n") + json.dumps(origin | result).encode())
-        per_frame = tuple(kind for kind in self.kinds if kind in ("masks", "polygons", "prototypes"))
-        if per_frame:
+        if self.per_frame:
             path = self.output / f"{index:06d}"
-            if "polygons" in per_frame:  # LabelMe shows them on the frame
+            if "polygons" in self.per_frame:  # LabelMe shows them on the frame
                 origin["file_name"] = str(path.with_suffix(".frame.jpg"))
                 write_image(path.with_suffix(".frame.jpg"), frame, result=False)
-            write_results(frame, detections, path, per_frame, origin, ".jpg")
+            write_results(frame, detections, path, self.per_frame, origin, ".jpg")
         self.report.latencies.append(time.perf_counter() - read_at)
 
     def _open(self, frame: np.ndarray) -> cv2.VideoWriter:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 from conftest import make_dataset, run, train_args
 
-from data.coco import CocoDataset, training_batches
+from data.audit import SAMPLE
+from data.coco import CocoDataset, EndlessShuffle, training_batches
 from data.config import config_from_dict
 from engine.trainer import TrainStep
 from yolact import Yolact
@@ -128,13 +130,18 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_that_one_process_meets_ends_all(dataset, tmp_path):
-    """The second process alone gets the broken photo; both stop, and its name is told."""
-    args = train_args(dataset, "--batch_size", "2", "--max_iter", "20", "--output_dir", tmp_path / "run")
-    for i in (1, 3, 5):
-        (dataset.parent / f"images/picture_{i}.png").write_bytes(b"broken")
+def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
+    """The second process alone gets broken photos, which the audit at the start does not look at; both stop."""
+    path = make_dataset(tmp_path / "data", 230)
+    looked_at = range(0, 230, -(-230 // SAMPLE))
+    keys = itertools.islice(EndlessShuffle(230, seed=0, rank=1, world_size=2), 10)
+    for index in [index for _, index in keys if index not in looked_at][:3]:
+        (tmp_path / f"data/images/picture_{index}.png").write_bytes(b"broken")
+    args = train_args(path, "--batch_size", "20", "--max_iter", "20", "--output_dir", tmp_path / "run")
+    args[args.index("--val_annotations") + 1] = make_dataset(tmp_path / "val", 2)
+    args[args.index("--val_images") + 1] = tmp_path / "val/images"
     out = run(*TORCHRUN, *args, code=1)
-    assert "cannot be used" in out
+    assert out.count("3 of 230 photos cannot be used") == 2
 
 
 @pytest.mark.slow

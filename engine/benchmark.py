@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.devices import autocast, cpu_facts
+from data.config import Config
+from engine.devices import cpu_facts
 from engine.predictor import Detections, Predictor
 from layers.detect import Candidates
-from yolact import Predictions
+from yolact import Predictions, Yolact
 
 STAGES = (
     "read", "resize and normalise", "backbone", "FPN", "prototypes", "head", "detect", "masks", "copy to host", "draw",
@@ -51,7 +53,7 @@ def benchmark(
     stages = {stage: dict(zip(("p10", "median", "p90"), np.percentile(v, (10, 50, 90)).tolist(), strict=True))
               for stage, v in times.items()}  # fmt: skip
     memory = _peak_memory(predictor.device)  # before the probes below take theirs
-    flops = _flops(predictor, batch_size)
+    flops = network_flops(predictor.config, predictor.size, batch_size)
     peak = matmul_peak(predictor.device, predictor.dtype)
     seconds = stages["network"]["median"] / 1000
     return {
@@ -65,6 +67,8 @@ def benchmark(
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
         "threads": torch.get_num_threads(),
         "repeats": repeats,
+        "compiled": predictor.compile_seconds > 0,
+        "seconds_to_compile": predictor.compile_seconds,
         "stages_ms": stages,
         "network_fps": batch_size / seconds,
         "picture_to_masks_fps": 1000 * batch_size / stages["picture to masks"]["median"],
@@ -82,35 +86,32 @@ def _one_pass(
 ) -> dict[str, float]:
     """Seconds for each stage of one pass, each waited for."""
     clock = _Clock(predictor.device)
-    model = predictor.model
+    model, pictures = predictor.model, [image] * batch_size
     clock.time("read", lambda: cv2.imdecode(encoded, cv2.IMREAD_COLOR))
-    batch = clock.time("resize and normalise", lambda: torch.stack([predictor.preprocess(image)] * batch_size))
+    batch = clock.time("resize and normalise", lambda: torch.stack([predictor.preprocess(x) for x in pictures]))
     # Stage by stage, and then as it runs when nobody looks: stages may not add up to the whole.
-    with autocast(predictor.device, predictor.dtype):
-        features = clock.time("backbone", lambda: model.backbone(batch))
-        levels = clock.time("FPN", lambda: model.fpn(features))
-        clock.time("prototypes", lambda: model.protonet(levels[0]))
-        clock.time("head", lambda: [torch.cat(x, dim=1) for x in zip(*map(model.head, levels), strict=True)])
+    inputs = batch.to(predictor.dtype, memory_format=torch.channels_last)
+    features = clock.time("backbone", lambda: model.backbone(inputs))
+    levels = clock.time("FPN", lambda: model.fpn(features))
+    clock.time("prototypes", lambda: model.protonet(levels[0]))
+    clock.time("head", lambda: [torch.cat(x, dim=1) for x in zip(*map(model.head, levels), strict=True)])
     predictions: Predictions = clock.time("network", lambda: predictor.predict(batch))
     candidates = clock.time("detect", lambda: predictor.detect(predictions))
-    candidates = provided if provided is not None else candidates
-    found = [predictor.collect(predictions, candidates, 0, image.shape[:2]) for _ in range(batch_size)]
-    masks: list[Tensor] = clock.time("masks", lambda: [torch.cat(list(d.iter_masks()) or [d.scores]) for d in found])
-    clock.time("copy to host", lambda: [m.cpu() for m in masks])
+
+    def collect(candidates: Candidates, prototypes: Tensor) -> list[Detections]:
+        if provided is not None:
+            candidates = Candidates(*(field.expand(batch_size, *field.shape[1:]) for field in provided))
+        counts = (candidates.scores > 0).sum(dim=1).tolist()
+        return [predictor.collect(candidates, prototypes, i, n, image.shape[:2]) for i, n in enumerate(counts)]
+
+    def masks(found: list[Detections]) -> list[Tensor]:
+        return [torch.cat(list(d.iter_masks()) or [d.scores]) for d in found]
+
+    found = collect(candidates, predictions.prototypes)
+    drawn = clock.time("masks", lambda: masks(found))
+    clock.time("copy to host", lambda: [m.cpu() for m in drawn])
     clock.time("draw", lambda: [d.draw(image) for d in found])
-
-    def whole() -> list[Tensor]:
-        batch = torch.stack([predictor.preprocess(image)] * batch_size)
-        predictions = predictor.predict(batch)
-        candidates = predictor.detect(predictions)
-        candidates = provided if provided is not None else candidates
-        found: list[Detections] = [
-            predictor.collect(predictions, candidates, i if provided is None else 0, image.shape[:2])
-            for i in range(batch_size)
-        ]
-        return [torch.cat(list(d.iter_masks()) or [d.scores]).cpu() for d in found]
-
-    clock.time("picture to masks", whole)
+    clock.time("picture to masks", lambda: [m.cpu() for m in masks(collect(*predictor.locate(pictures)))])
     return clock.seconds
 
 
@@ -160,11 +161,20 @@ def _provided(predictor: Predictor, rng: np.random.Generator, count: int = 10) -
     return Candidates(tensors[0].float(), tensors[1].float(), tensors[2], tensors[3].float())
 
 
-def _flops(predictor: Predictor, batch_size: int) -> float:
-    """Operations of the network, multiply and add as two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predictor.model(torch.zeros(batch_size, 3, *predictor.size, device=predictor.device))
-    return float(counter.get_total_flops())
+def network_flops(config: Config, size: tuple[int, int], batch_size: int = 1) -> float:
+    """Operations of the network as it is defined, multiply and add as two, however it is computed."""
+
+    def deformable(_x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+        return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+    # Shapes are all that is needed, but torchvision's kernel wants real numbers.
+    with torch.device("cpu" if config.dcn_interval else "meta"), torch.no_grad():
+        model = Yolact(config).eval()
+        with FlopCounterMode(
+            display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: deformable}
+        ) as counter:
+            model(torch.zeros(1, 3, *size))
+    return float(batch_size * counter.get_total_flops())
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -213,7 +223,7 @@ def format_report(report: dict[str, Any]) -> str:
     size, picture = "x".join(map(str, report["size"])), "x".join(map(str, report["picture"]))
     lines = [
         f"{report['configuration']}, {size} input, {picture} picture, batch {report['batch_size']}, "
-        f"{report['precision']} on {report['device']}, {report['repeats']} repeats",
+        f"{report['precision']}{', compiled' * report['compiled']} on {report['device']}, {report['repeats']} repeats",
         f"{'stage':<24}{'p10':>10}{'median':>10}{'p90':>10}   ms",
     ]
     for stage, row in report["stages_ms"].items():
@@ -226,4 +236,6 @@ def format_report(report: dict[str, Any]) -> str:
         f"({100 * report['share_of_peak']:.0f} %), memory copy {report['memory_copy_gb_s']:.1f} GB/s",
         f"peak memory {report['peak_memory_mib']:.0f} MiB",
     ]
+    if report["compiled"]:
+        lines.append(f"compiled in {report['seconds_to_compile']:.0f} s; stages are timed uncompiled")
     return "\n".join(lines)

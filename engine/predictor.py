@@ -23,13 +23,15 @@ from torch import Tensor
 
 from data.augment import normalise
 from data.errors import UserError, nearest
-from engine.devices import autocast, choose_device, choose_precision
+from engine.devices import choose_device, choose_precision
+from engine.inference import CudaGraphs, compiled, prepare
 from layers.detect import Candidates, detect
 from layers.masks import assemble_masks, combine
 from layers.nms import NMS
 from yolact import Predictions, Yolact
 
 MAX_BATCH = 16  # pictures that go through the network at once
+STATIC_NMS = ("fast", "cross_class")  # the others wait for values
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Detections:
             self.size,
             crop=self.crop,
             crop_after_resize=self.crop_after_resize,
+            by_window=self.scores.device.type == "cpu",
             budget=budget,
         )
 
@@ -120,9 +123,12 @@ class Predictor:
     device: auto, cpu, cuda, cuda:1, mps. precision: auto, fp32, bf16, fp16. size: (height, width) of the network's
     input, the configuration's by default. score_threshold: with a higher one than the configuration's, no detection
     scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
-    best class of an object may score less. nms: a key of
-    layers.nms.NMS. `crop` and `crop_after_resize` are for the masks,
-    see layers.masks.assemble_masks.
+    best class of an object may score less. nms: a key of layers.nms.NMS. `crop` and `crop_after_resize` are for the
+    masks, see layers.masks.assemble_masks. `compile` takes seconds to minutes, here and for each further number of
+    pictures in a list, and needs a C++ compiler. `graphs`: on a GPU, pictures of a size that was met before go through
+    a CUDA graph.
+
+    The model is copied: what happens to its weights later is not seen.
     """
 
     def __init__(
@@ -137,6 +143,7 @@ class Predictor:
         nms: str = "fast",
         crop: bool = True,
         crop_after_resize: bool = False,
+        graphs: bool = True,
     ):
         if nms not in NMS:
             raise UserError(f"unknown nms {nms!r}{nearest(nms, NMS)}")
@@ -148,16 +155,22 @@ class Predictor:
             raise UserError(f"top_k {top_k}: at least one detection must be allowed")
         self.device = choose_device(device)
         self.dtype = choose_precision(precision, self.device)
-        self.model = model.to(self.device).eval()
         self.config = model.config
-        self.forward = torch.compile(self.model) if compile else self.model
         self.size = size or (self.config.max_size, self.config.max_size)
+        self.model = prepare(model, self.device, self.dtype)
+        self.network, self.compile_seconds = compiled(self.model, self.size) if compile else (self.model, 0.0)
         self.score_threshold = score_threshold
         self.top_k = top_k
         self.nms = nms
         self.crop = crop
         self.crop_after_resize = crop_after_resize
         self.anchors = self.model.anchors(*self.size)
+        self.mean, self.std = (
+            torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None]
+            for v in (self.config.mean, self.config.std)
+        )
+        captured = graphs and self.device.type == "cuda" and nms in STATIC_NMS
+        self.locate_on_device = CudaGraphs(self._locate) if captured else self._locate
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray | list[np.ndarray]) -> Any:
@@ -175,26 +188,48 @@ class Predictor:
         found: list[Detections] = []
         for start in range(0, len(pictures), MAX_BATCH):
             some = pictures[start : start + MAX_BATCH]
-            predictions = self.predict(torch.stack([self.preprocess(picture) for picture in some]))
-            candidates = self.detect(predictions)
-            found += [self.collect(predictions, candidates, i, p.shape[:2]) for i, p in enumerate(some)]
+            candidates, prototypes = self.locate(some)
+            counts = (candidates.scores > 0).sum(dim=1).tolist()  # here, and not before, the device is waited for
+            found += [
+                self.collect(candidates, prototypes, i, count, picture.shape[:2])
+                for i, (picture, count) in enumerate(zip(some, counts, strict=True))
+            ]
         return found[0] if single else found
+
+    def locate(self, pictures: Sequence[np.ndarray]) -> tuple[Candidates, Tensor]:
+        """uint8 BGR pictures [H, W, 3] -> `top_k` slots for each, and the prototypes [B, h, w, K]."""
+        if self.device.type != "cpu" and len({picture.shape for picture in pictures}) == 1:
+            *slots, prototypes = self.locate_on_device(torch.from_numpy(np.stack(pictures)).to(self.device))
+            return Candidates(*slots), prototypes
+        predictions = self.predict(torch.stack([self.preprocess(picture) for picture in pictures]))
+        return self.detect(predictions), predictions.prototypes
+
+    @torch.inference_mode()
+    def _locate(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """uint8 BGR pictures [B, H, W, 3] on the device -> the four of Candidates, and the prototypes.
+
+        Shapes are fixed and, but on a CPU, nothing waits for the device."""
+        predictions = self.predict(self.normalise(pictures))
+        return *self.detect(predictions), predictions.prototypes
 
     def preprocess(self, image: np.ndarray) -> Tensor:
         """uint8 BGR [H, W, 3] -> normalised RGB [3, h, w] at the network's size, on the device."""
-        height, width = self.size
-        if self.config.resize_uint8:
-            resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-            return torch.from_numpy(normalise(resized, self.config)).to(self.device)
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1).float()
-        resized = F.interpolate(pixels[None], self.size, mode="bilinear", align_corners=False)[0].flip(0)
-        mean, std = (resized.new_tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
-        return (resized - mean) / std
+        if self.config.resize_uint8 and self.device.type == "cpu":
+            resized = cv2.resize(image, self.size[::-1], interpolation=cv2.INTER_LINEAR)
+            return torch.from_numpy(normalise(resized, self.config))
+        return self.normalise(torch.from_numpy(np.ascontiguousarray(image)).to(self.device)[None])[0]
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """uint8 BGR [B, H, W, 3] -> normalised RGB [B, 3, h, w] at the network's size."""
+        pixels = pictures.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False).flip(1)
+        if self.config.resize_uint8:  # as OpenCV does it, to at most one level of 255
+            resized = resized.round()
+        return resized.sub_(self.mean).div_(self.std)
 
     def predict(self, batch: Tensor) -> Predictions:
         """[B, 3, h, w] -> the network's raw outputs."""
-        with autocast(self.device, self.dtype):
-            return self.forward(batch)
+        return self.network(batch.to(self.dtype, memory_format=torch.channels_last))
 
     @property
     def strict(self) -> bool:
@@ -218,14 +253,15 @@ class Predictor:
             level_sizes=self.model.level_sizes(*self.size),
             pre_nms_top_k=config.pre_nms_top_k,
             clip_boxes=config.clip_boxes,
+            trim=self.device.type == "cpu",
         )
 
-    def collect(self, predictions: Predictions, candidates: Candidates, i: int, size: tuple[int, int]) -> Detections:
-        """The i-th picture's detections, without the unused slots."""
-        used = candidates.scores[i] > 0
-        boxes, scores = candidates.boxes[i][used], candidates.scores[i][used]
-        labels, coefficients = candidates.labels[i][used], candidates.coefficients[i][used]
-        prototypes = predictions.prototypes[i]
+    def collect(
+        self, candidates: Candidates, prototypes: Tensor, i: int, count: int, size: tuple[int, int]
+    ) -> Detections:
+        """The i-th picture's detections, the first `count` slots, for a picture of `size` (H, W)."""
+        boxes, scores, labels, coefficients = (field[i, :count] for field in candidates)
+        prototypes = prototypes[i]
         height, width = size
         limits = boxes.new_tensor((width, height, width, height))
         mask_scores = scores

@@ -1,18 +1,19 @@
 """Raw predictions -> a fixed number of detections a picture.
 
-No shape here depends on a value and nothing waits for one, so the same code runs eagerly, inside a CUDA graph and in
-an exported model.
+Without `trim`, and with an NMS that allows it, no shape here depends on a value and nothing waits for one: the same
+code runs eagerly, inside a CUDA graph and in an exported model.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from layers.boxes import decode
-from layers.nms import NMS
+from layers.nms import NMS, trimmed_nms
 
 
 class Candidates(NamedTuple):
@@ -39,25 +40,33 @@ def detect(
     level_sizes: list[int] | None = None,
     pre_nms_top_k: int = 0,
     clip_boxes: bool = False,
+    trim: bool = False,
 ) -> Candidates:
     """Decode, choose and suppress.
 
     offsets [B, A, 4], logits [B, A, C + 1] with the background first, coefficients [B, A, K], anchors [A, 4].
     An anchor takes part when its best class scores over `score_threshold`, and then with all of its classes: what it
     scores for the others may come out too, unless it is under `min_score`. With `pre_nms_top_k`, only so many anchors
-    of each level (their numbers are `level_sizes`) take part. `nms` is a key of layers.nms.NMS.
+    of each level (their numbers are `level_sizes`) take part. `nms` is a key of layers.nms.NMS. `trim` leaves out early
+    what cannot come out: the same result, sooner on a CPU, but shapes depend on values and are waited for.
     """
     scores = logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
     if pre_nms_top_k and level_sizes:
         chosen = _best_per_level(scores.amax(dim=-1), level_sizes, pre_nms_top_k)
         scores, offsets, coefficients = (_take(x, chosen) for x in (scores, offsets, coefficients))
         anchors = anchors[chosen]
+    if trim:
+        counting = (scores.amax(dim=-1) > score_threshold).any(dim=0).nonzero()[:, 0]
+        counting = counting if len(counting) else counting.new_zeros(1)
+        scores, offsets, coefficients = (x[:, counting] for x in (scores, offsets, coefficients))
+        anchors = anchors[..., counting, :]
     boxes = decode(offsets, anchors)
     if clip_boxes:
         boxes = boxes.clamp(0, 1)
-    weak = scores.amax(dim=-1, keepdim=True) <= score_threshold
+    weak = (scores.amax(dim=-1, keepdim=True) <= score_threshold) | (scores < min_score)
     scores = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
-    kept = NMS[nms](boxes, scores, iou_threshold, nms_top_k, max_detections)
+    suppress = partial(trimmed_nms, NMS[nms]) if trim else NMS[nms]
+    kept = suppress(boxes, scores, iou_threshold, nms_top_k, max_detections)
     return Candidates(
         _take(boxes, kept.index),
         kept.scores.masked_fill(kept.scores < min_score, -1.0),

@@ -6,6 +6,7 @@ returns what is left as `Kept`: M = min(max_detections, ...) slots a picture, be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,42 @@ def _best(scores: Tensor, index: Tensor, max_detections: int) -> Kept:
     scores, order = scores.flatten(1).topk(min(max_detections, scores[0].numel()), dim=1)
     labels = torch.div(order, top_k, rounding_mode="floor")
     return Kept(index.flatten(1).gather(1, order), scores, labels)
+
+
+def trimmed_nms(
+    nms: Callable[..., Kept], boxes: Tensor, scores: Tensor, iou_threshold: float, top_k: int, max_detections: int
+) -> Kept:
+    """What `nms` keeps, found from no more boxes and classes than that takes: where looking at values costs nothing.
+
+    A box is suppressed by better ones alone. So when the best entries fill all slots with scores that no other entry
+    has, the others do not matter.
+    """
+    kept = [_trimmed_one(nms, *one, iou_threshold, top_k, max_detections) for one in zip(boxes, scores, strict=True)]
+    return Kept(*(torch.stack(x) for x in zip(*kept, strict=True)))
+
+
+def _trimmed_one(
+    nms: Callable[..., Kept], boxes: Tensor, scores: Tensor, iou_threshold: float, top_k: int, max_detections: int
+) -> Kept:
+    """For one picture: boxes [N, 4], scores [C, N] -> all of `max_detections` slots, without the batch's dimension."""
+    result = Kept(
+        torch.zeros(max_detections, dtype=torch.long, device=boxes.device),
+        scores.new_full((max_detections,), -1.0),
+        torch.zeros(max_detections, dtype=torch.long, device=boxes.device),
+    )
+    total, enough = int((scores >= 0).sum()), False
+    count = min(total, 4 * max_detections)
+    while count and not enough:
+        least = scores.flatten().topk(count).values[-1]
+        entries = scores.masked_fill(scores < least, -1.0)
+        labels, index = (entries >= 0).any(dim=1).nonzero()[:, 0], (entries >= 0).any(dim=0).nonzero()[:, 0]
+        kept = nms(boxes[index][None], entries[labels][:, index][None], iou_threshold, top_k, max_detections)
+        enough = count == total or int((kept.scores >= least).sum()) == max_detections
+        count = min(total, 4 * count)
+    if enough:
+        for slots, found in zip(result, (index[kept.index[0]], kept.scores[0], labels[kept.labels[0]]), strict=True):
+            slots[: len(found)] = found
+    return result
 
 
 NMS = {

@@ -8,7 +8,7 @@ from layers import boxes as box_ops
 from layers.anchors import feature_sizes, make_anchors
 from layers.detect import detect
 from layers.masks import assemble_masks, combine, crop_window
-from layers.nms import cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
+from layers.nms import NMS, cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
 
 SIZES = ((24,), (48,), (96,), (192,), (384,))
 
@@ -70,6 +70,28 @@ def test_fast_nms_against_its_definition():
     )
     assert found == wanted
     assert kept.scores.shape == (1, 100)
+
+
+@pytest.mark.parametrize("hot", [0, 3, 150, 2000])
+@pytest.mark.parametrize("nms", NMS)
+def test_trimmed_detection_is_the_same(nms, hot):
+    """Leaving out what cannot come out changes nothing: few objects, none, crowds, all anchors."""
+    anchors = make_anchors(200, 200, SIZES, (1, 0.5, 2))
+    offsets, coefficients = torch.randn(2, len(anchors), 4), torch.randn(2, len(anchors), 8)
+    logits = torch.randn(2, len(anchors), 21)
+    logits[..., 0] += 9
+    for b in range(2):
+        some = torch.randperm(len(anchors))[:hot]
+        logits[b, some, 0] -= 9
+        logits[b, some, torch.randint(1, 6, (len(some),))] += 6 * torch.rand(len(some))
+    for options in ({}, {"min_score": 0.3}, {"level_sizes": [1875, 507, 147, 48, 12], "pre_nms_top_k": 100}):
+        options |= {"score_threshold": options.get("min_score", 0.05), "nms": nms}
+        fixed, trimmed = (detect(offsets, logits, coefficients, anchors, trim=t, **options) for t in (False, True))
+        for b in range(2):
+            used = int((fixed.scores[b] > 0).sum())
+            assert int((trimmed.scores[b] > 0).sum()) == used
+            for wanted, found in zip(fixed, trimmed, strict=True):
+                assert torch.equal(wanted[b, :used], found[b, :used])
 
 
 def kept_set(kept):
@@ -179,3 +201,18 @@ def test_crop_window_takes_corners_in_any_order():
 
 def test_combine_is_float32():
     assert combine(torch.rand(4, 4, 2).bfloat16(), torch.rand(3, 2).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(48, 64), (301, 203), (5, 400), (1, 1)])
+def test_masks_by_window_are_the_same(size):
+    prototypes, coefficients = torch.rand(31, 40, 6), torch.randn(30, 6)
+    low = torch.rand(30, 2) * 1.4 - 0.2  # some lie partly or wholly outside
+    boxes = torch.cat((low, low + torch.rand(30, 2)), dim=1)
+    boxes[0] = boxes[0, [2, 3, 0, 1]]
+    for options in ({}, {"crop": False}, {"crop_after_resize": True}):
+        whole, windows = (
+            torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, by_window=w, budget=2**17, **options)))
+            for w in (False, True)
+        )
+        assert whole.any() or size == (1, 1)
+        assert torch.equal(whole, windows)

@@ -1,0 +1,294 @@
+"""Beside the original (github.com/dbolya/yolact): same weights, same picture, same machine, in turns in one run.
+
+python benchmarks/compare.py --original ../yolact --output benchmarks/compare_cpu.json
+python benchmarks/compare.py --original ../yolact --device cuda --training --output benchmarks/compare_cuda.json
+
+Two things are timed: `network`, the network and its NMS on one input that is ready, and `picture`, from a uint8 picture
+of 480 x 640 in memory to its masks in memory. With --training also a training step, without reading and augmenting.
+The weights are random, with a background that leaves about 40 detections. That both find the same is checked first.
+The original runs from the folder given, unchanged, in a process of its own; on a CPU with its calls of `.cuda()` void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+PICTURE = (480, 640)
+THRESHOLD = 0.3
+Jobs = dict[str, Callable[[], Any]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--original", type=Path, required=True, help="a clone of the authors' repository")
+    parser.add_argument("--configs", nargs="+", default=["yolact_resnet50", "yolact_base"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5, help="in a round; the first of each is left out")
+    parser.add_argument("--training", action="store_true", help="a training step too")
+    parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", choices=["ours", "original"], help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        serve(our_jobs(args) if args.only == "ours" else original_jobs(args), args.device)
+        return 0
+    report = {
+        "command": f"python benchmarks/compare.py --original {args.original.name} --configs {' '.join(args.configs)} "
+        f"--device {args.device} --rounds {args.rounds} --repeats {args.repeats}{' --training' * args.training}",
+        "torch": torch.__version__,
+        "picture": PICTURE,
+        "rows": [],
+    }
+    for config in args.configs:
+        report |= compare(args, config, report["rows"])
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Measure one configuration into `rows`; what the machine is."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--configs", config, "--weights", str(Path(folder) / f"{config}_0_0.pth")]
+        theirs = Worker("original", options)  # it writes the weights
+        ours = Worker("ours", options)
+        agreement = compare_answers(theirs.ask("answer"), ours.ask("answer"))
+        print(f"{config}: {agreement}")
+        times: dict[str, list[float]] = {}
+        for _ in range(args.rounds):
+            for worker in (theirs, ours):
+                for name in worker.jobs:
+                    got = worker.ask(name, args.repeats + 1)["ms"][1:]
+                    times.setdefault(f"{worker.name} {name}", []).extend(got)
+        machine = ours.ask("machine")
+        memory = {worker.name: worker.ask("memory") for worker in (theirs, ours)}
+        for worker in (theirs, ours):
+            worker.end()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, ms in medians.items():
+        what = name.split()[1]
+        row = {"configuration": config, "what": what, "variant": name.replace(f" {what}", ""), "ms": round(ms, 2)}
+        row["times_the_original"] = round(medians[f"original {what}"] / ms, 2)
+        rows.append(row)
+        print(row)
+    floor = 1000 * machine["network_flops"] / machine["matmul_peak"]
+    rows.append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
+    return {"machine": machine["name"], "matmul_peak_gflops": round(machine["matmul_peak"] / 1e9), "memory_mib": memory}
+
+
+class Worker:
+    """A process that measures what it is asked for: two projects with modules of the same names can take turns."""
+
+    def __init__(self, name: str, options: list[str]):
+        self.name = name
+        command = [sys.executable, __file__, *sys.argv[1:], *options, "--only", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.jobs = self._read()
+
+    def ask(self, job: str, repeats: int = 1) -> Any:
+        self.process.stdin.write(json.dumps([job, repeats]) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        for line in self.process.stdout:
+            if line.startswith("\x1e"):  # the original prints, too
+                return json.loads(line[1:])
+        raise SystemExit(f"the measurement of {self.name} ended early")
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(jobs: Jobs, device: str) -> None:
+    """Do what is asked for on standard input: a job of `jobs`, timed, or one whose answer counts."""
+
+    def answer(value: Any) -> None:
+        print("\x1e" + json.dumps(value), flush=True)
+
+    answered = ("answer", "machine", "memory")
+    answer([name for name in jobs if name not in answered])
+    for line in sys.stdin:
+        name, repeats = json.loads(line)
+        if name in answered:
+            answer(jobs[name]() if name in jobs else peak_memory(device))
+            continue
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            jobs[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - started))
+        answer({"ms": times})
+
+
+def peak_memory(device: str) -> int:
+    """MiB, of the GPU or of the process."""
+    import resource
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+def picture() -> np.ndarray:
+    """Smooth colours, the same in both processes."""
+    small = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    return cv2.resize(small, PICTURE[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How well the detections agree; SystemExit when they do not."""
+    count = len(theirs["scores"])
+    if not count or theirs["labels"] != ours["labels"]:
+        raise SystemExit(f"not the same detections: {theirs['labels']} and {ours['labels']}")
+    score = max(abs(a - b) for a, b in zip(theirs["scores"], ours["scores"], strict=True))
+    area = max(abs(a - b) / max(a, 1) for a, b in zip(theirs["areas"], ours["areas"], strict=True))
+    if score > 0.01 or area > 0.02:
+        raise SystemExit(f"detections differ: scores by {score:.4f}, mask areas by {100 * area:.2f} %")
+    return f"the same {count} detections, scores to {score:.1e}, mask areas to {100 * area:.2f} %"
+
+
+def our_jobs(args: argparse.Namespace) -> Jobs:
+    """What of this project is timed: each precision and path that the device has."""
+    sys.path.insert(0, str(ROOT))
+    from engine.benchmark import device_name, matmul_peak, network_flops
+    from engine.devices import choose_precision
+    from engine.predictor import Predictor
+    from yolact import Yolact
+
+    device, image = torch.device(args.device), picture()
+    model = Yolact.from_weights(args.weights)
+    best = choose_precision("auto", device)
+    variants = {"float32": {"precision": "fp32"}, "float32 compiled": {"precision": "fp32", "compile": True}}
+    if best != torch.float32:
+        name = str(best).removeprefix("torch.")
+        variants |= {name: {"precision": "auto"}, f"{name} compiled": {"precision": "auto", "compile": True}}
+    if args.device == "cuda":  # graphs are taken unless told otherwise
+        variants |= {f"{name} without graph": options | {"graphs": False} for name, options in variants.items()}
+    jobs: Jobs = {}
+    for name, options in variants.items():
+        predictor = Predictor(model, args.device, score_threshold=THRESHOLD, **options)
+        jobs[f"network {name}"] = network_job(predictor, image)
+        jobs[f"picture {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
+        for _ in range(3):
+            jobs[f"network {name}"](), jobs[f"picture {name}"]()
+    exact = Predictor(model, args.device, "fp32", score_threshold=THRESHOLD)(image)
+    found = {"labels": exact.labels.tolist(), "scores": exact.scores.tolist()}
+    jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
+    jobs["machine"] = lambda: {
+        "name": device_name(device),
+        "network_flops": network_flops(model.config, (model.config.max_size,) * 2),
+        "matmul_peak": matmul_peak(device, best),
+    }
+    if args.training:
+        jobs |= our_training_step(args)
+    return jobs
+
+
+def network_job(predictor: Any, image: np.ndarray) -> Callable[[], Any]:
+    """Network and NMS on an input that lies on the device; through the graph where there is one."""
+    if predictor.device.type == "cpu":
+        batch = predictor.preprocess(image)[None]
+
+        @torch.inference_mode()
+        def job() -> Any:
+            return predictor.detect(predictor.predict(batch))
+
+        return job
+    pictures = torch.from_numpy(cv2.resize(image, predictor.size)).to(predictor.device)[None]
+    return lambda: predictor.locate_on_device(pictures)
+
+
+def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each picture boxes with labels [n, 5], relative, and masks [n, size, size]: filled boxes."""
+    rng = np.random.default_rng(0)
+    targets = []
+    for _ in range(batch_size):
+        low = rng.uniform(0, 0.6, (count, 2))
+        boxes = np.concatenate((low, low + rng.uniform(0.05, 0.4, (count, 2))), axis=1)
+        masks = np.zeros((count, size, size), np.float32)
+        for mask, (x1, y1, x2, y2) in zip(masks, (boxes * size).astype(int), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        targets.append((np.concatenate((boxes, rng.integers(0, 80, (count, 1))), axis=1).astype(np.float32), masks))
+    return targets
+
+
+def our_training_step(args: argparse.Namespace) -> Jobs:
+    """A step with the configuration's optimiser, in float32 and in what training takes by itself."""
+    from data.coco import Batch
+    from data.config import get_config
+    from engine.devices import choose_precision
+    from engine.distributed import join
+    from engine.trainer import Run
+    from yolact import Yolact
+
+    config = get_config(args.configs[0])
+    rows = 2 * -(-config.max_size // 8)
+    targets = [
+        {
+            "boxes": torch.from_numpy(boxes[:, :4]),
+            "labels": torch.from_numpy(boxes[:, 4]).long(),
+            "masks": torch.nn.functional.interpolate(torch.from_numpy(masks)[None], (rows, rows))[0],
+            "crowds": torch.zeros(0, 4),
+        }
+        for boxes, masks in training_targets(config.max_size, args.batch_size)
+    ]
+    images = torch.randn(args.batch_size, 3, config.max_size, config.max_size)
+    jobs: Jobs = {}
+    for precision in dict.fromkeys(("fp32", "auto")):
+        dtype = choose_precision(precision, torch.device(args.device))
+        name = f"training {str(dtype).removeprefix('torch.')}"
+        if name in jobs:
+            continue
+        settings = argparse.Namespace(
+            output_dir=Path(tempfile.mkdtemp()), precision=precision, accumulate=1, device=args.device
+        )
+        with join(args.device) as ranks:
+            run = Run(Yolact(config), settings, ranks)
+        batch = Batch(images, targets, list(range(args.batch_size)), []).to(run.device)
+        jobs[name] = lambda run=run, batch=batch: run.train_step(batch, 1e-4)
+    return jobs
+
+
+def original_jobs(args: argparse.Namespace) -> Jobs:
+    """The original's own network, NMS, transform and masks, as its evaluation calls them."""
+    from original import load, training_step
+
+    net, detect = load(args.original, args.configs[0], args.device, args.weights, picture(), THRESHOLD)
+    jobs: Jobs = {"network": lambda: detect.network(), "picture": lambda: detect.picture()}
+    for _ in range(3):
+        detect.network(), detect.picture()
+    jobs["answer"] = detect.answer
+    if args.training:
+        jobs["training"] = training_step(net, args.device, *_as_lists(training_targets(550, args.batch_size)))
+    return jobs
+
+
+def _as_lists(targets: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    boxes, masks = zip(*targets, strict=True)
+    return list(boxes), list(masks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

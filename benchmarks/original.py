@@ -1,0 +1,114 @@
+"""The original as compare.py measures it: its modules, imported from a clone, called as its eval.py calls them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Original:
+    """The original's way from a picture to masks, for one picture."""
+
+    def __init__(self, net: Any, transform: Any, postprocess: Any, image: np.ndarray, threshold: float, device: str):
+        self.net, self.transform, self.postprocess, self.image = net, transform, postprocess, image
+        self.threshold, self.device = threshold, device
+        self.batch = self.upload()
+
+    @torch.no_grad()
+    def upload(self) -> torch.Tensor:
+        return self.transform(torch.from_numpy(self.image).to(self.device).float()[None])
+
+    @torch.no_grad()
+    def network(self) -> Any:
+        return self.net(self.batch)
+
+    @torch.no_grad()
+    def picture(self) -> list[torch.Tensor]:
+        height, width = self.image.shape[:2]
+        found = self.net(self.upload())
+        return [x.cpu() for x in self.postprocess(found, width, height, score_threshold=self.threshold)]
+
+    def answer(self) -> dict[str, Any]:
+        labels, scores, _, masks = self.picture()
+        return {"labels": labels.tolist(), "scores": scores.tolist(), "areas": masks.sum(dim=(1, 2)).tolist()}
+
+
+def load(
+    folder: Path, config: str, device: str, weights: Path, image: np.ndarray, threshold: float
+) -> tuple[Any, Original]:
+    """The original's network with random weights that detect something, which are also written to `weights`."""
+    if device == "cpu":  # it asks for a GPU when it is imported
+        torch.cuda.current_device = lambda: 0
+        torch.Tensor.cuda = lambda self, *_, **__: self
+    else:
+        torch.set_default_tensor_type("torch.cuda.FloatTensor")
+    os.chdir(folder)
+    sys.path.insert(0, str(folder.resolve()) if folder.is_absolute() else os.getcwd())
+    from layers.output_utils import postprocess
+    from utils import timer
+    from utils.augmentations import FastBaseTransform
+
+    from data import cfg, set_cfg
+    from yolact import Yolact
+
+    set_cfg(f"{config}_config")
+    cfg.mask_proto_debug = False  # eval.py sets it
+    timer.disable_all()
+    torch.manual_seed(0)
+    net = Yolact().to(device)
+    net.eval()
+    net.detect.use_fast_nms, net.detect.use_cross_class_nms = True, False
+    original = Original(net, FastBaseTransform(), postprocess, image, threshold, device)
+    _liven(net, original, threshold)
+    torch.save(net.state_dict(), weights)
+    return net, original
+
+
+def _liven(net: Any, original: Original, threshold: float, count: int = 40) -> None:
+    """Spread the scores of random weights, and raise the background until `count` anchors pass the threshold."""
+    conf = net.prediction_layers[0].conf_layer
+    detect, net.detect = net.detect, lambda outputs, _: outputs["conf"][0]
+    with torch.no_grad():
+        conf.weight *= 3 / original.network().log().std()
+        scores = original.network()
+        low, high = -20.0, 20.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            background = scores[:, 0] * np.exp(middle)
+            best = scores[:, 1:].amax(dim=1) / (background + scores[:, 1:].sum(dim=1))
+            low, high = (middle, high) if (best > threshold).sum() > count else (low, middle)
+        conf.bias[:: scores.shape[1]] += high  # each anchor's first output
+    net.detect = detect
+
+
+def training_step(net: Any, device: str, boxes: list[np.ndarray], masks: list[np.ndarray]) -> Callable[[], Any]:
+    """A step of SGD as the original's train.py takes it, with its loss."""
+    from layers.modules import MultiBoxLoss
+
+    from data import cfg
+
+    criterion = MultiBoxLoss(
+        cfg.num_classes, cfg.positive_iou_threshold, cfg.negative_iou_threshold, cfg.ohem_negpos_ratio
+    )
+    targets = [torch.from_numpy(x).to(device) for x in boxes]
+    truth = [torch.from_numpy(x).to(device) for x in masks]
+    images = torch.randn(len(boxes), 3, cfg.max_size, cfg.max_size, device=device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=cfg.momentum, weight_decay=cfg.decay)
+
+    def step() -> float:
+        net.train()
+        optimizer.zero_grad()
+        losses = criterion(net, net(images), targets, truth, [0] * len(boxes))
+        loss = sum(losses.values())
+        loss.backward()
+        if torch.isfinite(loss).item():
+            optimizer.step()
+        return loss.item()
+
+    return step

@@ -1,0 +1,149 @@
+"""A model made ready to predict: the same function, in fewer and faster steps. And CUDA graphs of such functions."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from backbone import DeformConv2d
+from data.errors import UserError
+from layers.winograd import WinogradConv2d
+from yolact import PredictionHead, Predictions, Yolact
+
+WINOGRAD_CHANNELS = 128  # in and out; with fewer, changing the basis costs what the multiplications save
+
+MAX_GRAPHS = 4  # each has memory of its own
+
+
+def prepare(model: Yolact, device: torch.device, dtype: torch.dtype) -> Yolact:
+    """A copy of `model` for inference in `dtype` on `device`; the model itself is left as it is.
+
+    Batch norm is folded into the convolutions, the head's three outputs are one convolution, tensors are channels last
+    and the weights are cast once. In float32 on a CPU large 3x3 convolutions take Winograd's scheme. The network that
+    re-scores masks and deformable convolutions stay in float32.
+    """
+    ready = copy.deepcopy(model).eval().requires_grad_(False)
+    fold_batch_norm(ready)
+    ready.head = MergedHead(ready.head)
+    if device.type == "cpu" and dtype == torch.float32:
+        use_winograd(ready)
+    ready = ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    for module in ready.modules():
+        if isinstance(module, DeformConv2d):
+            module.weight, module.bias = (nn.Parameter(p.float(), False) for p in (module.weight, module.bias))
+    if ready.mask_iou is not None:
+        ready.mask_iou.float()
+    return ready
+
+
+def fold_batch_norm(module: nn.Module) -> None:
+    """Put each batch norm in evaluation mode into the convolution that is registered just before it."""
+    for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
+    for child in module.children():
+        fold_batch_norm(child)
+
+
+def use_winograd(module: nn.Module) -> None:
+    """Replace the convolutions that gain from it by WinogradConv2d."""
+    for name, child in module.named_children():
+        if WinogradConv2d.fits(child) and min(child.in_channels, child.out_channels) >= WINOGRAD_CHANNELS:
+            setattr(module, name, WinogradConv2d(child))
+        else:
+            use_winograd(child)
+
+
+class MergedHead(nn.Module):
+    """PredictionHead with its three output convolutions as one: three narrow products are slower than a wide one."""
+
+    def __init__(self, head: PredictionHead):
+        super().__init__()
+        parts = (head.box, head.cls, head.coeff)
+        self.sizes = [part.out_channels for part in parts]
+        self.depths = (4, head.num_classes + 1, head.num_prototypes)
+        self.trunk = head.trunk
+        self.outputs = nn.Conv2d(head.trunk.out_channels, sum(self.sizes), 3, padding=1)
+        self.outputs.requires_grad_(False)
+        self.outputs.weight.copy_(torch.cat([part.weight for part in parts]))
+        self.outputs.bias.copy_(torch.cat([part.bias for part in parts]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As PredictionHead's."""
+        out = self.outputs(F.relu(self.trunk(x))).permute(0, 2, 3, 1)
+        parts = zip(out.split(self.sizes, dim=-1), self.depths, strict=True)
+        box, cls, coeff = (part.reshape(len(x), -1, depth) for part, depth in parts)
+        return box, cls, coeff.tanh()
+
+
+def compiled(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Tensor], Predictions], float]:
+    """`model` compiled for inputs of `size` (H, W), weights frozen, and the seconds that it took.
+
+    Raises UserError where this machine cannot compile.
+    """
+    example = model.fpn.lateral[0].weight
+    network = torch.compile(model, options={"freezing": True} if example.device.type == "cpu" else None)
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            network(example.new_zeros(1, 3, *size).contiguous(memory_format=torch.channels_last))
+    except Exception as error:  # of many kinds, by what the compiler lacks: a C++ compiler, Python's headers, Triton
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"this machine cannot compile the network ({reason[0][:120]}); install a C++ compiler, or do without"
+        ) from None
+    return network, time.perf_counter() - started
+
+
+class CudaGraph:
+    """`function` captured once for inputs like `example`, then replayed: one launch instead of hundreds.
+
+    The function takes one tensor and gives a tuple of tensors, in fixed shapes and without waiting for the device.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor, warmup: int = 3):
+        self.input = example.clone()
+        side = torch.cuda.Stream(example.device)
+        side.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(side):  # libraries choose their algorithms and take their memory before the capture
+            for _ in range(warmup):
+                function(self.input)
+        torch.cuda.current_stream(example.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(self.input)
+
+    def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
+        """What the function gives for `value`, which is shaped as the example was; in memory of its own."""
+        self.input.copy_(value, non_blocking=True)
+        self.graph.replay()
+        return tuple(part.clone() for part in self.output)
+
+
+class CudaGraphs:
+    """`function`, through a CudaGraph for inputs of a shape that came before. The graphs used last are kept."""
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]):
+        self.function = function
+        self.seen: set[torch.Size] = set()
+        self.graphs: dict[torch.Size, CudaGraph] = {}
+
+    @torch.inference_mode()
+    def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
+        """What the function gives for `value`. Nothing waits for the device, but for the capture."""
+        if value.shape not in self.seen:
+            self.seen.add(value.shape)
+            return self.function(value)
+        graph = self.graphs.pop(value.shape, None) or CudaGraph(self.function, value)
+        self.graphs[value.shape] = graph  # the last one is the one used last
+        while len(self.graphs) > MAX_GRAPHS:
+            self.graphs.pop(next(iter(self.graphs)))
+        return graph(value)

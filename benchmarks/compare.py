@@ -73,13 +73,14 @@ def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -
         agreement = compare_answers(theirs.ask("answer"), ours.ask("answer"))
         print(f"{config}: {agreement}")
         times: dict[str, list[float]] = {}
+        memory: dict[str, int | None] = {}
         for _ in range(args.rounds):
             for worker in (theirs, ours):
                 for name in worker.jobs:
-                    got = worker.ask(name, args.repeats + 1)["ms"][1:]
-                    times.setdefault(f"{worker.name} {name}", []).extend(got)
+                    got = worker.ask(name, args.repeats + 1)
+                    times.setdefault(f"{worker.name} {name}", []).extend(got["ms"][1:])
+                    memory[f"{worker.name} {name}"] = got["mib"]
         machine = ours.ask("machine")
-        memory = {worker.name: worker.ask("memory") for worker in (theirs, ours)}
         for worker in (theirs, ours):
             worker.end()
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -87,11 +88,12 @@ def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -
         what = name.split()[1]
         row = {"configuration": config, "what": what, "variant": name.replace(f" {what}", ""), "ms": round(ms, 2)}
         row["times_the_original"] = round(medians[f"original {what}"] / ms, 2)
+        row["gpu_memory_mib"] = memory[name]
         rows.append(row)
         print(row)
     floor = 1000 * machine["network_flops"] / machine["matmul_peak"]
     rows.append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
-    return {"machine": machine["name"], "matmul_peak_gflops": round(machine["matmul_peak"] / 1e9), "memory_mib": memory}
+    return {"machine": machine["name"], "matmul_peak_gflops": round(machine["matmul_peak"] / 1e9)}
 
 
 class Worker:
@@ -125,30 +127,25 @@ def serve(jobs: Jobs, device: str) -> None:
     def answer(value: Any) -> None:
         print("\x1e" + json.dumps(value), flush=True)
 
-    answered = ("answer", "machine", "memory")
+    answered = ("answer", "machine")
     answer([name for name in jobs if name not in answered])
     for line in sys.stdin:
         name, repeats = json.loads(line)
         if name in answered:
-            answer(jobs[name]() if name in jobs else peak_memory(device))
+            answer(jobs[name]())
             continue
-        times = []
+        times, mib = [], None
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(repeats):
             started = time.perf_counter()
             jobs[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - started))
-        answer({"ms": times})
-
-
-def peak_memory(device: str) -> int:
-    """MiB, of the GPU or of the process."""
-    import resource
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+        if device == "cuda":
+            mib = torch.cuda.max_memory_allocated() // 2**20
+        answer({"ms": times, "mib": mib})
 
 
 def picture() -> np.ndarray:

@@ -29,20 +29,20 @@ STAGES = (
 def benchmark(
     predictor: Predictor,
     batch_size: int = 1,
-    provide_detections: bool = False,
+    provide: int = 0,
     picture: tuple[int, int] = (480, 640),
     repeats: int = 30,
 ) -> dict[str, Any]:
     """Time every stage for pictures of `picture` (H, W): medians and 10th and 90th percentiles in ms, after warm-up.
 
-    With `provide_detections`, as for random weights, ten spread-out detections replace what the network found, so that
+    `provide`, for random weights, replaces what the network found by so many detections all over the picture, so that
     the later stages have real work. The report also holds the network's frames a second, those from picture in memory
     to masks in memory, peak memory, and the measured peak of the hardware with the share of it that is reached.
     """
     image = _test_picture(*picture)
     encoded = cv2.imencode(".jpg", image)[1]
     rng = np.random.default_rng(0)
-    provided = _provided(predictor, rng) if provide_detections else None
+    provided = _provided(predictor, rng, provide) if provide else None
     times: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "network", "picture to masks")}
     with torch.inference_mode():
         for repeat in range(-max(3, repeats // 5), repeats):
@@ -62,6 +62,7 @@ def benchmark(
         "size": list(predictor.size),
         "picture": list(picture),
         "batch_size": batch_size,
+        "provided_detections": provide,
         "device": device_name(predictor.device),
         "precision": str(predictor.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
@@ -146,7 +147,7 @@ def _test_picture(height: int, width: int) -> np.ndarray:
     return (cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC) + noise).clip(0, 255).astype(np.uint8)
 
 
-def _provided(predictor: Predictor, rng: np.random.Generator, count: int = 10) -> Candidates:
+def _provided(predictor: Predictor, rng: np.random.Generator, count: int) -> Candidates:
     """Boxes of many sizes all over the picture, with coefficients that draw something."""
     low = rng.uniform(0, 0.7, (count, 2))
     boxes = np.concatenate((low, low + rng.uniform(0.05, 0.3, (count, 2))), axis=1)

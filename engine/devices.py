@@ -19,9 +19,11 @@ def available_devices() -> list[str]:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """What PyTorch knows of the processor; nothing before PyTorch 2.11."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)
-    return dict(ask())
+    """What PyTorch knows of the processor."""
+    if hasattr(torch.cpu, "get_capabilities"):  # from PyTorch 2.11 on
+        return dict(torch.cpu.get_capabilities())
+    names = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    return {fact: bool(getattr(torch.cpu, name, bool)()) for fact, name in names.items()}
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -83,7 +83,7 @@ def _liven(net: Any, original: Original, threshold: float, count: int = 40) -> N
             background = scores[:, 0] * np.exp(middle)
             best = scores[:, 1:].amax(dim=1) / (background + scores[:, 1:].sum(dim=1))
             low, high = (middle, high) if (best > threshold).sum() > count else (low, middle)
-        conf.bias[:: scores.shape[1]] += high  # each anchor's first output
+        conf.bias[:: scores.shape[1]] += high + 0.002  # each anchor's first output; nobody is left on the edge
     net.detect = detect
 
 

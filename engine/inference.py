@@ -17,8 +17,6 @@ from data.errors import UserError
 from layers.winograd import WinogradConv2d
 from yolact import PredictionHead, Predictions, Yolact
 
-WINOGRAD_CHANNELS = 128  # in and out; with fewer, changing the basis costs what the multiplications save
-
 MAX_GRAPHS = 4  # each has memory of its own
 
 
@@ -56,7 +54,7 @@ def fold_batch_norm(module: nn.Module) -> None:
 def use_winograd(module: nn.Module) -> None:
     """Replace the convolutions that gain from it by WinogradConv2d."""
     for name, child in module.named_children():
-        if WinogradConv2d.fits(child) and min(child.in_channels, child.out_channels) >= WINOGRAD_CHANNELS:
+        if WinogradConv2d.pays(child):
             setattr(module, name, WinogradConv2d(child))
         else:
             use_winograd(child)

@@ -14,7 +14,7 @@ from data.errors import UserError
 from engine import inference
 from engine.inference import MergedHead, prepare
 from engine.predictor import Predictor
-from layers.winograd import FEWEST_PATCHES, WinogradConv2d
+from layers.winograd import WinogradConv2d
 from yolact import Yolact
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_prepared_is_the_same_function(name):
     ready = prepare(model, CPU, torch.float32)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ready.modules())
     assert any(isinstance(m, MergedHead) for m in ready.modules())
-    assert any(isinstance(m, WinogradConv2d) for m in ready.modules()) == (name != "yolact_lite")
+    assert any(isinstance(m, WinogradConv2d) for m in ready.modules())
     images = torch.randn(2, 3, 150, 190)
     with torch.no_grad():
         for wanted, found in zip(model(images)[:4], ready(images)[:4], strict=True):
@@ -52,8 +52,9 @@ def test_prepared_is_the_same_function(name):
 @pytest.mark.parametrize("size", [(69, 69), (4, 96), (33, 18), (20, 31)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_winograd_is_the_convolution(size, bias):
-    conv = nn.Conv2d(24, 40, 3, padding=1, bias=bias)
-    x = torch.randn(2, 24, *size)
+    conv = nn.Conv2d(120, 100, 3, padding=1, bias=bias)
+    assert WinogradConv2d.pays(conv)
+    x = torch.randn(2, 120, *size)
     wanted = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double() if bias else None, padding=1)
     with torch.no_grad():
         found = WinogradConv2d(conv)(x)
@@ -62,14 +63,14 @@ def test_winograd_is_the_convolution(size, bias):
 
 
 def test_winograd_in_strips_and_for_few_pixels(monkeypatch):
-    conv, x = nn.Conv2d(16, 8, 3, padding=1), torch.randn(1, 16, 50, 50)
+    conv, x = nn.Conv2d(96, 100, 3, padding=1), torch.randn(1, 96, 50, 50)
     layer = WinogradConv2d(conv)
     with torch.no_grad():
         whole = layer(x)
-        monkeypatch.setattr("layers.winograd.STRIP", 36 * 13 * 16 * 3)
+        monkeypatch.setattr("layers.winograd.STRIP", 36 * 13 * 96 * 3)
         assert torch.allclose(layer(x), whole, atol=1e-5)
-        few = torch.randn(1, 16, 5, 5)
-        assert FEWEST_PATCHES > 4
+        few = torch.randn(1, 96, 5, 5)
+        assert layer.fewest_patches > 4
         assert torch.equal(layer(few), conv(few))
     for other in (nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)):
         with pytest.raises(ValueError, match="Winograd"):

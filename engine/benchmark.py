@@ -105,14 +105,11 @@ def _one_pass(
         counts = (candidates.scores > 0).sum(dim=1).tolist()
         return [predictor.collect(candidates, prototypes, i, n, image.shape[:2]) for i, n in enumerate(counts)]
 
-    def masks(found: list[Detections]) -> list[Tensor]:
-        return [torch.cat(list(d.iter_masks()) or [d.scores]) for d in found]
-
     found = collect(candidates, predictions.prototypes)
-    drawn = clock.time("masks", lambda: masks(found))
+    drawn = clock.time("masks", lambda: [d.masks for d in found])
     clock.time("copy to host", lambda: [m.cpu() for m in drawn])
     clock.time("draw", lambda: [d.draw(image) for d in found])
-    clock.time("picture to masks", lambda: [m.cpu() for m in masks(collect(*predictor.locate(pictures)))])
+    clock.time("picture to masks", lambda: [d.masks.cpu() for d in collect(*predictor.locate(pictures))])
     return clock.seconds
 
 

@@ -58,14 +58,17 @@ def masks_by_window(prototypes: Tensor, coefficients: Tensor, boxes: Tensor, siz
     """
     height, width = prototypes.shape[:2]
     rows, columns = (enlargement(n, m, boxes.device) for n, m in zip((height, width), size, strict=True))
+    columns = columns.T.contiguous()
     limits = boxes.new_tensor((width, height))
     low, high = (x.ceil().clamp(min=0).minimum(limits).int() for x in crop_limits(boxes, height, width))
     masks = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
-    for mask, coefficient, (x1, y1), (x2, y2) in zip(masks, coefficients, low.tolist(), high.tolist(), strict=True):
-        soft = (prototypes[y1:y2, x1:x2].float() @ coefficient.float()).sigmoid()
+    logits = (coefficients.float() @ prototypes.float().flatten(0, 1).T).view(-1, height, width)
+    for mask, logit, (x1, y1), (x2, y2) in zip(masks, logits, low.tolist(), high.tolist(), strict=True):
+        soft = logit[y1:y2, x1:x2].sigmoid()
         top, bottom = _reach(y1, y2, size[0] / height, size[0])
         left, right = _reach(x1, x2, size[1] / width, size[1])
-        mask[top:bottom, left:right] = rows[top:bottom, y1:y2] @ soft @ columns[left:right, x1:x2].T > 0.5
+        enlarged = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
+        torch.gt(enlarged, 0.5, out=mask[top:bottom, left:right])
     return masks
 
 

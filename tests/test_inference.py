@@ -131,7 +131,10 @@ def test_the_test_above_notices_who_waits():
 def test_pictures_on_the_device_are_resized_as_on_the_host(weights):
     predictor = Predictor(Yolact.from_weights(weights), "cpu")
     image = photo(120, 310)
-    host, device = predictor.preprocess(image), predictor.normalise(torch.from_numpy(image)[None])[0]
+    host, device = (
+        predictor.preprocess(image),
+        predictor.normalise(torch.from_numpy(image[..., ::-1].transpose(2, 0, 1)[None].copy()))[0],
+    )
     levels = (host - device).abs() * predictor.std
     assert float(levels.max()) < 1.01
     assert float(levels.mean()) < 0.2

@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", help="a name of data/config.py or a .py file; by default what the weights say")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, then faster")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: takes time to start")
     what = parser.add_argument_group("what to do")
     what.add_argument(
         "--image",

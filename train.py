@@ -235,7 +235,7 @@ def validate(run: Run, val: CocoDataset, log: RunLog, bar: tqdm) -> None:
     model = run.averaged()
     run.ranks.copy_from_main(model.buffers())  # batch norm's statistics differ, and the main process's are saved
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.dtype)
-    predictor = Predictor(model, str(run.device), precision)
+    predictor = Predictor(model, str(run.device), precision, graphs=False)
     metrics = evaluate(
         predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=run.ranks, unreadable=bar.write
     )

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Measure again all that README's performance section shows: benchmarks/all.sh DEVICE CLONE_OF_THE_ORIGINAL
-# On a GPU the last two lines also say how much of its peak a batch of 32 reaches.
+# What README's section on speed shows of a device, measured again: benchmarks/all.sh DEVICE CLONE_OF_THE_ORIGINAL
+# (nms.py, precision.py and loader.py beside it need photos.) On a GPU a batch of 32 too, for its share of the peak.
 set -e
 device=$1 original=$2
 training=$([ "$device" = cuda ] && echo --training || true)
@@ -12,7 +12,7 @@ for config in yolact_lite yolact_resnet50; do
 done
 if [ "$device" = cuda ]; then
     for config in yolact_resnet50 yolact_base; do
-        python eval.py --config $config --benchmark --device cuda --compile --batch_size 32 --output "benchmarks/batch32_$config.json"
+        python eval.py --config $config --benchmark --device cuda --compile --batch_size 32 --output "benchmarks/stages_${config}_cuda_batch32.json"
     done
 fi
 python benchmarks/report.py

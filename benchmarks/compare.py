@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 PICTURE = (480, 640)
 THRESHOLD = 0.3
@@ -45,10 +44,19 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", choices=["ours", "original"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        serve(our_jobs(args) if args.only == "ours" else original_jobs(args), args.device)
+        jobs = {
+            ("ours", False): our_jobs,
+            ("ours", True): our_training_step,
+            ("original", False): original_jobs,
+            ("original", True): original_training_step,
+        }
+        if args.only == "ours":
+            sys.path.insert(0, str(ROOT))
+        serve(jobs[args.only, args.step](args), args.device)
         return 0
     report = {
         "command": f"python benchmarks/compare.py --original {args.original.name} --configs {' '.join(args.configs)} "
@@ -66,34 +74,46 @@ def main() -> int:
 
 def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Measure one configuration into `rows`; what the machine is."""
+    times: dict[str, list[float]] = {}
+    memory: dict[str, int | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         options = ["--configs", config, "--weights", str(Path(folder) / f"{config}_0_0.pth")]
         theirs = Worker("original", options)  # it writes the weights
         ours = Worker("ours", options)
         agreement = compare_answers(theirs.ask("answer"), ours.ask("answer"))
         print(f"{config}: {agreement}")
-        times: dict[str, list[float]] = {}
-        memory: dict[str, int | None] = {}
-        for _ in range(args.rounds):
-            for worker in (theirs, ours):
-                for name in worker.jobs:
-                    got = worker.ask(name, args.repeats + 1)
-                    times.setdefault(f"{worker.name} {name}", []).extend(got["ms"][1:])
-                    memory[f"{worker.name} {name}"] = got["mib"]
+        take_turns((theirs, ours), args, times, memory)
         machine = ours.ask("machine")
-        for worker in (theirs, ours):
-            worker.end()
+        theirs.end(), ours.end()
+        if args.training:  # in processes of their own, so that memory is that of training alone
+            workers = [Worker(name, [*options, "--step"]) for name in ("original", "ours")]
+            take_turns(workers, args, times, memory)
+            for worker in workers:
+                worker.end()
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, ms in medians.items():
         what = name.split()[1]
         row = {"configuration": config, "what": what, "variant": name.replace(f" {what}", ""), "ms": round(ms, 2)}
         row["times_the_original"] = round(medians[f"original {what}"] / ms, 2)
-        row["gpu_memory_mib"] = memory[name]
+        if what == "training":
+            row["gpu_memory_mib"] = memory[name]
         rows.append(row)
         print(row)
     floor = 1000 * machine["network_flops"] / machine["matmul_peak"]
     rows.append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
     return {"machine": machine["name"], "matmul_peak_gflops": round(machine["matmul_peak"] / 1e9)}
+
+
+def take_turns(
+    workers: Sequence[Worker], args: argparse.Namespace, times: dict[str, list[float]], memory: dict[str, int | None]
+) -> None:
+    """Measure the jobs of all workers, round by round: milliseconds into `times`, MiB of a GPU into `memory`."""
+    for _ in range(args.rounds):
+        for worker in workers:
+            for name in worker.jobs:
+                got = worker.ask(name, args.repeats + 1)
+                times.setdefault(f"{worker.name} {name}", []).extend(got["ms"][1:])
+                memory[f"{worker.name} {name}"] = got["mib"]
 
 
 class Worker:
@@ -168,7 +188,6 @@ def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def our_jobs(args: argparse.Namespace) -> Jobs:
     """What of this project is timed: each precision and path that the device has."""
-    sys.path.insert(0, str(ROOT))
     from engine.benchmark import device_name, matmul_peak, network_flops
     from engine.devices import choose_precision
     from engine.predictor import Predictor
@@ -188,9 +207,11 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
         predictor = Predictor(model, args.device, score_threshold=THRESHOLD, **options)
         jobs[f"network {name}"] = network_job(predictor, image)
         jobs[f"picture {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
-        for _ in range(3):
+        for _ in range(3 if predictor.graphs is None else 10):
             jobs[f"network {name}"](), jobs[f"picture {name}"]()
+    torch.backends.cudnn.allow_tf32 = False  # for the comparison of what is found
     exact = Predictor(model, args.device, "fp32", score_threshold=THRESHOLD)(image)
+    torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
     found = {"labels": exact.labels.tolist(), "scores": exact.scores.tolist()}
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
     jobs["machine"] = lambda: {
@@ -198,8 +219,6 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
         "network_flops": network_flops(model.config, (model.config.max_size,) * 2),
         "matmul_peak": matmul_peak(device, best),
     }
-    if args.training:
-        jobs |= our_training_step(args)
     return jobs
 
 
@@ -270,21 +289,22 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
 
 def original_jobs(args: argparse.Namespace) -> Jobs:
     """The original's own network, NMS, transform and masks, as its evaluation calls them."""
-    from original import load, training_step
+    from original import load
 
-    net, detect = load(args.original, args.configs[0], args.device, args.weights, picture(), THRESHOLD)
+    detect = load(args.original, args.configs[0], args.device, args.weights, picture(), THRESHOLD)
     jobs: Jobs = {"network": lambda: detect.network(), "picture": lambda: detect.picture()}
     for _ in range(3):
         detect.network(), detect.picture()
     jobs["answer"] = detect.answer
-    if args.training:
-        jobs["training"] = training_step(net, args.device, *_as_lists(training_targets(550, args.batch_size)))
     return jobs
 
 
-def _as_lists(targets: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    boxes, masks = zip(*targets, strict=True)
-    return list(boxes), list(masks)
+def original_training_step(args: argparse.Namespace) -> Jobs:
+    """The original's step of SGD."""
+    from original import training_step
+
+    targets = training_targets(550, args.batch_size)
+    return {"training": training_step(args.original, args.configs[0], args.device, targets)}
 
 
 if __name__ == "__main__":

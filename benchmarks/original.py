@@ -35,24 +35,36 @@ class Original:
         return [x.cpu() for x in self.postprocess(found, width, height, score_threshold=self.threshold)]
 
     def answer(self) -> dict[str, Any]:
+        torch.backends.cudnn.allow_tf32 = False
         labels, scores, _, masks = self.picture()
+        torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
         return {"labels": labels.tolist(), "scores": scores.tolist(), "areas": masks.sum(dim=(1, 2)).tolist()}
 
 
-def load(
-    folder: Path, config: str, device: str, weights: Path, image: np.ndarray, threshold: float
-) -> tuple[Any, Original]:
-    """The original's network with random weights that detect something, which are also written to `weights`."""
+def load(folder: Path, config: str, device: str, weights: Path, image: np.ndarray, threshold: float) -> Original:
+    """The original with random weights that detect something, which are also written to `weights`."""
+    net = _network(folder, config, device)
+    from layers.output_utils import postprocess
+    from utils.augmentations import FastBaseTransform
+
+    net.eval()
+    net.detect.use_fast_nms, net.detect.use_cross_class_nms = True, False
+    original = Original(net, FastBaseTransform(), postprocess, image, threshold, device)
+    _liven(net, original, threshold)
+    torch.save(net.state_dict(), weights)
+    return original
+
+
+def _network(folder: Path, config: str, device: str) -> Any:
+    """The original's network with random weights. From here on its modules are the ones that are imported."""
     if device == "cpu":  # it asks for a GPU when it is imported
         torch.cuda.current_device = lambda: 0
         torch.Tensor.cuda = lambda self, *_, **__: self
     else:
         torch.set_default_tensor_type("torch.cuda.FloatTensor")
     os.chdir(folder)
-    sys.path.insert(0, str(folder.resolve()) if folder.is_absolute() else os.getcwd())
-    from layers.output_utils import postprocess
+    sys.path.insert(0, os.getcwd())
     from utils import timer
-    from utils.augmentations import FastBaseTransform
 
     from data import cfg, set_cfg
     from yolact import Yolact
@@ -61,13 +73,7 @@ def load(
     cfg.mask_proto_debug = False  # eval.py sets it
     timer.disable_all()
     torch.manual_seed(0)
-    net = Yolact().to(device)
-    net.eval()
-    net.detect.use_fast_nms, net.detect.use_cross_class_nms = True, False
-    original = Original(net, FastBaseTransform(), postprocess, image, threshold, device)
-    _liven(net, original, threshold)
-    torch.save(net.state_dict(), weights)
-    return net, original
+    return Yolact().to(device)
 
 
 def _liven(net: Any, original: Original, threshold: float, count: int = 40) -> None:
@@ -87,8 +93,11 @@ def _liven(net: Any, original: Original, threshold: float, count: int = 40) -> N
     net.detect = detect
 
 
-def training_step(net: Any, device: str, boxes: list[np.ndarray], masks: list[np.ndarray]) -> Callable[[], Any]:
-    """A step of SGD as the original's train.py takes it, with its loss."""
+def training_step(
+    folder: Path, config: str, device: str, pictures: list[tuple[np.ndarray, np.ndarray]]
+) -> Callable[[], Any]:
+    """A step of SGD as the original's train.py takes it, with its loss. pictures: boxes [n, 5], masks [n, h, w]."""
+    net = _network(folder, config, device)
     from layers.modules import MultiBoxLoss
 
     from data import cfg
@@ -96,15 +105,14 @@ def training_step(net: Any, device: str, boxes: list[np.ndarray], masks: list[np
     criterion = MultiBoxLoss(
         cfg.num_classes, cfg.positive_iou_threshold, cfg.negative_iou_threshold, cfg.ohem_negpos_ratio
     )
-    targets = [torch.from_numpy(x).to(device) for x in boxes]
-    truth = [torch.from_numpy(x).to(device) for x in masks]
-    images = torch.randn(len(boxes), 3, cfg.max_size, cfg.max_size, device=device)
+    targets, masks = ([torch.from_numpy(x).to(device) for x in part] for part in zip(*pictures, strict=True))
+    images = torch.randn(len(pictures), 3, cfg.max_size, cfg.max_size, device=device)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=cfg.momentum, weight_decay=cfg.decay)
+    net.train()
 
     def step() -> float:
-        net.train()
         optimizer.zero_grad()
-        losses = criterion(net, net(images), targets, truth, [0] * len(boxes))
+        losses = criterion(net, net(images), targets, masks, [0] * len(pictures))
         loss = sum(losses.values())
         loss.backward()
         if torch.isfinite(loss).item():

@@ -42,7 +42,7 @@ def main() -> int:
 def section() -> str:
     """The whole of it, as Markdown."""
     parts = [comparison(kind) for kind in ("cpu", "cuda")]
-    parts += [stages(), *(scaling(read(path.name)) for path in sorted(FOLDER.glob("scaling_*.json")))]
+    parts += [*stages(), *(scaling(read(path.name)) for path in sorted(FOLDER.glob("scaling_*.json")))]
     parts += [precision(read("precision.json")), nms(read("nms.json")), loader(read("loader.json"))]
     return "\n\n".join(part for part in parts if part)
 
@@ -84,27 +84,30 @@ def comparison(kind: str) -> str:
     )
 
 
-def stages() -> str:
-    """Where the time goes, a column for each file."""
+def stages() -> list[str]:
+    """Where the time goes: a table for each device, with a column for each file."""
     reports = [read(path.name) for path in sorted(FOLDER.glob("stages_*.json"))]
-    if not reports:
-        return ""
+    devices = dict.fromkeys(r["device"] for r in reports)
+    return [stage_table([r for r in reports if r["device"] == device], device) for device in devices]
+
+
+def stage_table(reports: list[Report], device: str) -> str:
     head = ["ms, median"]
     for r in reports:
         compiled = ", compiled" if r["compiled"] else ""
-        head.append(f"{r['configuration']}, {r['size'][0]} px, {r['precision']}{compiled}")
+        batch = f", batch {r['batch_size']}" if r["batch_size"] > 1 else ""
+        head.append(f"{r['configuration']}, {r['size'][0]} px, {r['precision']}{batch}{compiled}")
     rows = [[stage, *(f"{r['stages_ms'][stage]['median']:.2f}" for r in reports)] for stage in reports[0]["stages_ms"]]
     rows.append(["frames/s, network", *(f"{r['network_fps']:.1f}" for r in reports)])
     rows.append(["frames/s, picture to masks", *(f"{r['picture_to_masks_fps']:.1f}" for r in reports)])
-    rows.append(["share of the measured peak", *(f"{100 * r['share_of_peak']:.0f} %" for r in reports)])
+    rows.append(["measured peak, GFLOP/s", *(f"{r['matmul_peak_gflops']:.0f}" for r in reports)])
+    rows.append(["share of it, network", *(f"{100 * r['share_of_peak']:.0f} %" for r in reports)])
     rows.append(["seconds to compile", *(f"{r['seconds_to_compile']:.0f}" for r in reports)])
     rows.append(["peak memory, MiB", *(f"{r['peak_memory_mib']:.0f}" for r in reports)])
     return (
-        f"**Where the time goes**, on {reports[0]['device']}. `network` is backbone to head as they run together, "
-        "`picture to masks` all from a picture in memory to its masks in memory.\n\n"
-        + table(head, rows)
-        + "\n\n"
-        + "<br>\n".join(f"`python {r['command']}`" for r in reports)
+        f"**Where the time goes**, on {device}, a picture of {'x'.join(map(str, reports[0]['picture']))}. `network` is "
+        "backbone to head as they run together, `picture to masks` all from a picture in memory to its masks in "
+        "memory.\n\n" + table(head, rows) + "\n\n" + "<br>\n".join(f"`python {r['command']}`" for r in reports)
     )
 
 
@@ -157,9 +160,9 @@ def nms(report: Report) -> str:
         for row in report["rows"]
     ]
     return (
-        f"**What the choices cost**, on {report['pictures']} photos with a `{report['configuration']}` of "
-        f"{report['classes']} class. The time is that of the step alone: raw outputs to detections, or for the crops "
-        "detections to masks. With one class, `cross_class` is `fast`.\n\n"
+        f"**What the choices cost**, on {report['pictures']} photos with a `{report['configuration']}` at "
+        f"{report['input']} px of {report['classes']} class. The time is that of the step alone: raw outputs to "
+        "detections, or for the crops detections to masks. With one class, `cross_class` is `fast`.\n\n"
         + table(["variant", "box AP", "mask AP", "mask AP50", "ms"], rows)
         + f"\n\n`{report['command']}`"
     )

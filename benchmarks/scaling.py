@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--detections", type=int, nargs="+", default=[1, 10, 30, 100])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/scaling.json"))
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
@@ -61,7 +61,7 @@ def main() -> int:
             print(row)
             rows.append(row)
     summary = {
-        "command": f"python benchmarks/scaling.py --config {args.config} --device {args.device}",
+        "command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
         **{key: report[key] for key in ("configuration", "device", "precision", "versions")},
         "usual": USUAL | {"size": report["size"][0]},
         "rows": rows,

@@ -176,7 +176,7 @@ CONFIGS: dict[str, Config] = {
         replace(
             _BASE,
             name="yolact_lite",
-            max_size=288,  # what two cores do 30 times a second
+            max_size=288,
             mean=(127, 127, 127),
             std=(128, 128, 128),
             resize_uint8=True,

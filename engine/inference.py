@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -17,7 +19,7 @@ from data.errors import UserError
 from layers.winograd import WinogradConv2d
 from yolact import PredictionHead, Predictions, Yolact
 
-MAX_GRAPHS = 4  # each has memory of its own
+OFTEN, MAX_GRAPHS = 8, 4  # a capture costs what several pictures do, and a graph has memory of its own
 
 
 def prepare(model: Yolact, device: torch.device, dtype: torch.dtype) -> Yolact:
@@ -25,19 +27,19 @@ def prepare(model: Yolact, device: torch.device, dtype: torch.dtype) -> Yolact:
 
     Batch norm is folded into the convolutions, the head's three outputs are one convolution, tensors are channels last
     and the weights are cast once. In float32 on a CPU large 3x3 convolutions take Winograd's scheme. The network that
-    re-scores masks and deformable convolutions stay in float32.
+    re-scores masks and deformable convolutions keep their float32 weights.
     """
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norm(ready)
     ready.head = MergedHead(ready.head)
     if device.type == "cpu" and dtype == torch.float32:
         use_winograd(ready)
+    mask_iou, ready.mask_iou = ready.mask_iou, None
+    deformable = [(m, m.weight, m.bias) for m in ready.modules() if isinstance(m, DeformConv2d)]
     ready = ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    for module in ready.modules():
-        if isinstance(module, DeformConv2d):
-            module.weight, module.bias = (nn.Parameter(p.float(), False) for p in (module.weight, module.bias))
-    if ready.mask_iou is not None:
-        ready.mask_iou.float()
+    for module, weight, bias in deformable:
+        module.weight, module.bias = (nn.Parameter(p.float().to(device), False) for p in (weight, bias))
+    ready.mask_iou = None if mask_iou is None else mask_iou.to(device)
     return ready
 
 
@@ -83,14 +85,14 @@ class MergedHead(nn.Module):
 
 
 def compiled(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Tensor], Predictions], float]:
-    """`model` compiled for inputs of `size` (H, W), weights frozen, and the seconds that it took.
+    """`model` compiled for inputs of `size` (H, W), on a CPU with frozen weights, and the seconds that it took.
 
     Raises UserError where this machine cannot compile.
     """
     example = model.fpn.lateral[0].weight
-    network = torch.compile(model, options={"freezing": True} if example.device.type == "cpu" else None)
     started = time.perf_counter()
     try:
+        network = torch.compile(model, options={"freezing": True} if example.device.type == "cpu" else None)
         with torch.inference_mode():
             network(example.new_zeros(1, 3, *size).contiguous(memory_format=torch.channels_last))
     except Exception as error:  # of many kinds, by what the compiler lacks: a C++ compiler, Python's headers, Triton
@@ -108,16 +110,19 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor, warmup: int = 3):
+        device = example.device
         self.input = example.clone()
-        side = torch.cuda.Stream(example.device)
-        side.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(side):  # libraries choose their algorithms and take their memory before the capture
-            for _ in range(warmup):
-                function(self.input)
-        torch.cuda.current_stream(example.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(self.input)
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # libraries choose their algorithms and take their memory before the capture
+                for _ in range(warmup):
+                    function(self.input)
+            torch.cuda.current_stream(device).wait_stream(side)
+            # Other threads may use the GPU meanwhile, as the one that writes a film does.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                self.output = function(self.input)
 
     def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
         """What the function gives for `value`, which is shaped as the example was; in memory of its own."""
@@ -127,21 +132,17 @@ class CudaGraph:
 
 
 class CudaGraphs:
-    """`function`, through a CudaGraph for inputs of a shape that came before. The graphs used last are kept."""
+    """A CudaGraph for each shape that comes often: for the first few of them, so that memory and captures are few."""
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]):
-        self.function = function
-        self.seen: set[torch.Size] = set()
+    def __init__(self) -> None:
+        self.counts: Counter[torch.Size] = Counter()
         self.graphs: dict[torch.Size, CudaGraph] = {}
+        self.lock = threading.Lock()  # a graph has one place for its input
 
-    @torch.inference_mode()
-    def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
-        """What the function gives for `value`. Nothing waits for the device, but for the capture."""
-        if value.shape not in self.seen:
-            self.seen.add(value.shape)
-            return self.function(value)
-        graph = self.graphs.pop(value.shape, None) or CudaGraph(self.function, value)
-        self.graphs[value.shape] = graph  # the last one is the one used last
-        while len(self.graphs) > MAX_GRAPHS:
-            self.graphs.pop(next(iter(self.graphs)))
-        return graph(value)
+    def __call__(self, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
+        """`function(value)`. Nothing waits for the device, but for a capture."""
+        with self.lock:
+            self.counts[value.shape] += 1
+            if self.counts[value.shape] == OFTEN and len(self.graphs) < MAX_GRAPHS:
+                self.graphs[value.shape] = CudaGraph(function, value)
+            return self.graphs.get(value.shape, function)(value)

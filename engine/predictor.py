@@ -127,8 +127,8 @@ class Predictor:
     scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
     best class of an object may score less. nms: a key of layers.nms.NMS. `crop` and `crop_after_resize` are for the
     masks, see layers.masks.assemble_masks. `compile` takes seconds to minutes, here and for each further number of
-    pictures in a list, and needs a C++ compiler. `graphs`: on a GPU, pictures of a size that was met before go through
-    a CUDA graph.
+    pictures in a list, and needs a C++ compiler. `graphs`: on a GPU, pictures of a size that comes often go through a
+    CUDA graph.
 
     The model is copied: what happens to its weights later is not seen.
     """
@@ -171,8 +171,9 @@ class Predictor:
             torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None]
             for v in (self.config.mean, self.config.std)
         )
-        captured = graphs and self.device.type == "cuda" and nms in STATIC_NMS
-        self.locate_on_device = CudaGraphs(self._locate) if captured else self._locate
+        # torchvision's deformable convolutions run on a stream of their own choice, which a capture does not see.
+        captured = self.device.type == "cuda" and nms in STATIC_NMS and not self.config.dcn_interval
+        self.graphs = CudaGraphs() if graphs and captured else None
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray | list[np.ndarray]) -> Any:
@@ -205,6 +206,11 @@ class Predictor:
             return Candidates(*slots), prototypes
         predictions = self.predict(torch.stack([self.preprocess(picture) for picture in pictures]))
         return self.detect(predictions), predictions.prototypes
+
+    @torch.inference_mode()
+    def locate_on_device(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """`_locate`, through a CUDA graph where there is one for pictures of this shape."""
+        return self._locate(pictures) if self.graphs is None else self.graphs(self._locate, pictures)
 
     @torch.inference_mode()
     def _locate(self, pictures: Tensor) -> tuple[Tensor, ...]:

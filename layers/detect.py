@@ -48,7 +48,7 @@ def detect(
     An anchor takes part when its best class scores over `score_threshold`, and then with all of its classes: what it
     scores for the others may come out too, unless it is under `min_score`. With `pre_nms_top_k`, only so many anchors
     of each level (their numbers are `level_sizes`) take part. `nms` is a key of layers.nms.NMS. `trim` leaves out early
-    what cannot come out: the same result, sooner on a CPU, but shapes depend on values and are waited for.
+    what cannot come out: the same result but for exact ties, sooner on a CPU; but shapes depend on values then.
     """
     scores = logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
     if pre_nms_top_k and level_sizes:

@@ -112,7 +112,7 @@ def trimmed_nms(
     """What `nms` keeps, found from no more boxes and classes than that takes: where looking at values costs nothing.
 
     A box is suppressed by better ones alone. So when the best entries fill all slots with scores that no other entry
-    has, the others do not matter.
+    has, the others do not matter. Of exactly equal scores it may keep others than `nms`.
     """
     kept = [_trimmed_one(nms, *one, iou_threshold, top_k, max_detections) for one in zip(boxes, scores, strict=True)]
     return Kept(*(torch.stack(x) for x in zip(*kept, strict=True)))

@@ -75,7 +75,8 @@ class WinogradConv2d(nn.Module):
         """[B, C, H, W] -> [B, C', H, W], channels last."""
         if x.shape[0] * -(-x.shape[2] // OUT) * -(-x.shape[3] // OUT) < self.fewest_patches:
             return self.direct(x)
-        out = winograd(x, self.weights, self.to_basis, self.from_basis)
+        with torch.autocast(x.device.type, enabled=False):  # the other basis needs float32
+            out = winograd(x.float(), self.weights, self.to_basis, self.from_basis)
         return out if self.direct.bias is None else out.add_(self.direct.bias[:, None, None])
 
 

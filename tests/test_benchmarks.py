@@ -54,8 +54,8 @@ def test_different_answers_stop_the_comparison():
 
 @pytest.mark.slow
 def test_our_side_of_the_comparison(weights):
-    args = argparse.Namespace(device="cpu", weights=weights, configs=["yolact_lite"], training=True, batch_size=2)
-    jobs = compare.our_jobs(args)
+    args = argparse.Namespace(device="cpu", weights=weights, configs=["yolact_lite"], batch_size=2)
+    jobs = compare.our_jobs(args) | compare.our_training_step(args)
     assert {"network float32", "picture float32 compiled", "training float32"} <= set(jobs)
     for name, job in jobs.items():
         answer = job()

@@ -176,8 +176,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def test_no_wait_before_the_results_are_asked_for(weights):
     predictor = Predictor(Yolact.from_weights(weights), "cuda")
     pictures = torch.from_numpy(np.stack([photo(90, 130)] * 2)).cuda()
-    for _ in range(3):  # met, captured, replayed
+    for _ in range(inference.OFTEN + 1):  # met, captured, replayed
         predictor.locate_on_device(pictures)
+    assert len(predictor.graphs.graphs) == 1
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -192,7 +193,7 @@ def test_no_wait_before_the_results_are_asked_for(weights):
 def test_a_graph_gives_what_the_steps_give(weights, precision):
     model = Yolact.from_weights(weights)
     graph, steps = Predictor(model, "cuda", precision), Predictor(model, "cuda", precision, graphs=False)
-    for seed in range(8):
+    for seed in range(inference.OFTEN + 4):
         picture = photo(90, 130, seed=seed)
         wanted, found = steps(picture), graph(picture)
         assert wanted.labels.tolist() == found.labels.tolist()

@@ -61,8 +61,8 @@ def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
 
 
 def test_schedule_scales_visibly_and_the_log_is_complete(dataset, tmp_path):
-    out = run(*train_args(dataset, "--batch_size", "8", "--max_iter", "2", "--output_dir", tmp_path))
-    assert "0.0005 (0.001 x 0.5 for the batch size)" in out
+    out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--output_dir", tmp_path))
+    assert "0.00035 (0.0007 x 0.5 for the batch size)" in out
     assert "Average Precision" in out
     steps = lines(tmp_path)
     assert {"box", "class", "mask", "semantic", "mask_iou", "total", "lr", "seconds", "step"} <= set(steps[0])

@@ -54,11 +54,14 @@ def main() -> int:
         )
         print(rows[-1])
     report = {
-        "command": " ".join(sys.argv),
+        "command": f"python benchmarks/nms.py --weights {Path(args.weights).name} "
+        f"--annotations {args.annotations.name} --image_dir {args.image_dir.name}"
+        + f" --max_images {args.max_images}"
+        * bool(args.max_images),
         "configuration": model.config.name,
         "input": model.config.max_size,
         "classes": model.config.num_classes,
-        "pictures": len(dataset),
+        "pictures": args.max_images or len(dataset),
         "device": device_name(predictor.device),
         "torch": torch.__version__,
         "rows": rows,

@@ -57,7 +57,9 @@ def main() -> int:
         print(row)
     report = {
         "command": f"python benchmarks/precision.py --weights {Path(args.weights).name} "
-        f"--annotations {args.annotations.name} --image_dir {args.image_dir.name}",
+        f"--annotations {args.annotations.name} --image_dir {args.image_dir.name}"
+        + f" --max_images {args.max_images}"
+        * bool(args.max_images),
         "configuration": model.config.name,
         "input": model.config.max_size,
         "pictures": args.max_images or len(dataset),

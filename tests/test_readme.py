@@ -16,6 +16,7 @@ from data import audit
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if not kind]
 LINES = [line.partition("  #")[0] for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+LINES = [command for line in LINES for command in line.split(" && ")]
 COMMANDS = [line for line in LINES if re.match(r"(python|torchrun) ", line)]
 PARSERS = {"train.py": train.parse_args, "eval.py": eval_script.parse_args, "-m data.audit": audit.parse_args}
 

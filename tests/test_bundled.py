@@ -1,0 +1,89 @@
+"""The bundled weights and the README's first command: people in a photo, without a download."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from pycocotools import mask as rle
+
+from engine.predictor import Predictor
+from eval import BUNDLED
+from yolact import Yolact
+
+CARD = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
+METRICS = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
+PERSON = ROOT.parent / "shared/data/person"
+KINDS = {"bbox": "box", "segm": "mask"}
+# Drawn by hand: left, top, right, bottom of the person in photos of 512x512.
+PEOPLE = {"astronaut.jpg": (5, 15, 395, 512), "camera.jpg": (0, 58, 285, 505)}
+
+
+def test_the_file_is_small_and_in_half_precision():
+    assert BUNDLED.stat().st_size <= 16e6
+    state = torch.load(BUNDLED, map_location="cpu", weights_only=True)["model"]
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float16}
+
+
+def test_it_knows_people():
+    model = Yolact.from_weights(BUNDLED)
+    assert (model.config.name, model.config.class_names) == ("yolact_lite", ("person",))
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("photo", PEOPLE)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_people_in_the_demo_photos(photo, precision):
+    predictor = Predictor(Yolact.from_weights(BUNDLED), device="cpu", precision=precision, score_threshold=0.3)
+    detections = predictor(cv2.imread(str(ROOT / "data/demo" / photo)))
+    left, top, right, bottom = PEOPLE[photo]
+    x1, y1, x2, y2 = detections.boxes[0].tolist()
+    overlap = (min(x2, right) - max(x1, left)) * (min(y2, bottom) - max(y1, top))
+    assert overlap / ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap) > 0.6
+    inside = detections.masks[0][top:bottom, left:right].float().mean()
+    assert detections.scores[0] > 0.6
+    assert 0.4 < inside < 0.85
+
+
+def test_first_command_of_the_readme(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^pip install -r requirements.txt && python (.*)$", readme, re.MULTILINE)[1]
+    words = [sys.executable, *shlex.split(command), "--output", str(tmp_path)]
+    offline = {**os.environ, "HTTPS_PROXY": "http://0.0.0.0:1"}
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=offline)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("\n") <= 3
+    assert "knows people" in ran.stdout
+    assert "yolact_r50" in ran.stdout
+    results = json.loads((tmp_path / "astronaut.json").read_text())
+    best = max(results["annotations"] if isinstance(results, dict) else results, key=lambda r: r["score"])
+    assert rle.decode(best["segmentation"]).shape == (512, 512)
+    photo, drawn = (cv2.imread(str(p)) for p in (ROOT / "data/demo/astronaut.jpg", tmp_path / "astronaut.jpg"))
+    assert np.abs(photo.astype(int) - drawn).mean() > 3  # it is painted
+
+
+def test_the_card_says_what_was_measured():
+    for kind, name in KINDS.items():
+        row = re.search(rf"\| {name}, float32 \|(.*)\|", CARD)[1]
+        assert [float(v) for v in row.split("|")[:2]] == [round(100 * METRICS[kind][k], 1) for k in ("AP", "AP50")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PERSON.is_dir(), reason="needs the photos that the weights were measured on")
+def test_the_cards_ap_is_reproduced(tmp_path):
+    output = tmp_path / "metrics.json"
+    words = ["--annotations", PERSON / "instances_val.json", "--image_dir", PERSON / "images", "--output", output]
+    subprocess.run([sys.executable, "eval.py", *map(str, words)], cwd=ROOT, check=True)
+    measured = json.loads(Path(output).read_text())
+    for kind in KINDS:
+        assert measured[kind]["AP"] == pytest.approx(METRICS[kind]["AP"], abs=0.003)

@@ -110,11 +110,13 @@ class Config:
     mask_iou_weight: float = 25.0
     masks_to_train: int = 100  # a picture; more positives than this are sampled
     mask_iou_min_area: int = 25  # in prototype pixels
+    mask_supersample: int = 1  # masks are enlarged by this, and compared with ones drawn as large
 
     # Augmentation (SSD's, paper section 5)
     augment_photometric: bool = True
     augment_expand: float = 4.0  # the picture shrinks by up to this factor onto a mean canvas; 1: never
     augment_crop: bool = True
+    crop_min_side: float = 0.3  # of the picture's width and height
     augment_mirror: bool = True
     min_box_size: float = 0.0  # smaller boxes are dropped in training
 

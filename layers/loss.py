@@ -154,17 +154,14 @@ class MultiBoxLoss:
                 some = torch.randperm(total, generator=own)[: self.config.masks_to_train]
                 chosen = chosen[some.to(chosen.device)]
             objects, boxes = matches.objects[b, chosen], matches.boxes[b, chosen]
-            truth = shrink_masks(target["masks"], size)[objects]
             coefficients = predictions.coefficients[b, chosen].float()
             logits = torch.einsum("hwk,nk->nhw", predictions.prototypes[b].float(), coefficients)
-            window = crop_window(boxes, *size)
-            loss = (F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * window).sum(dim=(1, 2))
-            # Boxes are relative: their area times that of the prototypes is in pixels.
-            loss = loss / (area(boxes) * size[0] * size[1])
+            loss = mask_cross_entropy(logits, target["masks"], objects, boxes, self.config.mask_supersample)
             mask_loss = mask_loss + loss.sum() * (total / len(chosen))
-            soft_masks.append(logits.sigmoid() * window)
-            true_masks.append(truth)
-            mask_labels.append(target["labels"][objects])
+            if mask_iou_net is not None:
+                soft_masks.append(logits.sigmoid() * crop_window(boxes, *size))
+                true_masks.append(shrink_masks(target["masks"], size)[objects])
+                mask_labels.append(target["labels"][objects])
         if mask_iou_net is None:
             return mask_loss, torch.zeros_like(mask_loss)
         return mask_loss, self._mask_iou_term(mask_iou_net, size, soft_masks, true_masks, mask_labels)
@@ -201,6 +198,24 @@ class MultiBoxLoss:
                 truth[b].index_add_(0, target["labels"], shrink_masks(target["masks"], semantic.shape[2:]))
         loss = F.binary_cross_entropy_with_logits(semantic.float(), truth.clamp(max=1), reduction="sum")
         return loss / (semantic.shape[2] * semantic.shape[3])
+
+
+def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Tensor, supersample: int = 1) -> Tensor:
+    """[N]: binary cross-entropy of each mask inside its box, divided by the box's area in pixels (paper, section 3.1).
+
+    logits [N, h, w], masks [n, H, W] of the picture's objects, objects [N] (which of them), boxes [N, 4] (relative).
+    `supersample` over 1 enlarges the soft masks as inference does (`layers.masks.resize_masks`) before they are
+    compared: an object a pixel wide can have its true outline, where one cut at the prototypes' size vanishes.
+    """
+    size = (logits.shape[1] * supersample, logits.shape[2] * supersample)
+    truth = shrink_masks(masks, size)[objects]
+    if supersample == 1:
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    else:
+        soft = F.interpolate(logits.sigmoid()[None], size, mode="bilinear", align_corners=False)[0]
+        loss = F.binary_cross_entropy(soft, truth, reduction="none")
+    window = crop_window(boxes, *size, padding=supersample)
+    return (loss * window).sum(dim=(1, 2)) / (area(boxes) * size[0] * size[1])
 
 
 def shrink_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -227,6 +228,17 @@ def test_crop_holds_a_centre():
         assert 0.4 < (y2 - y1) / (x2 - x1) < 2.2
         whole += (x1, y1, x2, y2) == (0, 0, 100, 100)
     assert 25 < whole < 80  # one in six
+    for _ in range(100):
+        x1, y1, x2, y2 = sample_crop((0, 0, 100, 100), boxes, rng, min_side=0.8)
+        assert min(x2 - x1, y2 - y1) >= 79
+
+
+def test_masks_are_drawn_as_large_as_the_loss_wants_them(dataset, small_config):
+    sample, size = CocoDataset(dataset, dataset.parent / "images")[0], small_config.max_size
+    for supersample in (1, 2):
+        augment = Augment(replace(small_config, mask_supersample=supersample))
+        masks = augment(sample, np.random.default_rng(0)).masks
+        assert masks.shape[1:] == (size // 4 * supersample,) * 2
 
 
 def test_seed_and_key_decide_everything(dataset, small_config):

@@ -6,7 +6,8 @@ import torch
 from data.config import get_config
 from layers.anchors import make_anchors
 from layers.boxes import box_iou, to_corners
-from layers.loss import TERMS, MultiBoxLoss, shrink_masks
+from layers.loss import TERMS, MultiBoxLoss, mask_cross_entropy, shrink_masks
+from layers.masks import crop_window, resize_masks
 from yolact import MaskIoUNet, Predictions
 
 CONFIG = get_config("yolact_resnet50", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
@@ -91,6 +92,46 @@ def test_mask_outside_of_its_box_cannot_explode():
     some["masks"][:] = 1
     losses = MultiBoxLoss(CONFIG)(predictions(1), ANCHORS, [some])
     assert losses["mask"] < 30
+
+
+def test_enlarged_masks_keep_what_is_thinner_than_a_prototype_pixel():
+    """Cut at the prototypes' size such an object is nothing; enlarged as in inference it has an outline to learn."""
+    masks = torch.zeros(1, 64, 64)
+    masks[:, 10:50, 21:23] = 1  # half of each of two prototype pixels
+    boxes, first = torch.tensor([[21 / 64, 10 / 64, 23 / 64, 50 / 64]]), torch.tensor([0])
+    gradients = []
+    for supersample in (1, 2):
+        logits = torch.full((1, 32, 32), -1.0, requires_grad=True)
+        mask_cross_entropy(logits, masks, first, boxes, supersample).sum().backward()
+        gradients.append(logits.grad[0, 15, 10])
+    assert gradients[0] > 0 > gradients[1]
+
+    logits = torch.full((1, 32, 32), 0.0, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(100):
+        loss = mask_cross_entropy(logits, masks, first, boxes, 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = resize_masks(logits.detach().sigmoid() * crop_window(boxes, 32, 32), (64, 64))
+    both, either = (found & (masks > 0)).sum(), (found | (masks > 0)).sum()
+    assert both / either > 0.45
+
+
+def test_enlarged_masks_cost_what_others_do():
+    """Where nothing is lost by the size; and logits that are sure and wrong stay finite."""
+    masks = torch.zeros(1, 64, 64)
+    masks[:, 16:48, 16:48] = 1
+    boxes, first = torch.tensor([[0.25, 0.25, 0.75, 0.75]]), torch.tensor([0])
+    for level in (-3.0, 0.0, 2.0):
+        logits = torch.full((1, 32, 32), level)
+        one, two = (mask_cross_entropy(logits, masks, first, boxes, n) for n in (1, 2))
+        assert torch.allclose(one, two, rtol=1e-4)
+    logits = torch.full((1, 32, 32), -200.0, requires_grad=True)
+    loss = mask_cross_entropy(logits, masks, first, boxes, 2).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
 
 
 def test_positives_given_from_outside():

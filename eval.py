@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     out.add_argument("--per_class", action="store_true", help="AP, precision and recall of each class")
     how = parser.add_argument_group("how to detect")
     how.add_argument("--score_threshold", type=float, help="0.3 for pictures, 0.05 for AP")
-    how.add_argument("--top_k", type=int, default=100, help="detections a picture")
+    how.add_argument("--top_k", type=int, help="detections a picture: 100, or what the configuration says")
     how.add_argument("--nms", default="fast", choices=list(NMS))
     how.add_argument("--size", help="the network's input as HxW, any from 32x32 on")
     how.add_argument("--no_crop", action="store_true", help="do not crop masks to their boxes")

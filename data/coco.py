@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.augment import Augment, Augmented
 from data.config import Config
+from data.copy_paste import copy_paste
 from data.errors import UserError
 
 Target = dict[str, Tensor]
@@ -268,6 +269,7 @@ class TrainingSet(Dataset):
     def __init__(self, dataset: CocoDataset, config: Config, seed: int):
         self.dataset = dataset
         self.augment = Augment(config)
+        self.copy_paste = config.copy_paste
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Augmented | None, int, list[str]]:
@@ -279,6 +281,8 @@ class TrainingSet(Dataset):
             chosen = index if attempt == 0 else int(rng.integers(len(self.dataset)))
             try:
                 sample = self.dataset[chosen]
+                if self.copy_paste and rng.random() < self.copy_paste:
+                    sample = copy_paste(sample, self.dataset[int(rng.integers(len(self.dataset)))], rng)
             except UserError as error:
                 problems.append(str(error))
                 continue

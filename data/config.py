@@ -77,6 +77,7 @@ class Config:
     nms_top_k: int = 200  # candidates a class
     top_k: int = 100  # detections a picture
     pre_nms_top_k: int = 0  # anchors a pyramid level, 0: all (MMDetection: 1000)
+    mask_threshold: float = 0.5  # a soft mask, enlarged, counts where it is over this
     clip_boxes: bool = False  # clip boxes to the picture before NMS, and apply score_threshold once more after it
 
     # Schedule. lr, max_iter and lr_steps are for batch_size and scale with it.
@@ -118,6 +119,7 @@ class Config:
     augment_crop: bool = True
     crop_min_side: float = 0.3  # of the picture's width and height
     augment_mirror: bool = True
+    copy_paste: float = 0.0  # the share of photos that get objects of another one pasted over them; 0: none
     min_box_size: float = 0.0  # smaller boxes are dropped in training
 
     @property
@@ -204,6 +206,28 @@ CONFIGS: dict[str, Config] = {
         ),
     )
 }
+
+SHARES = (  # between 0 and 1
+    "score_threshold",
+    "nms_threshold",
+    "mask_threshold",
+    "positive_iou",
+    "negative_iou",
+    "crowd_iou",
+    "momentum",
+    "warmup_factor",
+    "crop_min_side",
+    "copy_paste",
+)
+COUNTS = (  # at least 1
+    "fpn_channels",
+    "proto_channels",
+    "num_prototypes",
+    "nms_top_k",
+    "top_k",
+    "masks_to_train",
+    "mask_supersample",
+)
 
 # Other names that the same configurations are published under, without dates, steps and checksums.
 ALIASES = {
@@ -306,6 +330,12 @@ def _check(config: Config) -> None:
         value = getattr(config, field.name)
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"configuration key {field.name!r}: {value} is negative")
+        if field.name in SHARES and value > 1:
+            raise UserError(f"configuration key {field.name!r}: {value} is not between 0 and 1")
+        if field.name in COUNTS and value < 1:
+            raise UserError(f"configuration key {field.name!r}: {value} must be at least 1")
+    if min(config.std) <= 0:
+        raise UserError(f"configuration key 'std': {config.std}: each must be more than 0")
     if config.max_size < 32:
         raise UserError(f"max_size={config.max_size}: the network needs at least 32 pixels a side")
     if len(config.class_names) != len(config.category_ids):

@@ -50,6 +50,7 @@ class Detections:
     relative_boxes: Tensor  # [N, 4] as predicted, relative to the picture
     crop: bool = True
     crop_after_resize: bool = False
+    mask_threshold: float = 0.5
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -81,6 +82,7 @@ class Detections:
             crop=self.crop,
             crop_after_resize=self.crop_after_resize,
             by_window=self.scores.device.type == "cpu",
+            threshold=self.mask_threshold,
             budget=budget,
         )
 
@@ -125,10 +127,10 @@ class Predictor:
     device: auto, cpu, cuda, cuda:1, mps. precision: auto, fp32, bf16, fp16. size: (height, width) of the network's
     input, the configuration's by default. score_threshold: with a higher one than the configuration's, no detection
     scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
-    best class of an object may score less. nms: a key of layers.nms.NMS. `crop` and `crop_after_resize` are for the
-    masks, see layers.masks.assemble_masks. `compile` takes seconds to minutes, here and for each further number of
-    pictures in a list, and needs a C++ compiler. `graphs`: on a GPU, pictures of a size that comes often go through a
-    CUDA graph.
+    best class of an object may score less. top_k: detections a picture, the configuration's (100) by default. nms: a
+    key of layers.nms.NMS. `crop` and `crop_after_resize` are for the masks, see layers.masks.assemble_masks. `compile`
+    takes seconds to minutes, here and for each further number of pictures in a list, and needs a C++ compiler.
+    `graphs`: on a GPU, pictures of a size that comes often go through a CUDA graph.
 
     The model is copied: what happens to its weights later is not seen.
     """
@@ -141,7 +143,7 @@ class Predictor:
         compile: bool = False,
         size: tuple[int, int] | None = None,
         score_threshold: float = 0.05,
-        top_k: int = 100,
+        top_k: int | None = None,
         nms: str = "fast",
         crop: bool = True,
         crop_after_resize: bool = False,
@@ -153,6 +155,7 @@ class Predictor:
             raise UserError(f"size {size[0]}x{size[1]}: the network needs at least 32 pixels a side")
         if not 0 <= score_threshold <= 1:
             raise UserError(f"score threshold {score_threshold} is not between 0 and 1")
+        top_k = model.config.top_k if top_k is None else top_k
         if top_k < 1:
             raise UserError(f"top_k {top_k}: at least one detection must be allowed")
         self.device = choose_device(device)
@@ -291,6 +294,7 @@ class Predictor:
             relative_boxes=boxes,
             crop=self.crop,
             crop_after_resize=self.crop_after_resize,
+            mask_threshold=self.config.mask_threshold,
         )
         if self.model.mask_iou is not None and self.score_threshold > self.config.score_threshold:
             # What a person asked to see is judged by the re-scored value, as the authors' display does it.

@@ -182,7 +182,7 @@ class MultiBoxLoss:
             device = next(net.parameters()).device if hasattr(net, "parameters") else None
             return net(torch.zeros(1, *size, device=device)).sum() * 0
         soft, truth, label = soft[large], truth[large], label[large]
-        hard = (soft > 0.5).float()
+        hard = (soft > self.config.mask_threshold).float()
         shared = (hard * truth).sum(dim=(1, 2))
         iou = shared / (hard.sum(dim=(1, 2)) + truth.sum(dim=(1, 2)) - shared)
         expected = net(soft).float().gather(1, label[:, None])[:, 0]

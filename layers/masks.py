@@ -41,9 +41,9 @@ def combine(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = Non
     return masks
 
 
-def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Soft masks [N, h, w] -> bool [N, H, W]: enlarged bilinearly, then cut at a half."""
-    return F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0] > 0.5
+def resize_masks(masks: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Soft masks [N, h, w] -> bool [N, H, W]: enlarged bilinearly, then cut at `threshold`."""
+    return F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0] > threshold
 
 
 def enlargement(size: int, target: int, device: torch.device) -> Tensor:
@@ -51,7 +51,9 @@ def enlargement(size: int, target: int, device: torch.device) -> Tensor:
     return F.interpolate(torch.eye(size, device=device)[None], target, mode="linear", align_corners=False)[0].T
 
 
-def masks_by_window(prototypes: Tensor, coefficients: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def masks_by_window(
+    prototypes: Tensor, coefficients: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
+) -> Tensor:
     """Masks cropped to their boxes, bool [N, H, W]: what `combine` and `resize_masks` give, computed where a mask is.
 
     Box by box, and it waits for their values: for a CPU.
@@ -68,7 +70,7 @@ def masks_by_window(prototypes: Tensor, coefficients: Tensor, boxes: Tensor, siz
         top, bottom = _reach(y1, y2, size[0] / height, size[0])
         left, right = _reach(x1, x2, size[1] / width, size[1])
         enlarged = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
-        torch.gt(enlarged, 0.5, out=mask[top:bottom, left:right])
+        torch.gt(enlarged, threshold, out=mask[top:bottom, left:right])
     return masks
 
 
@@ -86,22 +88,25 @@ def assemble_masks(
     crop: bool = True,
     crop_after_resize: bool = False,
     by_window: bool = False,
+    threshold: float = 0.5,
     budget: int = 256 * 2**20,
 ) -> Iterator[Tensor]:
     """The masks of one picture of `size` (H, W) as bool chunks [n, H, W], each made with about `budget` bytes.
 
     prototypes [h, w, K], coefficients [N, K], boxes [N, 4] (corner form, relative). Masks are cropped to their boxes
     at the prototypes' resolution and then enlarged, as the published numbers were made; `crop_after_resize` crops the
-    enlarged ones too, so that nothing leaks past a box. `by_window` takes `masks_by_window`, the faster way on a CPU.
+    enlarged ones too, so that nothing leaks past a box. Soft masks count where they are over `threshold`. `by_window`
+    takes `masks_by_window`, the faster way on a CPU.
     """
     height, width = size
     chunk = max(1, budget // (height * width * 5))  # a float32 and a bool for every pixel
     for start in range(0, len(boxes), chunk):
         part = slice(start, start + chunk)
         if crop and by_window:
-            masks = masks_by_window(prototypes, coefficients[part], boxes[part], size)
+            masks = masks_by_window(prototypes, coefficients[part], boxes[part], size, threshold)
         else:
-            masks = resize_masks(combine(prototypes, coefficients[part], boxes[part] if crop else None), size)
+            masks = combine(prototypes, coefficients[part], boxes[part] if crop else None)
+            masks = resize_masks(masks, size, threshold)
         if crop and crop_after_resize:
             masks &= crop_window(boxes[part], height, width, padding=0)
         yield masks

@@ -70,6 +70,11 @@ def test_overrides_are_converted_and_checked():
         ({"anchor_sizes": "((1,), (2,), (3,), (4,), (5, 6))"}, ["anchor_sizes", "every level"]),
         ({"ema": 2}, ["ema"]),
         ({"batch_size": 0}, ["batch_size"]),
+        ({"mask_supersample": 0}, ["mask_supersample", "at least 1"]),
+        ({"masks_to_train": 0}, ["masks_to_train", "at least 1"]),
+        ({"crop_min_side": 1.5}, ["crop_min_side", "1.5", "between 0 and 1"]),
+        ({"copy_paste": 2}, ["copy_paste", "between 0 and 1"]),
+        ({"std": "1, 0, 1"}, ["std", "more than 0"]),
         ({"class_names": ("one",)}, ["1 class_names", "80 category_ids"]),
     ],
 )

@@ -10,8 +10,9 @@ from conftest import make_dataset
 from pycocotools import mask as rle
 
 from data.augment import Augment, Distortion, Scratch, Window, draw_mask, sample_crop
-from data.coco import CocoDataset, EndlessShuffle, TrainingSet, training_batches
+from data.coco import CocoDataset, EndlessShuffle, TrainingSet, to_rle, training_batches
 from data.config import get_config
+from data.copy_paste import copy_paste
 from data.errors import UserError
 
 
@@ -239,6 +240,52 @@ def test_masks_are_drawn_as_large_as_the_loss_wants_them(dataset, small_config):
         augment = Augment(replace(small_config, mask_supersample=supersample))
         masks = augment(sample, np.random.default_rng(0)).masks
         assert masks.shape[1:] == (size // 4 * supersample,) * 2
+
+
+def decoded(segmentation, size):
+    return rle.decode(to_rle(segmentation, *size)).astype(bool)
+
+
+def test_copy_paste_moves_pixels_masks_boxes_and_labels_together(tmp_path):
+    """Masks and labels are compared with the colours that the objects were drawn in."""
+    size, colors = (200, 260), ((40, 60, 230), (220, 160, 40))
+    paths = [make_dataset(tmp_path / name, 1, size=size, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    sample, source = (CocoDataset(path, path.parent / "images")[0] for path in paths)
+    source = replace(source, image=source.image - 9)  # so that no pasted pixel is the one that it covers
+    covered = grown = 0
+    for seed in range(40):
+        out = copy_paste(sample, source, np.random.default_rng(seed))
+        assert out.image.shape == sample.image.shape
+        masks = [decoded(segmentation, size) for segmentation in out.segmentations]
+        assert len(masks) == len(out.labels) == len(out.boxes)
+        for mask, label, box in zip(masks, out.labels, out.boxes, strict=True):
+            assert shapes(out.image, colors[label])[mask].mean() > 0.85
+            rows, columns = np.nonzero(mask)
+            limits = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            assert np.abs(box - limits).max() <= 1.5  # a polygon's box lies between pixels
+        assert np.sum(masks, axis=0).max() == 1  # what lies below was cut away
+        for segmentation in sample.segmentations:
+            before = decoded(segmentation, size)
+            shows = before & (out.image == sample.image).all(axis=2)
+            covered += 0.1 < shows.sum() / before.sum() < 0.9
+            if shows.sum() > 0.25 * before.sum():
+                assert max((mask & shows).sum() for mask in masks) > 0.95 * shows.sum()
+        grown += len(out.labels) > len(sample.labels)
+    assert grown > 20
+    assert covered > 5
+    nothing = replace(source, boxes=source.boxes[:0], labels=source.labels[:0], segmentations=[])
+    assert copy_paste(sample, nothing, np.random.default_rng(0)) is sample
+
+
+def test_copy_paste_gives_the_photos_without_objects_some(dataset, small_config):
+    data = CocoDataset(dataset, dataset.parent / "images")
+    plain = replace(small_config, augment_crop=False, augment_expand=1.0)
+    pasted = TrainingSet(data, replace(plain, copy_paste=1.0), seed=0)
+    empty = len(data) - 1
+    assert len(TrainingSet(data, plain, seed=0)[(0, empty)][0].boxes) == 0
+    found = [pasted[(epoch, empty)][0] for epoch in range(10)]
+    assert sum(len(sample.boxes) > 0 for sample in found) >= 5
+    assert np.array_equal(found[3].image, pasted[(3, empty)][0].image)
 
 
 def test_seed_and_key_decide_everything(dataset, small_config):

@@ -179,6 +179,17 @@ def test_masks_in_chunks_are_the_same():
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_lower_thresholds_give_larger_masks():
+    prototypes, coefficients, boxes = torch.rand(20, 24, 8), torch.randn(9, 8), random_boxes(9)[0]
+    low, half, high = (
+        torch.cat(list(assemble_masks(prototypes, coefficients, boxes, (61, 83), threshold=t))) for t in (0.3, 0.5, 0.7)
+    )
+    assert torch.equal(half, torch.cat(list(assemble_masks(prototypes, coefficients, boxes, (61, 83)))))
+    assert not (high & ~half).any()
+    assert not (half & ~low).any()
+    assert high.sum() < half.sum() < low.sum()
+
+
 def test_crop_after_resize_leaves_no_pixel_past_the_box():
     prototypes, coefficients = torch.ones(16, 16, 1), torch.full((5, 1), 4.0)
     boxes = random_boxes(5)[0]
@@ -209,7 +220,7 @@ def test_masks_by_window_are_the_same(size):
     low = torch.rand(30, 2) * 1.4 - 0.2  # some lie partly or wholly outside
     boxes = torch.cat((low, low + torch.rand(30, 2)), dim=1)
     boxes[0] = boxes[0, [2, 3, 0, 1]]
-    for options in ({}, {"crop": False}, {"crop_after_resize": True}):
+    for options in ({}, {"crop": False}, {"crop_after_resize": True}, {"threshold": 0.3}):
         whole, windows = (
             torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, by_window=w, budget=2**17, **options)))
             for w in (False, True)

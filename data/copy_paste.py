@@ -1,0 +1,92 @@
+"""Simple Copy-Paste (Ghiasi et al., CVPR 2021): objects of one training photo, laid over another one.
+
+It makes new surroundings, overlaps and sizes out of the objects that there are, which is worth most where they are few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as rle
+
+if TYPE_CHECKING:
+    from data.coco import Sample
+
+LEAST_LEFT = 0.2  # of an object's area; what shows less of itself is not asked for
+
+
+def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smallest: float = 0.5) -> Sample:
+    """`sample` with a random choice of the objects of `source` pasted over it, as a new Sample.
+
+    They keep their arrangement. All are scaled by the same factor, from `smallest` to its inverse and evenly in its
+    logarithm, mirrored in half of the cases and moved at random, such that the centre of one of them lies in the photo.
+    Masks and boxes of objects that are partly covered become those of what still shows.
+    """
+    if not len(source.boxes):
+        return sample
+    count = int(rng.integers(1, len(source.boxes) + 1))
+    chosen = rng.permutation(len(source.boxes))[:count]
+    height, width = sample.image.shape[:2]
+    matrix = _placement(source.boxes[chosen[0]], (height, width), rng, smallest)
+    present = []
+    for i in chosen:
+        whole = _decode(source.segmentations[i], source.image.shape[:2])
+        mask = cv2.warpAffine(whole * np.uint8(255), matrix, (width, height), flags=cv2.INTER_LINEAR) > 127
+        if mask.sum() >= max(1, LEAST_LEFT * whole.sum() * matrix[1, 1] ** 2):
+            present.append((mask, int(source.labels[i])))
+    if not present:
+        return sample
+    cover = np.any([mask for mask, _ in present], axis=0)
+    warped = cv2.warpAffine(source.image, matrix, (width, height), flags=cv2.INTER_LINEAR)
+    image = np.where(cover[..., None], warped, sample.image)
+
+    boxes, labels, segmentations = [], [], []
+    for box, label, segmentation in zip(sample.boxes, sample.labels, sample.segmentations, strict=True):
+        x1, y1, x2, y2 = np.array((*np.floor(box[:2]), *np.ceil(box[2:])), int)
+        if cover[y1:y2, x1:x2].any():
+            mask = _decode(segmentation, (height, width))
+            left = mask & ~cover
+            if left.sum() < LEAST_LEFT * mask.sum() or not left.any():
+                continue
+            box, segmentation = _outline(left)
+        boxes.append(box)
+        labels.append(label)
+        segmentations.append(segmentation)
+    for mask, label in present:
+        box, segmentation = _outline(mask)
+        boxes.append(box)
+        labels.append(label)
+        segmentations.append(segmentation)
+    return replace(
+        sample,
+        image=image,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.array(labels, np.int64),
+        segmentations=segmentations,
+    )
+
+
+def _placement(box: np.ndarray, size: tuple[int, int], rng: np.random.Generator, smallest: float) -> np.ndarray:
+    """[2, 3] for cv2.warpAffine: scale, mirror and move such that the box's centre comes to lie in `size` (h, w)."""
+    scale = np.exp(rng.uniform(np.log(smallest), -np.log(smallest)))
+    across = -scale if rng.random() < 0.5 else scale
+    x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
+    centre = (box[:2] + box[2:]) / 2
+    return np.array([[across, 0, x - across * centre[0]], [0, scale, y - scale * centre[1]]])
+
+
+def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """Polygons or an RLE -> bool [h, w]."""
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, *size))
+    return rle.decode(segmentation).astype(bool)
+
+
+def _outline(mask: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """The box (x1, y1, x2, y2) and the RLE of a bool mask [h, w]."""
+    encoded = rle.encode(np.asfortranarray(mask, np.uint8))
+    x, y, w, h = rle.toBbox(encoded)
+    return np.array((x, y, x + w, y + h), np.float32), encoded

@@ -24,8 +24,9 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
+from data.annotation import is_crowd, normalise_segmentation, to_rle
 from data.augment import Window, draw_mask
-from data.coco import CocoDataset, is_crowd, normalise_segmentation, to_rle
+from data.coco import CocoDataset
 from data.config import Config, get_config, parse_overrides
 from data.errors import UserError, run_main
 from layers.anchors import feature_sizes

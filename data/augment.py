@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from data.annotation import to_rle
 from data.config import Config
 from layers.anchors import feature_sizes
 
@@ -251,8 +252,7 @@ def draw_mask(segmentation: Any, window: Window, size: tuple[int, int]) -> np.nd
     height, width = size
     if isinstance(segmentation, list):
         polygons = [window.points(np.asarray(p, np.float64).reshape(-1, 2), width, height) for p in segmentation]
-        parts = rle.frPyObjects([p.ravel().tolist() for p in polygons], height, width)
-        return rle.decode(rle.merge(parts))
+        return rle.decode(to_rle([p.ravel().tolist() for p in polygons], height, width))
     mask = rle.decode(segmentation) * np.uint8(255)
     return (cv2.warpAffine(mask, window.matrix(width, height), (width, height), flags=cv2.INTER_LINEAR) > 127).view(
         np.uint8

@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from data.annotation import to_rle
+
 if TYPE_CHECKING:
     from data.coco import Sample
 
@@ -33,7 +35,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     matrix = _placement(source.boxes[chosen[0]], (height, width), rng, smallest)
     present = []
     for i in chosen:
-        whole = _decode(source.segmentations[i], source.image.shape[:2])
+        whole = rle.decode(to_rle(source.segmentations[i], *source.image.shape[:2]))
         mask = cv2.warpAffine(whole * np.uint8(255), matrix, (width, height), flags=cv2.INTER_LINEAR) > 127
         if mask.sum() >= max(1, LEAST_LEFT * whole.sum() * matrix[1, 1] ** 2):
             present.append((mask, int(source.labels[i])))
@@ -47,7 +49,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     for box, label, segmentation in zip(sample.boxes, sample.labels, sample.segmentations, strict=True):
         x1, y1, x2, y2 = np.array((*np.floor(box[:2]), *np.ceil(box[2:])), int)
         if cover[y1:y2, x1:x2].any():
-            mask = _decode(segmentation, (height, width))
+            mask = rle.decode(to_rle(segmentation, height, width)).astype(bool)
             left = mask & ~cover
             if left.sum() < LEAST_LEFT * mask.sum() or not left.any():
                 continue
@@ -76,13 +78,6 @@ def _placement(box: np.ndarray, size: tuple[int, int], rng: np.random.Generator,
     x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
     centre = (box[:2] + box[2:]) / 2
     return np.array([[across, 0, x - across * centre[0]], [0, scale, y - scale * centre[1]]])
-
-
-def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """Polygons or an RLE -> bool [h, w]."""
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, *size))
-    return rle.decode(segmentation).astype(bool)
 
 
 def _outline(mask: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:

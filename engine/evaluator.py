@@ -14,7 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from data.coco import CocoDataset, as_id, is_crowd, normalise_segmentation, stated_box, to_rle
+from data.annotation import as_id, is_crowd, normalise_segmentation, stated_box, to_rle
+from data.coco import CocoDataset
 from data.errors import UserError
 from engine.distributed import Ranks
 from engine.predictor import Predictor

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from data.coco import Batch, CocoDataset, Sample, to_rle
+from data.annotation import to_rle
+from data.coco import Batch, CocoDataset, Sample
 from data.config import Config
 from data.errors import UserError
 from engine.draw import draw_objects

@@ -9,8 +9,9 @@ import pytest
 from conftest import make_dataset
 from pycocotools import mask as rle
 
+from data.annotation import to_rle
 from data.augment import Augment, Distortion, Scratch, Window, draw_mask, sample_crop
-from data.coco import CocoDataset, EndlessShuffle, TrainingSet, to_rle, training_batches
+from data.coco import CocoDataset, EndlessShuffle, TrainingSet, training_batches
 from data.config import get_config
 from data.copy_paste import copy_paste
 from data.errors import UserError

@@ -119,7 +119,7 @@ def build_predictor(args: argparse.Namespace, model: Yolact, score_threshold: fl
         top_k=args.top_k,
         nms=args.nms,
         crop=not args.no_crop,
-        crop_after_resize=args.crop_after_resize,
+        crop_after_resize=args.crop_after_resize or None,
     )
 
 

@@ -127,10 +127,10 @@ class Predictor:
     device: auto, cpu, cuda, cuda:1, mps. precision: auto, fp32, bf16, fp16. size: (height, width) of the network's
     input, the configuration's by default. score_threshold: with a higher one than the configuration's, no detection
     scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
-    best class of an object may score less. top_k: detections a picture, the configuration's (100) by default. nms: a
-    key of layers.nms.NMS. `crop` and `crop_after_resize` are for the masks, see layers.masks.assemble_masks. `compile`
-    takes seconds to minutes, here and for each further number of pictures in a list, and needs a C++ compiler.
-    `graphs`: on a GPU, pictures of a size that comes often go through a CUDA graph.
+    best class of an object may score less. top_k: detections a picture. nms: a key of layers.nms.NMS. `crop` and
+    `crop_after_resize` are for the masks, see layers.masks.assemble_masks. Of top_k and crop_after_resize None is what
+    the configuration says. `compile` takes seconds to minutes, here and for each further number of pictures in a list,
+    and needs a C++ compiler. `graphs`: on a GPU, pictures of a size that comes often go through a CUDA graph.
 
     The model is copied: what happens to its weights later is not seen.
     """
@@ -146,7 +146,7 @@ class Predictor:
         top_k: int | None = None,
         nms: str = "fast",
         crop: bool = True,
-        crop_after_resize: bool = False,
+        crop_after_resize: bool | None = None,
         graphs: bool = True,
     ):
         if nms not in NMS:
@@ -168,7 +168,7 @@ class Predictor:
         self.top_k = top_k
         self.nms = nms
         self.crop = crop
-        self.crop_after_resize = crop_after_resize
+        self.crop_after_resize = self.config.crop_after_resize if crop_after_resize is None else crop_after_resize
         self.anchors = self.model.anchors(*self.size)
         self.mean, self.std = (
             torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -127,6 +128,21 @@ def test_every_nms_and_threshold(weights, nms):
     assert 0 < len(found) <= 7
     assert (found.scores >= 0.4).all()
     assert (found.scores.diff() <= 0).all()
+
+
+def test_the_configuration_says_how_to_detect(weights):
+    plain = Yolact.from_weights(weights)
+    own = Yolact.from_weights(weights)
+    own.config = replace(own.config, top_k=7, mask_threshold=0.3, crop_after_resize=True)
+    many, few = Predictor(plain, "cpu")(photo()), Predictor(own, "cpu")(photo())
+    assert len(few) == 7 < len(many)
+    assert torch.equal(few.boxes, many.boxes[:7])
+    tight = Predictor(plain, "cpu", crop_after_resize=True)(photo())[:7].masks
+    assert not (tight & ~few.masks).any()
+    assert few.masks.sum() > tight.sum()
+    assert len(Predictor(own, "cpu", top_k=9)(photo())) == 9
+    leaky = Predictor(own, "cpu", crop_after_resize=False)(photo()).masks
+    assert (leaky & ~few.masks).any()
 
 
 @pytest.mark.parametrize("size", [(64, 160), (128, 48)])

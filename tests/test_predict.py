@@ -131,18 +131,19 @@ def test_every_nms_and_threshold(weights, nms):
 
 
 def test_the_configuration_says_how_to_detect(weights):
-    plain = Yolact.from_weights(weights)
-    own = Yolact.from_weights(weights)
-    own.config = replace(own.config, top_k=7, mask_threshold=0.3, crop_after_resize=True)
-    many, few = Predictor(plain, "cpu")(photo()), Predictor(own, "cpu")(photo())
-    assert len(few) == 7 < len(many)
-    assert torch.equal(few.boxes, many.boxes[:7])
-    tight = Predictor(plain, "cpu", crop_after_resize=True)(photo())[:7].masks
-    assert not (tight & ~few.masks).any()
-    assert few.masks.sum() > tight.sum()
-    assert len(Predictor(own, "cpu", top_k=9)(photo())) == 9
-    leaky = Predictor(own, "cpu", crop_after_resize=False)(photo()).masks
-    assert (leaky & ~few.masks).any()
+    model = Yolact.from_weights(weights)
+    plain = Predictor(model, "cpu")(photo())
+    model.config = replace(model.config, mask_threshold=0.3, crop_after_resize=True)
+    found = Predictor(model, "cpu")(photo())
+    leaky = Predictor(model, "cpu", crop_after_resize=False)(photo())
+    assert torch.equal(found.boxes, plain.boxes)
+    assert not (found.masks & ~leaky.masks).any()
+    assert (leaky.masks & ~found.masks).any()
+    assert not (plain.masks & ~leaky.masks).any()
+    assert (leaky.masks & ~plain.masks).any()
+    model.config = replace(model.config, top_k=7)
+    assert len(Predictor(model, "cpu")(photo())) == 7 < len(plain)
+    assert len(Predictor(model, "cpu", top_k=9)(photo())) == 9
 
 
 @pytest.mark.parametrize("size", [(64, 160), (128, 48)])

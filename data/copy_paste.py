@@ -45,7 +45,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     warped = cv2.warpAffine(source.image, matrix, (width, height), flags=cv2.INTER_LINEAR)
     image = np.where(cover[..., None], warped, sample.image)
 
-    boxes, labels, segmentations = [], [], []
+    objects = []
     for box, label, segmentation in zip(sample.boxes, sample.labels, sample.segmentations, strict=True):
         x1, y1, x2, y2 = np.array((*np.floor(box[:2]), *np.ceil(box[2:])), int)
         if cover[y1:y2, x1:x2].any():
@@ -54,20 +54,17 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
             if left.sum() < LEAST_LEFT * mask.sum() or not left.any():
                 continue
             box, segmentation = _outline(left)
-        boxes.append(box)
-        labels.append(label)
-        segmentations.append(segmentation)
+        objects.append((box, label, segmentation))
     for mask, label in present:
         box, segmentation = _outline(mask)
-        boxes.append(box)
-        labels.append(label)
-        segmentations.append(segmentation)
+        objects.append((box, label, segmentation))
+    boxes, labels, segmentations = zip(*objects, strict=True)
     return replace(
         sample,
         image=image,
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        boxes=np.array(boxes, np.float32),
         labels=np.array(labels, np.int64),
-        segmentations=segmentations,
+        segmentations=list(segmentations),
     )
 
 

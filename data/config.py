@@ -79,6 +79,7 @@ class Config:
     pre_nms_top_k: int = 0  # anchors a pyramid level, 0: all (MMDetection: 1000)
     mask_threshold: float = 0.5  # a soft mask, enlarged, counts where it is over this
     crop_after_resize: bool = False  # cut the enlarged masks at their boxes too: no pixel lies past one
+    maskness: bool = False  # masks are ranked by their score times how sure they are of their pixels
     clip_boxes: bool = False  # clip boxes to the picture before NMS, and apply score_threshold once more after it
 
     # Schedule. lr, max_iter and lr_steps are for batch_size and scale with it.

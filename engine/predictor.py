@@ -26,7 +26,7 @@ from data.errors import UserError, nearest
 from engine.devices import choose_device, choose_precision
 from engine.inference import CudaGraphs, compiled, prepare
 from layers.detect import Candidates, detect
-from layers.masks import assemble_masks, combine
+from layers.masks import assemble_masks, combine, maskness
 from layers.nms import NMS
 from yolact import Predictions, Yolact
 
@@ -40,7 +40,7 @@ class Detections:
 
     boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels of the picture; x1 > x2 or y1 > y2 if all of it lies outside
     scores: Tensor  # [N] 0..1
-    mask_scores: Tensor  # [N] the same, or as YOLACT++ re-scores it by the mask's quality
+    mask_scores: Tensor  # [N] the same, or re-scored by the mask's quality (YOLACT++, maskness)
     labels: Tensor  # [N] 0..C-1
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
@@ -276,9 +276,13 @@ class Predictor:
         height, width = size
         limits = boxes.new_tensor((width, height, width, height))
         mask_scores = scores
-        if self.model.mask_iou is not None and len(scores):
+        rescored = self.model.mask_iou is not None or self.config.maskness
+        if rescored and len(scores):
             soft = combine(prototypes, coefficients, boxes if self.crop else None)
-            mask_scores = scores * self.model.mask_iou(soft).gather(1, labels[:, None])[:, 0]
+            if self.model.mask_iou is not None:
+                mask_scores = mask_scores * self.model.mask_iou(soft).gather(1, labels[:, None])[:, 0]
+            if self.config.maskness:
+                mask_scores = mask_scores * maskness(soft, self.config.mask_threshold)
         found = Detections(
             boxes=torch.cat(
                 ((boxes * limits)[:, :2].clamp(min=0), torch.minimum(boxes * limits, limits)[:, 2:]), dim=1
@@ -296,7 +300,7 @@ class Predictor:
             crop_after_resize=self.crop_after_resize,
             mask_threshold=self.config.mask_threshold,
         )
-        if self.model.mask_iou is not None and self.score_threshold > self.config.score_threshold:
+        if rescored and self.score_threshold > self.config.score_threshold:
             # What a person asked to see is judged by the re-scored value, as the authors' display does it.
             found = found[mask_scores.argsort(descending=True)]
             found = found[found.mask_scores >= self.score_threshold]

@@ -41,6 +41,16 @@ def combine(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = Non
     return masks
 
 
+def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
+    """Soft masks [N, h, w] -> [N], 0..1: the mean of each over its pixels above `threshold`, 0 where there is none.
+
+    Wang et al., SOLO: A Simple Framework for Instance Segmentation (2021): a mask that is sure of its pixels is more
+    often a good one, which the class score does not know.
+    """
+    inside = masks > threshold
+    return (masks * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
+
+
 def resize_masks(masks: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Soft masks [N, h, w] -> bool [N, H, W]: enlarged bilinearly, then cut at `threshold`."""
     return F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0] > threshold

@@ -7,7 +7,7 @@ from torchvision.ops import batched_nms
 from layers import boxes as box_ops
 from layers.anchors import feature_sizes, make_anchors
 from layers.detect import detect
-from layers.masks import assemble_masks, combine, crop_window
+from layers.masks import assemble_masks, combine, crop_window, maskness
 from layers.nms import NMS, cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
 
 SIZES = ((24,), (48,), (96,), (192,), (384,))
@@ -208,6 +208,13 @@ def test_crop_window_takes_corners_in_any_order():
     b = crop_window(torch.tensor([[0.6, 0.8, 0.2, 0.3]]), 40, 50)
     assert torch.equal(a, b)
     assert a.any()
+
+
+def test_maskness_is_the_mean_inside():
+    masks = torch.tensor([[[0.9, 0.7], [0.5, 0.1]], [[0.2, 0.1], [0.0, 0.3]], [[1.0, 1.0], [1.0, 1.0]]])
+    assert maskness(masks).tolist() == pytest.approx([0.8, 0, 1])
+    assert maskness(masks, 0.25).tolist() == pytest.approx([0.7, 0.3, 1])
+    assert maskness(masks[:0]).shape == (0,)
 
 
 def test_combine_is_float32():

@@ -17,6 +17,7 @@ from pycocotools import mask as rle
 from data.errors import UserError
 from engine.outputs import instance_map, labelme, prototype_sheet, rings
 from engine.predictor import Detections, Predictor
+from layers.masks import combine
 from layers.nms import NMS
 from yolact import Yolact
 
@@ -144,6 +145,25 @@ def test_the_configuration_says_how_to_detect(weights):
     model.config = replace(model.config, top_k=7)
     assert len(Predictor(model, "cpu")(photo())) == 7 < len(plain)
     assert len(Predictor(model, "cpu", top_k=9)(photo())) == 9
+
+
+def test_maskness_ranks_masks_and_leaves_boxes(weights):
+    model = Yolact.from_weights(weights)
+    plain = Predictor(model, "cpu")(photo())
+    model.config = replace(model.config, maskness=True)
+    found = Predictor(model, "cpu")(photo())
+    assert torch.equal(found.scores, plain.scores)
+    assert torch.equal(found.masks, plain.masks)
+    soft = combine(found.prototypes, found.coefficients, found.relative_boxes)
+    sure = [float(m[m > 0.5].mean()) if (m > 0.5).any() else 0.0 for m in soft]
+    assert len(set(sure)) > 1
+    assert found.mask_scores.tolist() == pytest.approx(
+        [a * b for a, b in zip(found.scores.tolist(), sure, strict=True)]
+    )
+    shown = Predictor(model, "cpu", score_threshold=0.3)(photo())
+    assert 1 < len(shown) < len(plain)
+    assert (shown.mask_scores >= 0.3).all()
+    assert (shown.mask_scores.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("size", [(64, 160), (128, 48)])

@@ -74,6 +74,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--size", help="the network's input as HxW, any from 32x32 on")
     how.add_argument("--no_crop", action="store_true", help="do not crop masks to their boxes")
     how.add_argument("--crop_after_resize", action="store_true", help="crop enlarged masks too: no pixel past a box")
+    how.add_argument("--maskness", action="store_true", help="rank masks by how sure they are of their pixels too")
     how.add_argument("--batch_size", type=positive, default=1, help="for --benchmark")
     how.add_argument("--max_images", type=positive, help="stop after so many pictures or frames")
     return parser.parse_args()
@@ -120,6 +121,7 @@ def build_predictor(args: argparse.Namespace, model: Yolact, score_threshold: fl
         nms=args.nms,
         crop=not args.no_crop,
         crop_after_resize=args.crop_after_resize or None,
+        maskness=args.maskness or None,
     )
 
 

@@ -128,9 +128,10 @@ class Predictor:
     input, the configuration's by default. score_threshold: with a higher one than the configuration's, no detection
     scores less; at the configuration's own (0.05) detections are those of the published evaluation, where the second
     best class of an object may score less. top_k: detections a picture. nms: a key of layers.nms.NMS. `crop` and
-    `crop_after_resize` are for the masks, see layers.masks.assemble_masks. Of top_k and crop_after_resize None is what
-    the configuration says. `compile` takes seconds to minutes, here and for each further number of pictures in a list,
-    and needs a C++ compiler. `graphs`: on a GPU, pictures of a size that comes often go through a CUDA graph.
+    `crop_after_resize` are for the masks, see layers.masks.assemble_masks. maskness: masks are ranked by their score
+    times how sure they are of their pixels. Of top_k, crop_after_resize and maskness None is what the configuration
+    says. `compile` takes seconds to minutes, here and for each further number of pictures in a list, and needs a C++
+    compiler. `graphs`: on a GPU, pictures of a size that comes often go through a CUDA graph.
 
     The model is copied: what happens to its weights later is not seen.
     """
@@ -147,6 +148,7 @@ class Predictor:
         nms: str = "fast",
         crop: bool = True,
         crop_after_resize: bool | None = None,
+        maskness: bool | None = None,
         graphs: bool = True,
     ):
         if nms not in NMS:
@@ -169,6 +171,7 @@ class Predictor:
         self.nms = nms
         self.crop = crop
         self.crop_after_resize = self.config.crop_after_resize if crop_after_resize is None else crop_after_resize
+        self.maskness = self.config.maskness if maskness is None else maskness
         self.anchors = self.model.anchors(*self.size)
         self.mean, self.std = (
             torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None]
@@ -276,12 +279,12 @@ class Predictor:
         height, width = size
         limits = boxes.new_tensor((width, height, width, height))
         mask_scores = scores
-        rescored = self.model.mask_iou is not None or self.config.maskness
+        rescored = self.model.mask_iou is not None or self.maskness
         if rescored and len(scores):
             soft = combine(prototypes, coefficients, boxes if self.crop else None)
             if self.model.mask_iou is not None:
                 mask_scores = mask_scores * self.model.mask_iou(soft).gather(1, labels[:, None])[:, 0]
-            if self.config.maskness:
+            if self.maskness:
                 mask_scores = mask_scores * maskness(soft, self.config.mask_threshold)
         found = Detections(
             boxes=torch.cat(

@@ -150,8 +150,10 @@ def test_the_configuration_says_how_to_detect(weights):
 def test_maskness_ranks_masks_and_leaves_boxes(weights):
     model = Yolact.from_weights(weights)
     plain = Predictor(model, "cpu")(photo())
+    found = Predictor(model, "cpu", maskness=True)(photo())
     model.config = replace(model.config, maskness=True)
-    found = Predictor(model, "cpu")(photo())
+    assert torch.equal(Predictor(model, "cpu")(photo()).mask_scores, found.mask_scores)
+    assert torch.equal(Predictor(model, "cpu", maskness=False)(photo()).mask_scores, plain.scores)
     assert torch.equal(found.scores, plain.scores)
     assert torch.equal(found.masks, plain.masks)
     soft = combine(found.prototypes, found.coefficients, found.relative_boxes)

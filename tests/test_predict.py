@@ -235,13 +235,17 @@ def test_command_line_places_of_results(weights, tmp_path):
     before = (tmp_path / "a.jpg").read_bytes()
     run(ROOT / "eval.py", *common[1:], "--image", "a.jpg", cwd=tmp_path)
     run(*common, "--image", f"{tmp_path}/a.jpg:{tmp_path}/deep/er/b.jpg")
-    run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png")
+    run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png", "--maskness")
     run(*common, "--image", f"{tmp_path}/*.jpg", "--output", tmp_path)
     run(*common, "--images", tmp_path, "--output", tmp_path / "results")  # finds the picture, not the results
     names = "results/a.jpg results/a.json deep/er/b.jpg deep/er/b.json c.png c.json a.yolact.jpg a.yolact.json"
     for name in names.split():
         assert (tmp_path / name).is_file(), name
     assert (tmp_path / "a.jpg").read_bytes() == before
+    plain, ranked = (json.loads((tmp_path / name).read_text()) for name in ("results/a.json", "c.json"))
+    assert plain
+    assert all(found["mask_score"] == found["score"] for found in plain)
+    assert any(found["mask_score"] < found["score"] for found in ranked)
     listed = subprocess.run(
         [sys.executable, "eval.py", *map(str, common[1:]), "--image", "-", "--output", str(tmp_path / "listed")],
         input=f"{tmp_path / 'a.jpg'}\n", text=True, cwd=ROOT, capture_output=True, check=False,

@@ -22,7 +22,7 @@ from data.coco import CocoDataset
 from data.config import Config, get_config
 from data.errors import UserError, positive, run_main
 from engine.checkpoint import model_from_weights
-from engine.devices import PRECISIONS
+from engine.devices import PRECISIONS, keep_memory
 from engine.distributed import Ranks, join
 from engine.evaluator import evaluate, per_class_table, predict_dataset
 from engine.media import collect, read_image, split_output
@@ -214,6 +214,7 @@ def measure_speed(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_args()
+    keep_memory()
     modes = {
         "--image/--images": bool(args.image or args.images),
         "--video": args.video is not None,

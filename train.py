@@ -31,7 +31,7 @@ from data.coco import Batch, CocoDataset, training_batches
 from data.config import Config, get_config, override, parse_overrides
 from data.errors import UserError, positive, run_main
 from engine.checkpoint import read_checkpoint
-from engine.devices import PRECISIONS
+from engine.devices import PRECISIONS, keep_memory
 from engine.distributed import Ranks, join
 from engine.evaluator import compare_classes, evaluate, per_class_table
 from engine.finetune import init_model
@@ -292,6 +292,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> bool:
 
 def main() -> int:
     args = parse_args()
+    keep_memory()
     if args.resume is None and not (args.config and args.train_annotations and args.train_images):
         raise UserError("give --config, --train_annotations and --train_images, or --resume with a run's folder")
     with join(args.device) as ranks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import photo, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -216,3 +218,23 @@ def test_other_devices_than_a_cpu_take_the_other_way(weights, monkeypatch):
         assert int((scores[i] > 0).sum()) == len(found)
         close = (scores[i, : len(found)] - found.scores).abs() < 0.05  # pictures differ by up to a level of 255
         assert float(close.float().mean()) > 0.9
+
+
+FAULTS = """
+import resource, sys, torch
+from engine.devices import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+def faults():
+    torch.ones(2**24)  # 64 MiB, written, freed
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+before = faults()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc's allocator")
+def test_memory_is_used_again():
+    new, again = (int(run("-c", FAULTS, how)) for how in ("free", "keep"))
+    assert again < 0.1 * new

@@ -20,20 +20,22 @@ from layers.winograd import WinogradConv2d
 from yolact import PredictionHead, Predictions, Yolact
 
 OFTEN, MAX_GRAPHS = 8, 4  # a capture costs what several pictures do, and a graph has memory of its own
+SMALL = 2048  # pixels; as measured on two cores, a matrix product is then faster than a 1x1 convolution
 
 
 def prepare(model: Yolact, device: torch.device, dtype: torch.dtype) -> Yolact:
     """A copy of `model` for inference in `dtype` on `device`; the model itself is left as it is.
 
     Batch norm is folded into the convolutions, the head's three outputs are one convolution, tensors are channels last
-    and the weights are cast once. In float32 on a CPU large 3x3 convolutions take Winograd's scheme. The network that
-    re-scores masks and deformable convolutions keep their float32 weights.
+    and the weights are cast once. In float32 on a CPU large 3x3 convolutions take Winograd's scheme, and small 1x1
+    convolutions are matrix products. The network that re-scores masks and deformable convolutions keep their float32
+    weights.
     """
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norm(ready)
     ready.head = MergedHead(ready.head)
     if device.type == "cpu" and dtype == torch.float32:
-        use_winograd(ready)
+        replace_convolutions(ready)
     mask_iou, ready.mask_iou = ready.mask_iou, None
     deformable = [(m, m.weight, m.bias) for m in ready.modules() if isinstance(m, DeformConv2d)]
     ready = ready.to(device=device, dtype=dtype, memory_format=torch.channels_last)
@@ -53,33 +55,63 @@ def fold_batch_norm(module: nn.Module) -> None:
         fold_batch_norm(child)
 
 
-def use_winograd(module: nn.Module) -> None:
-    """Replace the convolutions that gain from it by WinogradConv2d."""
+def replace_convolutions(module: nn.Module) -> None:
+    """Put in place of convolutions what is faster in float32 on a CPU."""
     for name, child in module.named_children():
         if WinogradConv2d.pays(child):
             setattr(module, name, WinogradConv2d(child))
+        elif PointwiseConv2d.fits(child):
+            setattr(module, name, PointwiseConv2d(child))
         else:
-            use_winograd(child)
+            replace_convolutions(child)
+
+
+class PointwiseConv2d(nn.Module):
+    """Does what the 1x1 `conv` it is made from does; on small maps as a matrix product, which has less to set up."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.direct = conv
+        self.register_buffer("weight", conv.weight.detach().flatten(1).T.contiguous(), persistent=False)
+
+    @staticmethod
+    def fits(conv: nn.Module) -> bool:
+        """Whether `conv` is of the kind that this replaces."""
+        if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.kernel_size != (1, 1) or conv.bias is None:
+            return False
+        return conv.stride == (1, 1) and conv.padding == (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H, W], channels last."""
+        batch, _, height, width = x.shape
+        if batch * height * width > SMALL:
+            return self.direct(x)
+        out = torch.addmm(self.direct.bias, x.permute(0, 2, 3, 1).flatten(0, 2), self.weight)
+        return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class MergedHead(nn.Module):
-    """PredictionHead with its three output convolutions as one: three narrow products are slower than a wide one."""
+    """PredictionHead with its three output convolutions as one: three narrow products are slower than a wide one.
+
+    And than one whose channels fill the processor's vectors: spare ones, of zeros, bring them to a multiple of eight.
+    """
 
     def __init__(self, head: PredictionHead):
         super().__init__()
         parts = (head.box, head.cls, head.coeff)
-        self.sizes = [part.out_channels for part in parts]
+        channels = sum(part.out_channels for part in parts)
+        self.sizes = [*(part.out_channels for part in parts), -channels % 8]
         self.depths = (4, head.num_classes + 1, head.num_prototypes)
         self.trunk = head.trunk
         self.outputs = nn.Conv2d(head.trunk.out_channels, sum(self.sizes), 3, padding=1)
         self.outputs.requires_grad_(False)
-        self.outputs.weight.copy_(torch.cat([part.weight for part in parts]))
-        self.outputs.bias.copy_(torch.cat([part.bias for part in parts]))
+        for name, parameter in self.outputs.named_parameters():
+            parameter.zero_()[:channels] = torch.cat([getattr(part, name) for part in parts])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As PredictionHead's."""
         out = self.outputs(F.relu(self.trunk(x))).permute(0, 2, 3, 1)
-        parts = zip(out.split(self.sizes, dim=-1), self.depths, strict=True)
+        parts = zip(out.split(self.sizes, dim=-1)[:3], self.depths, strict=True)
         box, cls, coeff = (part.reshape(len(x), -1, depth) for part, depth in parts)
         return box, cls, coeff.tanh()
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.config import CONFIGS, get_config
 from data.errors import UserError
 from engine import inference
-from engine.inference import MergedHead, prepare
+from engine.inference import MergedHead, PointwiseConv2d, prepare
 from engine.predictor import Predictor
 from layers.winograd import WinogradConv2d
 from yolact import Yolact
@@ -43,6 +43,7 @@ def test_prepared_is_the_same_function(name):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ready.modules())
     assert any(isinstance(m, MergedHead) for m in ready.modules())
     assert any(isinstance(m, WinogradConv2d) for m in ready.modules())
+    assert any(isinstance(m, PointwiseConv2d) for m in ready.modules())
     images = torch.randn(2, 3, 150, 190)
     with torch.no_grad():
         for wanted, found in zip(model(images)[:4], ready(images)[:4], strict=True):

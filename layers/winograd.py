@@ -32,10 +32,11 @@ WEIGHTS = (
     (0, 0, 1),
 )
 OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+ONES = PATCH + 1  # interpolation at 1 and 1: of the 36 products, the one that all 16 outputs take once
 STRIP = 2**22  # elements of patches that are transformed at a time: they should stay in the processor's cache
 # Changing the basis costs by the sum of the channels in and out, multiplying by their product: their ratio is what
-# there is to gain. As measured on two cores, it pays from this ratio, and this ratio times the number of patches, on.
-FROM_RATIO, FROM_WORK = 48, 1500
+# there is to gain. As measured on two cores, it pays from this ratio, and this ratio times the number of pixels, on.
+FROM_RATIO, FROM_WORK = 48, 24_000
 
 
 def ratio(conv: nn.Conv2d) -> float:
@@ -51,13 +52,12 @@ class WinogradConv2d(nn.Module):
         if not self.fits(conv):
             raise ValueError(f"Winograd's scheme is for 3x3 convolutions of stride and padding 1, not {conv}")
         self.direct = conv
-        self.fewest_patches = math.ceil(FROM_WORK / ratio(conv))
+        self.fewest_pixels = math.ceil(FROM_WORK / ratio(conv))
         basis = torch.tensor(WEIGHTS, dtype=torch.float64)
         weights = torch.einsum("ia,ocab,jb->ijco", basis, conv.weight.detach().cpu().double(), basis)
         self.register_buffer("weights", weights.flatten(0, 1).float().contiguous(), persistent=False)
         for name, rows in (("to_basis", PATCHES), ("from_basis", OUTPUTS)):
-            matrix = torch.tensor(rows, dtype=torch.float32)
-            self.register_buffer(name, torch.kron(matrix, matrix), persistent=False)  # rows and columns in one product
+            self.register_buffer(name, torch.tensor(rows, dtype=torch.float32), persistent=False)
 
     @staticmethod
     def fits(conv: nn.Module) -> bool:
@@ -73,17 +73,16 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H, W], channels last."""
-        if x.shape[0] * -(-x.shape[2] // OUT) * -(-x.shape[3] // OUT) < self.fewest_patches:
+        if x.shape[0] * x.shape[2] * x.shape[3] < self.fewest_pixels:
             return self.direct(x)
         with torch.autocast(x.device.type, enabled=False):  # the other basis needs float32
-            out = winograd(x.float(), self.weights, self.to_basis, self.from_basis)
-        return out if self.direct.bias is None else out.add_(self.direct.bias[:, None, None])
+            return winograd(x.float(), self.weights, self.direct.bias, self.to_basis, self.from_basis)
 
 
 # One step for the compiler, which would make it slower.
 @torch.library.custom_op("yolact::winograd", mutates_args=())
-def winograd(x: Tensor, weights: Tensor, to_basis: Tensor, from_basis: Tensor) -> Tensor:
-    """x [B, C, H, W], weights [36, C, C'] in the other basis -> [B, C', H, W], channels last."""
+def winograd(x: Tensor, weights: Tensor, bias: Tensor | None, to_basis: Tensor, from_basis: Tensor) -> Tensor:
+    """x [B, C, H, W], weights [36, C, C'] in the other basis, bias [C'] -> [B, C', H, W], channels last."""
     batch, channels, height, width = x.shape
     rows, columns = -(-height // OUT), -(-width // OUT)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, OUT * columns + 1 - width, 1, OUT * rows + 1 - height))
@@ -93,14 +92,17 @@ def winograd(x: Tensor, weights: Tensor, to_basis: Tensor, from_basis: Tensor) -
         strip = out[:, row : row + step]
         part = padded[:, OUT * row : OUT * (row + strip.shape[1]) + PATCH - OUT]
         patches = part.unfold(1, PATCH, OUT).unfold(2, PATCH, OUT).permute(4, 5, 0, 1, 2, 3)  # [6, 6, B, rows, w, C]
-        values = (to_basis @ patches.reshape(PATCH**2, -1)).view(PATCH**2, -1, channels)
-        values = from_basis @ torch.bmm(values, weights).view(PATCH**2, -1)
+        values = to_basis @ (to_basis @ patches.reshape(PATCH, -1)).view(PATCH, PATCH, -1)  # rows, then columns
+        values = torch.bmm(values.view(PATCH**2, -1, channels), weights)
+        if bias is not None:
+            values[ONES] += bias
+        values = from_basis @ (from_basis @ values.view(PATCH, -1)).view(OUT, PATCH, -1)
         strip.copy_(values.view(OUT, OUT, batch, strip.shape[1], columns, -1).permute(2, 3, 0, 4, 1, 5))
     image = out.view(batch, OUT * rows, OUT * columns, -1)[:, :height, :width]
     return image.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 @winograd.register_fake
-def _(x: Tensor, weights: Tensor, _to_basis: Tensor, _from_basis: Tensor) -> Tensor:
+def _(x: Tensor, weights: Tensor, _bias: Tensor | None, _to_basis: Tensor, _from_basis: Tensor) -> Tensor:
     shape = (x.shape[0], weights.shape[2], *x.shape[2:])
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)

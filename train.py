@@ -1,302 +1,204 @@
 """Train YOLACT on any data set in COCO format.
 
-python train.py --config yolact_lite --train_annotations train.json --train_images photos \
-                --val_annotations val.json --val_images photos
-python train.py ... --set max_size=256 --set lr=5e-4       # any key of data/config.py
+python train.py --config yolact_lite --train_annotations train.json --train_images images \
+                --val_annotations val.json --val_images images
+python train.py ... --set max_size=256 lr=5e-4             # any field of config.py
 python train.py ... --init yolact_r50                      # fine-tune released or own weights
-python train.py ... --batch_size 64 --accumulate 8         # a large batch on a small GPU, 8 pictures at a time
-python train.py --resume runs/yolact_lite                  # go on exactly where a run stopped
-torchrun --nproc_per_node 8 train.py --config yolact_r50_8xb8 ...   # the batch is spread over 8 GPUs
+python train.py ... --batch_size 64 --accumulate 8         # a large batch on a small GPU, 8 images at a time
+python train.py --resume runs/yolact_lite                  # continue exactly where a run stopped
+torchrun --nproc_per_node 8 train.py --config yolact_r50_8xb8 ...   # the batch is shared by 8 GPUs
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...  # on each machine
 
-The run's folder gets `last.pth` and `best.pth` (each is enough to predict and to resume), `log.jsonl`, a line a step,
-`first_batch.jpg`, what the network is fed, and `validation.jpg`, predictions beside the truth.
+The run's folder gets `last.pth` and `best.pth` (each is enough to predict and to resume), `log.jsonl` with one line per
+step, `run.json` with the command and the configuration, `first_batch.jpg` (what the network is fed), and
+`validation.jpg` (predictions beside the ground truth).
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
+import shlex
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from config import Config, get_config, override, parse_overrides, retired, shown, to_dict
 from data.audit import quick_audit
-from data.coco import Batch, CocoDataset, training_batches
-from data.config import Config, get_config, override, parse_overrides
-from data.errors import UserError, positive, run_main
-from engine.checkpoint import read_checkpoint
-from engine.devices import PRECISIONS, keep_memory
-from engine.distributed import Ranks, join
-from engine.evaluator import compare_classes, evaluate, per_class_table
-from engine.finetune import init_model
-from engine.predictor import Predictor
-from engine.runlog import RunLog
-from engine.schedule import Schedule
-from engine.sheets import batch_sheet, comparison_sheet
-from engine.trainer import Run
+from data.coco import CocoDataset
+from data.loader import TrainingLoader
+from evaluation.evaluator import check_classes
+from training.loop import fit
+from training.schedule import Schedule
+from training.settings import Settings
+from training.trainer import Trainer, check_resumable
+from utils.device import PRECISIONS, keep_memory
+from utils.distributed import Ranks, join
+from utils.errors import ArgumentParser, UserError, integer, positive_float, run_main
+from utils.files import write_json
+from weights.checkpoint import read_checkpoint
+from weights.load import build_model, weights_from
+from weights.released import checkpoint_in
+from weights.transfer import init_model, read_start
 from yolact import Yolact
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train YOLACT on a data set in COCO format.", allow_abbrev=False)
-    parser.add_argument("--config", help="a name of data/config.py, or a .py file that defines `config`")
+def build_parser() -> ArgumentParser:
+    """Arguments that are not given are absent, so that a resumed run knows which ones are."""
+    parser = ArgumentParser(
+        description="Train YOLACT on a data set in COCO format.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", help="a name of config.py, or a .py file that defines `config`")
     parser.add_argument("--train_annotations", type=Path, help="COCO JSON; the classes come from it")
-    parser.add_argument("--train_images", type=Path, help="the folder of its photos")
-    parser.add_argument("--val_annotations", type=Path)
-    parser.add_argument("--val_images", type=Path)
+    parser.add_argument("--train_images", type=Path, help="the folder of its images")
+    parser.add_argument("--val_annotations", type=Path, help="COCO JSON of the validation set")
+    parser.add_argument("--val_images", type=Path, help="the folder of its images, by default --train_images")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
-        "--init", default="imagenet", help="weights to start from: a file, a released name, imagenet, none"
+        "--init",
+        help="weights to start from: a file, a run's folder, a released name, imagenet (the default), or none; "
+        "without --config, the configuration in the file is used",
     )
-    start.add_argument("--resume", type=Path, help="the folder (or checkpoint) of a run to go on with")
-    parser.add_argument("--batch_size", type=positive, help="of a step, over all processes; rate and schedule scale")
-    parser.add_argument("--accumulate", type=positive, default=1, help="parts that a batch goes through in")
-    parser.add_argument("--lr", type=float, help="learning rate, taken as it is")
+    start.add_argument("--resume", type=Path, help="the folder (or checkpoint) of a run to continue")
+    parser.add_argument("--batch_size", type=integer(1), help="of a step, over all processes; the schedule scales")
+    parser.add_argument("--accumulate", type=integer(1), help="micro-batches that a batch is split into")
+    parser.add_argument("--lr", type=positive_float, help="learning rate, not scaled with the batch size")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive)
-    length.add_argument("--max_iter", type=positive)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
-    parser.add_argument("--workers", type=int, default=2, help="processes that read and augment; 0: none")
+    length.add_argument("--epochs", type=integer(1), help="length of the run, instead of the configuration's")
+    length.add_argument("--max_iter", type=integer(1), help="the same in iterations")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="of the network; losses are in float32")
+    parser.add_argument("--workers", type=integer(0), help="processes that read and augment (2); 0: none")
     parser.add_argument(
-        "--val_interval", type=int, help="iterations between validations; an epoch, or 500 if that is more"
+        "--val_interval", type=integer(1), help="iterations between validations; an epoch, or 500 if that is more"
     )
     parser.add_argument("--output_dir", type=Path, help="runs/CONFIG by default")
     parser.add_argument("--tensorboard", action="store_true", help="write event files too (pip install tensorboard)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="key=value", help="override the configuration"
-    )
-    return parser.parse_args()
+    parser.add_argument("--ignore_audit", action="store_true", help="train although the audit found errors")
+    parser.add_argument("--seed", type=integer(0), help="of everything random (0)")
+    parser.add_argument("--set", nargs="+", action="extend", metavar="key=value", help="override the configuration")
+    return parser
 
 
-def load_data(args: argparse.Namespace, config: Config, ranks: Ranks) -> tuple[CocoDataset, CocoDataset | None]:
-    train = CocoDataset(args.train_annotations, args.train_images)
-    train.check_photos()
-    if ranks.main:
-        quick_audit(train, config)
-    if args.val_annotations is None:
-        return train, None
-    val = CocoDataset(args.val_annotations, args.val_images or args.train_images)
-    val.check_photos()
-    if ranks.main:
-        quick_audit(val, config)
-    if val.class_names != train.class_names:
-        known = Config("train", class_names=train.class_names, category_ids=train.category_ids)
-        table = compare_classes(val, known).replace("in the weights", "in training")
-        raise UserError(f"{val.path}: its categories are not those of {train.path}\n{table}")
-    return train, val
+def main(argv: Sequence[str] | None = None) -> int:
+    given = vars(build_parser().parse_args(argv))
+    keep_memory()
+    resume: Path | None = given.pop("resume", None)
+    if resume is None:
+        return start_run(given)
+    return resume_run(resume, given)
 
 
-def restore_arguments(args: argparse.Namespace, stored: dict[str, Any]) -> None:
-    """Fill `args` with what the run was started with; what is given now counts where it can."""
-    given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("--")}
-    for key in ("config", "set", "batch_size", "lr", "init", "seed"):
-        if key in given:
-            raise UserError(f"--{key} cannot change in a run that goes on; start a new one with --init {args.resume}")
-    if given & {"epochs", "max_iter"}:
-        given |= {"epochs", "max_iter"}
-    for key, value in stored.items():
-        if key not in given and key not in ("resume", "output_dir"):
-            is_path = key.endswith(("_annotations", "_images")) and value is not None
-            setattr(args, key, Path(value) if is_path else value)
-
-
-def _resumed_folder(resume: Path | None) -> Path | None:
-    return resume if resume is None or resume.is_dir() else resume.parent
-
-
-def build_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Run, CocoDataset, CocoDataset | None]:
-    """Data, model and optimiser, new or as the checkpoint of --resume has them."""
-    args.output_dir = args.output_dir or _resumed_folder(args.resume) or Path("runs") / Path(args.config).stem
-    if args.resume is None:
-        torch.manual_seed(args.seed)
-        if (args.output_dir / "last.pth").exists():
-            raise UserError(
-                f"{args.output_dir} holds a run: --resume {args.output_dir}, or choose another --output_dir"
-            )
-        config = get_config(args.config, **parse_overrides(args.set))
-        train, val = load_data(args, config, ranks)
+def start_run(given: dict[str, Any]) -> int:
+    """Start a new run."""
+    if not {"train_annotations", "train_images"} <= given.keys() or not {"config", "init"} & given.keys():
+        raise UserError(
+            "give --train_annotations and --train_images with --config or --init, or --resume with a run's folder"
+        )
+    start = read_start(given.get("init", "imagenet"))
+    config = get_config(given["config"]) if "config" in given else start.config
+    config = override(config, **parse_overrides(given.get("set", [])))
+    given.setdefault("output_dir", Path("runs") / Path(given.get("config", config.name)).stem)
+    settings = Settings(**given | {"set": tuple(given.get("set", ()))})
+    folder = settings.output_dir
+    if (folder / "last.pth").exists():
+        raise UserError(f"{folder} holds a run: --resume {folder}, or choose another --output_dir")
+    with join(settings.device) as ranks:
+        torch.manual_seed(settings.seed)
+        train, val = load_data(settings, config, ranks)
         config = override(config, class_names=train.class_names, category_ids=train.category_ids)
         model = Yolact(config)
-        init_model(model, args.init)
-        return Run(model, args, ranks), train, val
-    path = args.resume / "last.pth" if args.resume.is_dir() else args.resume
+        init_model(model, start)
+        return train_to_end(Trainer(model, settings, ranks), train, val)
+
+
+def resume_run(resume: Path, given: dict[str, Any]) -> int:
+    """Continue a run with the settings that it was started with, and those given now where they can change."""
+    path = checkpoint_in(resume, ("last.pth",)) if resume.is_dir() else resume
     content = read_checkpoint(path)
-    if "training" not in content:
-        raise UserError(f"{path}: holds weights alone, no state of a run; start a new one with --init {path}")
-    restore_arguments(args, content["training"]["args"])
-    model = Yolact.from_weights(path)
-    train, val = load_data(args, model.config, ranks)
-    if train.class_names != model.config.class_names:
-        raise UserError(f"{train.path}: its categories are not the run's\n{compare_classes(train, model.config)}")
-    run = Run(model, args, ranks)
-    run.load(content["training"])
-    print(f"resumed {path} at step {run.step}")
-    return run, train, val
+    weights = weights_from(content, path)
+    training = content.get("training")
+    if not isinstance(training, dict):
+        raise UserError(f"{path}: holds only weights, no state of a run; start a new one with --init {path}")
+    check_resumable(training, bool(weights.config.training.ema), str(path))
+    changed = retired(content["config"])
+    if changed:
+        raise UserError(f"{path}: was trained with {shown(content['config'], changed)}, which can no longer be set")
+    settings = Settings.resumed(training["args"], given, path.parent)
+    with join(settings.device) as ranks:
+        train, val = load_data(settings, weights.config, ranks)
+        check_classes(train, weights.config, "in the run")
+        trainer = Trainer(build_model(weights, path), settings, ranks)
+        trainer.load(training)
+        print(f"resumed {path} at step {trainer.step}")
+        return train_to_end(trainer, train, val)
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM, noted: the step under way is finished first. The second one, seconds later, acts at once."""
-
-    def __init__(self) -> None:
-        self.first = 0.0
-
-    def __bool__(self) -> bool:
-        return self.first > 0
-
-    def __call__(self, _number: int, _frame: Any) -> None:
-        now = time.monotonic()
-        if self.first and now > self.first + 2:  # torchrun passes on what its processes have received themselves
-            raise KeyboardInterrupt
-        self.first = self.first or now
-
-    def __enter__(self) -> Interruption:
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDataset, CocoDataset | None]:
+    """Read and audit the data sets. Raises UserError if training on them would go wrong."""
+    assert settings.train_annotations is not None
+    assert settings.train_images is not None
+    train = CocoDataset(settings.train_annotations, settings.train_images)
+    datasets = [train]
+    if settings.val_annotations is not None:
+        datasets.append(CocoDataset(settings.val_annotations, settings.val_images or settings.train_images))
+        known = override(config, class_names=train.class_names, category_ids=train.category_ids)
+        check_classes(datasets[-1], known, "in training")
+    for dataset in datasets:
+        dataset.check_images()
+        errors = quick_audit(dataset, config) if ranks.main else []
+        if errors and not settings.ignore_audit:
+            raise UserError(f"{errors[0]} (--ignore_audit trains all the same)".removeprefix("error: "))
+    copies = train.count_copies()
+    if copies:
+        print(f"{train.path}: {copies} annotations repeat another one of the same image; training drops them")
+    return train, datasets[1] if len(datasets) > 1 else None
 
 
-def fit(run: Run, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int) -> bool:
-    """Train to the end of the schedule, or until told to stop by Ctrl-C or SIGTERM; True when it was the end."""
-    ranks, unusable = run.ranks, Unusable(run.ranks, schedule.num_images)
-    bar = tqdm(total=schedule.max_iter, initial=run.step, desc="training", dynamic_ncols=True, disable=not ranks.main)
-    with (
-        Interruption() as interruption,
-        RunLog(run.folder, run.step, run.args.tensorboard, ranks.main) as log,
-        bar,
-    ):
-        while True:
-            if run.step > run.validated and (run.step % val_interval == 0 or run.step == schedule.max_iter):
-                run.save("last.pth")  # whatever the validation meets
-                if val is not None:
-                    validate(run, val, log, bar)
-                run.validated = run.step
-                run.save("last.pth")
-            if run.step >= schedule.max_iter:
-                break
-            started, lr = time.perf_counter(), schedule.rate(run.step)
-            batch = next(batches).to(run.device)
-            unusable.check(batch, bar)
-            waited = time.perf_counter() - started
-            if run.step == 0:
-                log.picture(0, "first_batch", batch_sheet(batch, run.model.config))
-            losses = run.train_step(batch, lr)
-            timing = {"seconds": time.perf_counter() - started, "waited": waited}
-            log.line(run.step, {"lr": lr, **timing, **{name: round(value, 4) for name, value in losses.items()}})
-            bar.update()
-            shown = {name: f"{value:.2f}" for name, value in losses.items()} | {"lr": f"{lr:.1e}"}
-            bar.set_postfix(shown, refresh=False)
-            if ranks.any(bool(interruption)):
-                run.save("last.pth")
-                ranks.wait()  # a process that ended earlier would have torchrun end the one that writes
-                break
-    if unusable.problems:
-        print(f"{len(unusable.problems)} photos could not be used and were replaced by others")
-    finished = run.validated == schedule.max_iter
-    if not finished:
-        print(f"stopped at step {run.step}; go on with: python train.py --resume {run.folder}")
-    return finished
-
-
-class Unusable:
-    """The photos that a run had to replace by others: each is named once, and too many of them end it."""
-
-    def __init__(self, ranks: Ranks, num_images: int):
-        self.ranks, self.num_images = ranks, num_images
-        self.problems: set[str] = set()
-
-    def check(self, batch: Batch, bar: tqdm) -> None:
-        """UserError when more than 1 % of the photos cannot be used (one may), or ten in a row."""
-        if not self.ranks.any(bool(batch.problems)):
-            return
-        for problem in dict.fromkeys(self.ranks.share(batch.problems)):
-            if problem not in self.problems:
-                bar.write(f"{problem}; another photo takes its place")
-            self.problems.add(problem)
-        if len(self.problems) > max(1, self.num_images // 100) or self.ranks.any(not len(batch.images)):
-            raise UserError(
-                f"{len(self.problems)} of {self.num_images} photos cannot be used: python -m data.audit lists them; "
-                f"the last one: {problem}"
-            )
-
-
-def validate(run: Run, val: CocoDataset, log: RunLog, bar: tqdm) -> None:
-    """COCO metrics of the model as it is, logged; it is kept as `best.pth` when its mask AP is the best so far."""
-    model = run.averaged()
-    run.ranks.copy_from_main(model.buffers())  # batch norm's statistics differ, and the main process's are saved
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.dtype)
-    predictor = Predictor(model, str(run.device), precision, graphs=False)
-    metrics = evaluate(
-        predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=run.ranks, unreadable=bar.write
-    )
-    if metrics is not None:
-        log.picture(run.step, "validation", comparison_sheet(predictor, val))
-        box, mask = metrics["bbox"], metrics["segm"]
-        bar.write(
-            f"step {run.step}: box AP {box['AP']:.3f} AP50 {box['AP50']:.3f}, "
-            f"mask AP {mask['AP']:.3f} AP50 {mask['AP50']:.3f}"
-        )
-        per_class = {name: row["AP"] for name, row in metrics["per_class"]["segm"].items()}
-        log.line(run.step, {"bbox": box, "segm": mask, "class_AP": per_class})
-        run.table = metrics["table"] + per_class_table(metrics) * (len(val.class_names) > 1)
-        if mask["AP"] > run.best:
-            run.best = mask["AP"]
-            run.save("best.pth")
-    run.module.train()
-
-
-def train(args: argparse.Namespace, ranks: Ranks) -> bool:
-    """Build all that a run needs and train; True when the schedule's end was reached."""
-    run, train_set, val_set = build_run(args, ranks)
-    config, batch_size = run.model.config, args.batch_size or run.model.config.batch_size
-    if batch_size % ranks.size or batch_size < ranks.size * args.accumulate:
+def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) -> int:
+    """Train; return 0 if the schedule's end was reached and 130 if the run was interrupted."""
+    settings, ranks, config = trainer.settings, trainer.ranks, trainer.model.config
+    batch_size = settings.batch_size or config.training.batch_size
+    if batch_size % ranks.size or batch_size < ranks.size * settings.accumulate:
         raise UserError(
-            f"batch size {batch_size} cannot be shared by {ranks.size} processes in {args.accumulate} parts each"
+            f"batch size {batch_size} cannot be shared by {ranks.size} processes in {settings.accumulate} "
+            "micro-batches each"
         )
-    schedule = Schedule.build(config, len(train_set), args.batch_size, args.lr, args.epochs, args.max_iter)
+    schedule = Schedule.build(config.training, len(train), batch_size, settings.lr, settings.epochs, settings.max_iter)
     print(schedule)
     print(
-        f"{config.name}: {config.num_classes} classes, {len(train_set)} photos, {config.max_size} px, "
-        f"{str(run.dtype).removeprefix('torch.')} on {ranks.size} x {run.device}, batch norm {run.batch_norm}"
+        f"{config.name}: {config.num_classes} classes, {len(train)} images, {config.model.max_size} px, "
+        f"{str(trainer.dtype).removeprefix('torch.')} on {ranks.size} x {trainer.device}, "
+        f"batch norm {trainer.batch_norm}"
     )
-    together = batch_size // args.accumulate // (1 if run.batch_norm == "synchronised" else ranks.size)
-    if together < batch_size and not config.freeze_bn:
-        print(f"batch norm is trained on {together} pictures at a time; with freeze_bn=true parts equal the whole")
-    batches = training_batches(
-        train_set,
+    together = batch_size // settings.accumulate // (1 if trainer.batch_norm == "synchronised" else ranks.size)
+    if together < batch_size and not config.training.freeze_bn:
+        print(f"batch norm is trained on {together} images at a time; freeze_bn=true makes the split exact")
+    if ranks.main:
+        command = shlex.join(["python", *sys.argv])
+        record = {"command": command, "settings": settings.to_dict(), "config": to_dict(config)}
+        write_json(trainer.folder / "run.json", record | {"torch": torch.__version__})
+    loader = TrainingLoader(
+        train,
         config,
         batch_size=batch_size // ranks.size,
-        seed=args.seed,
-        start=run.step * batch_size,
-        workers=args.workers,
-        pin_memory=run.device.type == "cuda",
-        rank=ranks.rank,
-        world_size=ranks.size,
+        seed=settings.seed,
+        start=trainer.step * batch_size,
+        workers=settings.workers,
+        ranks=ranks,
     )
-    finished = fit(run, schedule, batches, val_set, args.val_interval or max(500, schedule.per_epoch))
-    if finished:
-        print(run.table, end="\n" * bool(run.table))
-        print(f"done: {run.folder / 'last.pth'}" + (f", best: {run.folder / 'best.pth'}" if run.best >= 0 else ""))
-    return finished
-
-
-def main() -> int:
-    args = parse_args()
-    keep_memory()
-    if args.resume is None and not (args.config and args.train_annotations and args.train_images):
-        raise UserError("give --config, --train_annotations and --train_images, or --resume with a run's folder")
-    with join(args.device) as ranks:
-        return 0 if train(args, ranks) else 130
+    with loader as batches:
+        finished = fit(trainer, schedule, batches, val, settings.val_interval or max(500, schedule.per_epoch))
+    if not finished:
+        return 130
+    print(trainer.table, end="\n" * bool(trainer.table))
+    best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
+    print(f"done: {trainer.folder / 'last.pth'}{best}")
+    return 0
 
 
 if __name__ == "__main__":

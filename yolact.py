@@ -1,40 +1,32 @@
 """YOLACT: real-time instance segmentation (Bolya et al., ICCV 2019; YOLACT++, TPAMI 2020), the model in one file.
 
-    model = Yolact(get_config("yolact_resnet50"))
-    model = Yolact.from_weights("yolact_resnet50_54_800000.pth")
+    model = Yolact(get_config("yolact_resnet50"))                   # random weights
+    model = load_model("yolact_resnet50_54_800000.pth")             # from weights import load_model
 
-A backbone and a feature pyramid feed two parallel branches: `ProtoNet` draws a few prototype masks for the whole
-picture, `PredictionHead` gives each anchor a box, class scores and the coefficients that combine the prototypes into
-its mask. What comes out is raw; `layers.detect` and `layers.masks` make detections of it.
+A backbone and a feature pyramid feed two parallel branches: `ProtoNet` computes a few prototype masks for the whole
+image, and `PredictionHead` gives each anchor a box, class scores and the coefficients that combine the prototypes into
+its mask. The outputs are raw; `layers.detect` and `layers.masks` turn them into detections.
 """
 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import build_backbone, freeze_batch_norm, freeze_early, init_conv
-from data.config import Config
-from layers.anchors import feature_sizes, make_anchors
+from backbone import build_backbone, freeze, freeze_batch_norm
+from config import Config
+from layers.anchors import make_anchors
+from layers.structures import Predictions
 
-
-class Predictions(NamedTuple):
-    """The network's raw outputs for B pictures, A anchors, C classes, K prototypes."""
-
-    boxes: Tensor  # [B, A, 4] offsets to the anchors, see layers.boxes.decode
-    logits: Tensor  # [B, A, C + 1], the background first
-    coefficients: Tensor  # [B, A, K], -1..1
-    prototypes: Tensor  # [B, h, w, K], not negative; h, w are twice P3's
-    semantic: Tensor | None  # [B, C, h, w] logits at P3's size, in training only
+__all__ = ["FPN", "MaskIoUNet", "PredictionHead", "Predictions", "ProtoNet", "Yolact"]
 
 
 class FPN(nn.Module):
-    """Feature pyramid (Lin et al. 2017) from C3, C4, C5 to P3..P7, bilinear on the way down."""
+    """Feature pyramid network (Lin et al. 2017) from C3, C4, C5 to P3..P7, with bilinear upsampling."""
 
     def __init__(self, in_channels: tuple[int, int, int], channels: int, relu: bool, p6_from_c5: bool):
         super().__init__()
@@ -65,7 +57,7 @@ class FPN(nn.Module):
 
 
 class ProtoNet(nn.Sequential):
-    """P3 [B, in_channels, h, w] -> prototypes [B, K, 2h, 2w], not negative (paper, figure 3)."""
+    """P3 [B, in_channels, h, w] -> prototypes [B, K, 2h, 2w], not negative (paper, section 3.1, figure 3)."""
 
     def __init__(self, in_channels: int, channels: int, num_prototypes: int):
         super().__init__(
@@ -84,7 +76,7 @@ class ProtoNet(nn.Sequential):
 
 
 class PredictionHead(nn.Module):
-    """Boxes, classes and coefficients from one level of the pyramid; all levels share it (paper, figure 4)."""
+    """Boxes, classes and coefficients of one pyramid level; all levels share it (paper, section 3.1, figure 4)."""
 
     def __init__(self, channels: int, num_anchors: int, num_classes: int, num_prototypes: int):
         super().__init__()
@@ -96,7 +88,7 @@ class PredictionHead(nn.Module):
         self.coeff = nn.Conv2d(channels, num_anchors * num_prototypes, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, channels, h, w] -> offsets [B, a, 4], logits [B, a, C + 1], coefficients [B, a, K], a anchors."""
+        """[B, channels, h, w] -> offsets [B, a, 4], logits [B, a, C + 1], coefficients [B, a, K] of a anchors."""
         x = F.relu(self.trunk(x))
         batch = x.shape[0]
         box = self.box(x).permute(0, 2, 3, 1).reshape(batch, -1, 4)
@@ -106,7 +98,9 @@ class PredictionHead(nn.Module):
 
 
 class MaskIoUNet(nn.Sequential):
-    """The fast mask re-scoring network of YOLACT++ (section 6.1): how well does a mask fit, for each class."""
+    """The fast mask re-scoring network of YOLACT++ (section 6.1): predicts the IoU of a mask, for each class."""
+
+    keep_float32: ClassVar[bool] = True
 
     def __init__(self, num_classes: int):
         channels = (1, 8, 16, 32, 64, 128)
@@ -116,50 +110,43 @@ class MaskIoUNet(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(channels[-1], num_classes, 1), nn.ReLU(inplace=True))
 
     def forward(self, masks: Tensor) -> Tensor:
-        """Soft masks [N, h, w], cropped to their boxes -> the IoU to expect if it is of class c, [N, C]."""
+        """Soft masks [N, h, w], cropped to their boxes -> predicted IoUs [N, C]: entry c holds if the class is c."""
         height, width = masks.shape[1:]
-        short = (0, max(0, 63 - width), 0, max(0, 63 - height))  # five unpadded layers need that much
+        short = (0, max(0, 63 - width), 0, max(0, 63 - height))  # five unpadded strided layers need 63 pixels
         masks = F.pad(masks, short) if any(short) else masks
         return super().forward(masks[:, None]).amax(dim=(2, 3))
 
 
 class Yolact(nn.Module):
-    """The whole network for a configuration, with random weights. `config` comes along as an attribute."""
+    """The whole network for a configuration, with random weights. The configuration is the attribute `config`."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.backbone, config.dcn_interval)
-        channels = config.fpn_channels
-        num_anchors = len(config.anchor_sizes[0]) * len(config.aspect_ratios)
-        self.fpn = FPN(self.backbone.channels, channels, config.fpn_relu, config.p6_from_c5)
-        self.protonet = ProtoNet(channels, config.proto_channels, config.num_prototypes)
-        self.head = PredictionHead(channels, num_anchors, config.num_classes, config.num_prototypes)
-        self.semantic = nn.Conv2d(channels, config.num_classes, 1)
-        self.mask_iou = MaskIoUNet(config.num_classes) if config.mask_iou else None
+        model, num_classes = config.model, config.num_classes
+        channels, num_anchors = model.fpn_channels, model.anchors_per_position
+        self.backbone = build_backbone(model.backbone, model.dcn_interval)
+        self.fpn = FPN(self.backbone.channels, channels, model.fpn_relu, model.p6_from_c5)
+        self.protonet = ProtoNet(channels, model.proto_channels, model.num_prototypes)
+        self.head = PredictionHead(channels, num_anchors, num_classes, model.num_prototypes)
+        # Only the loss uses it: a 1x1 convolution on P3 that predicts a class for every pixel (paper, section 5).
+        self.semantic = nn.Conv2d(channels, num_classes, 1)
+        self.mask_iou = MaskIoUNet(num_classes) if model.mask_iou else None
         for module in (self.fpn, self.protonet, self.head, self.semantic, self.mask_iou):
             if module is not None:
-                init_conv(module)
-
-    @classmethod
-    def from_weights(cls, path_or_name: str | Path, device: torch.device | str = "cpu") -> Yolact:
-        """The model that a file holds, or that a released name stands for (downloaded once), in evaluation mode.
-
-        Raises UserError when the file is missing, broken or of an unknown format.
-        """
-        from engine.checkpoint import model_from_weights  # the engine imports this file
-
-        return model_from_weights(path_or_name).to(device).eval()
+                _init_convolutions(module)
 
     def train(self, mode: bool = True) -> Yolact:
+        """Set training or evaluation mode. What the configuration freezes stays frozen."""
         super().train(mode)
-        if self.config.freeze_bn:
+        if self.config.training.freeze_bn:
             freeze_batch_norm(self.backbone)
-        freeze_early(self.backbone, self.config.freeze_stages)
+        for stage in self.backbone.stages()[: self.config.training.freeze_stages]:
+            freeze(stage)
         return self
 
     def forward(self, images: Tensor) -> Predictions:
-        """[B, 3, H, W] normalised RGB, any H and W from 32 on -> Predictions."""
+        """[B, 3, H, W] normalised RGB, with H and W of at least 32 -> Predictions."""
         levels = self.fpn(self.backbone(images))
         prototypes = self.protonet(levels[0]).permute(0, 2, 3, 1)
         boxes, logits, coefficients = (torch.cat(x, dim=1) for x in zip(*map(self.head, levels), strict=True))
@@ -168,11 +155,15 @@ class Yolact(nn.Module):
 
     def anchors(self, height: int, width: int) -> Tensor:
         """[A, 4] anchors (cx, cy, w, h) relative to an input of `height` x `width` pixels, on the model's device."""
-        config = self.config
+        model = self.config.model
         device = self.semantic.weight.device
-        return make_anchors(height, width, config.anchor_sizes, config.aspect_ratios, config.square_anchors, device)
+        return make_anchors(height, width, model.anchor_sizes, model.aspect_ratios, model.square_anchors, device)
 
-    def level_sizes(self, height: int, width: int) -> list[int]:
-        """How many of the anchors are of P3, P4, ... P7."""
-        num_anchors = len(self.config.anchor_sizes[0]) * len(self.config.aspect_ratios)
-        return [rows * columns * num_anchors for rows, columns in feature_sizes(height, width)]
+
+def _init_convolutions(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, as the released code starts everything but the backbone."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,9 +1,9 @@
-"""Beside the original (github.com/dbolya/yolact): same weights, same picture, same machine, in turns in one run.
+"""Beside the original (github.com/dbolya/yolact): same weights, same image, same machine, in turns in one run.
 
 python benchmarks/compare.py --original ../yolact --output benchmarks/compare_cpu.json
 python benchmarks/compare.py --original ../yolact --device cuda --training --output benchmarks/compare_cuda.json
 
-Two things are timed: `network`, the network and its NMS on one input that is ready, and `picture`, from a uint8 picture
+Two things are timed: `network`, the network and its NMS on one input that is ready, and `image`, from a uint8 image
 of 480 x 640 in memory to its masks in memory. With --training also a training step, without reading and augmenting.
 The weights are random, with a background that leaves about 40 detections. That both find the same is checked first.
 The original runs from the folder given, unchanged, in a process of its own; on a CPU with its calls of `.cuda()` void.
@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PICTURE = (480, 640)
+IMAGE_SIZE = (480, 640)
 THRESHOLD = 0.3
 Jobs = dict[str, Callable[[], Any]]
 
@@ -62,7 +62,7 @@ def main() -> int:
         "command": f"python benchmarks/compare.py --original {args.original.name} --configs {' '.join(args.configs)} "
         f"--device {args.device} --rounds {args.rounds} --repeats {args.repeats}{' --training' * args.training}",
         "torch": torch.__version__,
-        "picture": PICTURE,
+        "image": IMAGE_SIZE,
         "rows": [],
     }
     for config in args.configs:
@@ -168,10 +168,10 @@ def serve(jobs: Jobs, device: str) -> None:
         answer({"ms": times, "mib": mib})
 
 
-def picture() -> np.ndarray:
+def test_image() -> np.ndarray:
     """Smooth colours, the same in both processes."""
     small = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
-    return cv2.resize(small, PICTURE[::-1], interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(small, IMAGE_SIZE[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -188,27 +188,26 @@ def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def our_jobs(args: argparse.Namespace) -> Jobs:
     """What of this project is timed: each precision and path that the device has."""
-    from engine.benchmark import device_name, matmul_peak, network_flops
-    from engine.devices import choose_precision
-    from engine.predictor import Predictor
-    from yolact import Yolact
+    from benchmarks.stages import device_name, matmul_peak, network_flops
+    from inference import Predictor
+    from utils.device import choose_precision
+    from weights import load_model
 
-    device, image = torch.device(args.device), picture()
-    model = Yolact.from_weights(args.weights)
+    device, image = torch.device(args.device), test_image()
+    model = load_model(args.weights)
     best = choose_precision("auto", device)
-    variants = {"float32": {"precision": "fp32"}, "float32 compiled": {"precision": "fp32", "compile": True}}
+    variants: dict[str, dict[str, Any]] = {"float32 as written": {"optimize": False}}
+    variants |= {"float32": {"precision": "fp32"}, "float32 compiled": {"precision": "fp32", "compile": True}}
     if best != torch.float32:
         name = str(best).removeprefix("torch.")
         variants |= {name: {"precision": "auto"}, f"{name} compiled": {"precision": "auto", "compile": True}}
-    if args.device == "cuda":  # graphs are taken unless told otherwise
-        variants |= {f"{name} without graph": options | {"graphs": False} for name, options in variants.items()}
     jobs: Jobs = {}
     for name, options in variants.items():
         predictor = Predictor(model, args.device, score_threshold=THRESHOLD, **options)
         jobs[f"network {name}"] = network_job(predictor, image)
-        jobs[f"picture {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
-        for _ in range(3 if predictor.graphs is None else 10):
-            jobs[f"network {name}"](), jobs[f"picture {name}"]()
+        jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
+        for _ in range(3):
+            jobs[f"network {name}"](), jobs[f"image {name}"]()
     torch.backends.cudnn.allow_tf32 = False  # for the comparison of what is found
     exact = Predictor(model, args.device, "fp32", score_threshold=THRESHOLD)(image)
     torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
@@ -216,28 +215,25 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
     jobs["machine"] = lambda: {
         "name": device_name(device),
-        "network_flops": network_flops(model.config, (model.config.max_size,) * 2),
+        "network_flops": network_flops(model.config, predictor.size),
         "matmul_peak": matmul_peak(device, best),
     }
     return jobs
 
 
 def network_job(predictor: Any, image: np.ndarray) -> Callable[[], Any]:
-    """Network and NMS on an input that lies on the device; through the graph where there is one."""
-    if predictor.device.type == "cpu":
-        batch = predictor.preprocess(image)[None]
+    """Network and NMS on an input that is on the device."""
+    batch = predictor.preprocess(image)[None]
 
-        @torch.inference_mode()
-        def job() -> Any:
-            return predictor.detect(predictor.predict(batch))
+    @torch.inference_mode()
+    def job() -> Any:
+        return predictor.detect(predictor.predict(batch))
 
-        return job
-    pictures = torch.from_numpy(cv2.resize(image, predictor.size)).to(predictor.device)[None]
-    return lambda: predictor.locate_on_device(pictures)
+    return job
 
 
 def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each picture boxes with labels [n, 5], relative, and masks [n, size, size]: filled boxes."""
+    """For each image boxes with labels [n, 5], relative, and masks [n, size, size]: filled boxes."""
     rng = np.random.default_rng(0)
     targets = []
     for _ in range(batch_size):
@@ -252,15 +248,17 @@ def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[n
 
 def our_training_step(args: argparse.Namespace) -> Jobs:
     """A step with the configuration's optimiser, in float32 and in what training takes by itself."""
-    from data.coco import Batch
-    from data.config import get_config
-    from engine.devices import choose_precision
-    from engine.distributed import join
-    from engine.trainer import Run
+    from config import get_config
+    from data.loader import Batch
+    from training.settings import Settings
+    from training.trainer import Trainer
+    from utils.device import choose_precision
+    from utils.distributed import single
     from yolact import Yolact
 
     config = get_config(args.configs[0])
-    rows = 2 * -(-config.max_size // 8)
+    size = config.model.max_size
+    rows = 2 * -(-size // 8)
     targets = [
         {
             "boxes": torch.from_numpy(boxes[:, :4]),
@@ -268,20 +266,17 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
             "masks": torch.nn.functional.interpolate(torch.from_numpy(masks)[None], (rows, rows))[0],
             "crowds": torch.zeros(0, 4),
         }
-        for boxes, masks in training_targets(config.max_size, args.batch_size)
+        for boxes, masks in training_targets(size, args.batch_size)
     ]
-    images = torch.randn(args.batch_size, 3, config.max_size, config.max_size)
+    images = torch.randn(args.batch_size, 3, size, size)
     jobs: Jobs = {}
     for precision in dict.fromkeys(("fp32", "auto")):
         dtype = choose_precision(precision, torch.device(args.device))
         name = f"training {str(dtype).removeprefix('torch.')}"
         if name in jobs:
             continue
-        settings = argparse.Namespace(
-            output_dir=Path(tempfile.mkdtemp()), precision=precision, accumulate=1, device=args.device
-        )
-        with join(args.device) as ranks:
-            run = Run(Yolact(config), settings, ranks)
+        settings = Settings(output_dir=Path(tempfile.mkdtemp()), precision=precision)
+        run = Trainer(Yolact(config), settings, single(torch.device(args.device)))
         batch = Batch(images, targets, list(range(args.batch_size)), []).to(run.device)
         jobs[name] = lambda run=run, batch=batch: run.train_step(batch, 1e-4)
     return jobs
@@ -291,10 +286,10 @@ def original_jobs(args: argparse.Namespace) -> Jobs:
     """The original's own network, NMS, transform and masks, as its evaluation calls them."""
     from original import load
 
-    detect = load(args.original, args.configs[0], args.device, args.weights, picture(), THRESHOLD)
-    jobs: Jobs = {"network": lambda: detect.network(), "picture": lambda: detect.picture()}
+    detect = load(args.original, args.configs[0], args.device, args.weights, test_image(), THRESHOLD)
+    jobs: Jobs = {"network": lambda: detect.network(), "image": lambda: detect.image_to_masks()}
     for _ in range(3):
-        detect.network(), detect.picture()
+        detect.network(), detect.image_to_masks()
     jobs["answer"] = detect.answer
     return jobs
 

@@ -1,8 +1,8 @@
-"""Where weights fail, on free photos: one person smaller and smaller, and a crowd.
+"""Where weights fail, on free images: one person smaller and smaller, and a crowd.
 
     python benchmarks/failures.py --output data/demo/failures.jpg
 
-Both pictures are put together from `data/demo/camera.jpg`, so that they can be shown here and made again. What is
+Both images are put together from `data/demo/camera.jpg`, so that they can be shown here and made again. What is
 printed is how many copies a detection covers with an IoU of at least 0.5, and at which heights in pixels.
 """
 
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.predictor import Predictor  # noqa: E402
+from inference import Predictor  # noqa: E402
 from layers.boxes import box_iou  # noqa: E402
-from yolact import Yolact  # noqa: E402
+from weights import load_model  # noqa: E402
 
 WEIGHTS = ROOT / "weights" / "yolact_lite_person.pth"
 MAN = (0, 60, 285, 505)  # left, top, right, bottom of the man in the photo of 512x512
@@ -80,7 +80,7 @@ def main() -> None:
 
     photo = cv2.imread(str(ROOT / "data" / "demo" / "camera.jpg"))
     shade = int(photo[:60].mean())  # the sky's
-    predictor = Predictor(Yolact.from_weights(args.weights), device="cpu", score_threshold=0.3)
+    predictor = Predictor(load_model(args.weights), device="cpu", score_threshold=0.3)
     panels = []
     for name, make in (("smaller and smaller", smaller_and_smaller), ("crowd", crowd)):
         canvas, boxes = make(photo, shade)

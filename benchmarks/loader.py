@@ -1,8 +1,8 @@
 """How many training samples a second one core delivers, beside the original (github.com/dbolya/yolact).
 
-python benchmarks/loader.py --original ../yolact --annotations train.json --image_dir photos --output loader.json
+python benchmarks/loader.py --original ../yolact --annotations train.json --image_dir images --output loader.json
 
-Both read the same photos with objects and augment them for 550 px in one process with one OpenCV thread, in turns. The
+Both read the same images with objects and augment them for 550 px in one process with one OpenCV thread, in turns. The
 original is run from the folder given, unchanged but for two names that NumPy has dropped since.
 """
 
@@ -67,7 +67,7 @@ def processor() -> str:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from engine.benchmark import device_name
+    from benchmarks.stages import device_name
 
     return device_name(torch.device("cpu"))
 
@@ -86,12 +86,13 @@ def measure(read: Callable[[int], object], samples: int, warmup: int = 10) -> li
 def ours(args: argparse.Namespace) -> Callable[[int], object]:
     """Read and augment by this project."""
     sys.path.insert(0, str(ROOT))
-    from data.coco import CocoDataset, TrainingSet
-    from data.config import get_config
+    from config import get_config
+    from data.coco import CocoDataset
+    from data.loader import TrainingSet
 
     dataset = CocoDataset(args.annotations, args.image_dir)
     training = TrainingSet(dataset, get_config("yolact_base"), seed=0)
-    # The original has the photos with objects alone, in the order of the annotations.
+    # The original has the images with objects alone, in the order of the annotations.
     entries = json.loads(args.annotations.read_text(encoding="utf-8"))["annotations"]
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     indices = [position[image_id] for image_id in dict.fromkeys(int(entry["image_id"]) for entry in entries)]

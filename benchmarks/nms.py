@@ -1,9 +1,9 @@
 """What each NMS, and each way to crop masks, does to AP and to time (the paper's Table 2a, repeated).
 
-python benchmarks/nms.py --weights runs/mine/best.pth --annotations val.json --image_dir photos --output nms.json
+python benchmarks/nms.py --weights runs/mine/best.pth --annotations val.json --image_dir images --output nms.json
 
-AP is COCOeval's. Time is that of the step alone, median over the pictures: from raw outputs to detections for the NMS,
-from detections to masks at the pictures' size for the crops.
+AP is COCOeval's. Time is that of the step alone, median over the images: from raw outputs to detections for the NMS,
+from detections to masks at the images' size for the crops.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.stages import device_name
 from data.coco import CocoDataset
-from data.errors import run_main
-from engine.benchmark import device_name
-from engine.evaluator import evaluate
-from engine.predictor import Predictor
+from evaluation.evaluator import evaluate
+from inference import Predictor
 from layers.nms import NMS
-from yolact import Yolact
+from utils.errors import run_main
+from weights import load_model
 
 CROPS = {"crop": {}, "no crop": {"crop": False}, "crop after resize": {"crop_after_resize": True}}
 
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/nms.json"))
     args = parser.parse_args()
-    model = Yolact.from_weights(args.weights)
+    model = load_model(args.weights)
     dataset = CocoDataset(args.annotations, args.image_dir)
     rows = []
     for name, options in [(nms, {"nms": nms}) for nms in NMS] + list(CROPS.items())[1:]:
@@ -59,9 +59,9 @@ def main() -> int:
         + f" --max_images {args.max_images}"
         * bool(args.max_images),
         "configuration": model.config.name,
-        "input": model.config.max_size,
+        "input": model.config.model.max_size,
         "classes": model.config.num_classes,
-        "pictures": args.max_images or len(dataset),
+        "images": args.max_images or len(dataset),
         "device": device_name(predictor.device),
         "torch": torch.__version__,
         "rows": rows,
@@ -70,13 +70,11 @@ def main() -> int:
     return 0
 
 
-def _median(
-    dataset: CocoDataset, prepare: Callable[[Any], Any], step: Callable[[Any], Any], pictures: int = 40
-) -> float:
-    """Median milliseconds of `step` on what `prepare` makes of the first pictures, after a warm-up."""
+def _median(dataset: CocoDataset, prepare: Callable[[Any], Any], step: Callable[[Any], Any], images: int = 40) -> float:
+    """Median milliseconds of `step` on what `prepare` makes of the first images, after a warm-up."""
     times = []
     with torch.inference_mode():
-        for index in range(min(pictures, len(dataset))):
+        for index in range(min(images, len(dataset))):
             given = prepare(dataset.read_image(index))
             started = time.perf_counter()
             step(given)

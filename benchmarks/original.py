@@ -13,7 +13,7 @@ import torch
 
 
 class Original:
-    """The original's way from a picture to masks, for one picture."""
+    """The original's way from an image to masks, for one image."""
 
     def __init__(self, net: Any, transform: Any, postprocess: Any, image: np.ndarray, threshold: float, device: str):
         self.net, self.transform, self.postprocess, self.image = net, transform, postprocess, image
@@ -29,14 +29,14 @@ class Original:
         return self.net(self.batch)
 
     @torch.no_grad()
-    def picture(self) -> list[torch.Tensor]:
+    def image_to_masks(self) -> list[torch.Tensor]:
         height, width = self.image.shape[:2]
         found = self.net(self.upload())
         return [x.cpu() for x in self.postprocess(found, width, height, score_threshold=self.threshold)]
 
     def answer(self) -> dict[str, Any]:
         torch.backends.cudnn.allow_tf32 = False
-        labels, scores, _, masks = self.picture()
+        labels, scores, _, masks = self.image_to_masks()
         torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
         return {"labels": labels.tolist(), "scores": scores.tolist(), "areas": masks.sum(dim=(1, 2)).tolist()}
 
@@ -50,7 +50,7 @@ def load(folder: Path, config: str, device: str, weights: Path, image: np.ndarra
     net.eval()
     net.detect.use_fast_nms, net.detect.use_cross_class_nms = True, False
     original = Original(net, FastBaseTransform(), postprocess, image, threshold, device)
-    _liven(net, original, threshold)
+    _spread_scores(net, original, threshold)
     torch.save(net.state_dict(), weights)
     return original
 
@@ -64,9 +64,8 @@ def _network(folder: Path, config: str, device: str) -> Any:
         torch.set_default_tensor_type("torch.cuda.FloatTensor")
     os.chdir(folder)
     sys.path.insert(0, os.getcwd())
-    from utils import timer
-
     from data import cfg, set_cfg
+    from utils import timer
     from yolact import Yolact
 
     set_cfg(f"{config}_config")
@@ -76,7 +75,7 @@ def _network(folder: Path, config: str, device: str) -> Any:
     return Yolact().to(device)
 
 
-def _liven(net: Any, original: Original, threshold: float, count: int = 40) -> None:
+def _spread_scores(net: Any, original: Original, threshold: float, count: int = 40) -> None:
     """Spread the scores of random weights, and raise the background until `count` anchors pass the threshold."""
     conf = net.prediction_layers[0].conf_layer
     detect, net.detect = net.detect, lambda outputs, _: outputs["conf"][0]
@@ -89,14 +88,14 @@ def _liven(net: Any, original: Original, threshold: float, count: int = 40) -> N
             background = scores[:, 0] * np.exp(middle)
             best = scores[:, 1:].amax(dim=1) / (background + scores[:, 1:].sum(dim=1))
             low, high = (middle, high) if (best > threshold).sum() > count else (low, middle)
-        conf.bias[:: scores.shape[1]] += high + 0.002  # each anchor's first output; nobody is left on the edge
+        conf.bias[:: scores.shape[1]] += high + 0.002  # each anchor's first output; no score is left at the threshold
     net.detect = detect
 
 
 def training_step(
-    folder: Path, config: str, device: str, pictures: list[tuple[np.ndarray, np.ndarray]]
+    folder: Path, config: str, device: str, images: list[tuple[np.ndarray, np.ndarray]]
 ) -> Callable[[], Any]:
-    """A step of SGD as the original's train.py takes it, with its loss. pictures: boxes [n, 5], masks [n, h, w]."""
+    """A step of SGD as the original's train.py takes it, with its loss. images: boxes [n, 5], masks [n, h, w]."""
     net = _network(folder, config, device)
     from layers.modules import MultiBoxLoss
 
@@ -105,14 +104,14 @@ def training_step(
     criterion = MultiBoxLoss(
         cfg.num_classes, cfg.positive_iou_threshold, cfg.negative_iou_threshold, cfg.ohem_negpos_ratio
     )
-    targets, masks = ([torch.from_numpy(x).to(device) for x in part] for part in zip(*pictures, strict=True))
-    images = torch.randn(len(pictures), 3, cfg.max_size, cfg.max_size, device=device)
+    targets, masks = ([torch.from_numpy(x).to(device) for x in part] for part in zip(*images, strict=True))
+    images = torch.randn(len(images), 3, cfg.max_size, cfg.max_size, device=device)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=cfg.momentum, weight_decay=cfg.decay)
     net.train()
 
     def step() -> float:
         optimizer.zero_grad()
-        losses = criterion(net, net(images), targets, masks, [0] * len(pictures))
+        losses = criterion(net, net(images), targets, masks, [0] * len(images))
         loss = sum(losses.values())
         loss.backward()
         if torch.isfinite(loss).item():

@@ -1,6 +1,6 @@
-"""What the fast paths do to AP: float32 as it is written, prepared, in bfloat16, compiled, on the same photos.
+"""What the fast paths do to AP: float32 as it is written, prepared, in bfloat16, compiled, on the same images.
 
-python benchmarks/precision.py --weights runs/mine/best.pth --annotations val.json --image_dir photos
+python benchmarks/precision.py --weights runs/mine/best.pth --annotations val.json --image_dir images
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.stages import device_name
 from data.coco import CocoDataset
-from data.errors import run_main
-from engine.benchmark import device_name
-from engine.evaluator import evaluate
-from engine.predictor import Predictor
-from yolact import Yolact
+from evaluation.evaluator import evaluate
+from inference import Predictor
+from utils.errors import run_main
+from weights import load_model
 
 VARIANTS = {
-    "float32, the model as written": {"precision": "fp32"},
+    "float32, the model as written": {"optimize": False},
     "float32": {"precision": "fp32"},
     "float32 compiled": {"precision": "fp32", "compile": True},
     "bfloat16": {"precision": "bf16"},
@@ -39,13 +39,11 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/precision.json"))
     args = parser.parse_args()
-    model = Yolact.from_weights(args.weights)
+    model = load_model(args.weights)
     dataset = CocoDataset(args.annotations, args.image_dir)
     rows = []
     for name, options in VARIANTS.items():
         predictor = Predictor(model, args.device, **options)
-        if name.endswith("as written"):
-            predictor.network = model.to(predictor.device)
         metrics = evaluate(predictor, dataset, args.max_images, progress=False)
         row = {"variant": name, "box_AP": metrics["bbox"]["AP"], "mask_AP": metrics["segm"]["AP"]}
         first = rows[0] if rows else row
@@ -61,8 +59,8 @@ def main() -> int:
         + f" --max_images {args.max_images}"
         * bool(args.max_images),
         "configuration": model.config.name,
-        "input": model.config.max_size,
-        "pictures": args.max_images or len(dataset),
+        "input": model.config.model.max_size,
+        "images": args.max_images or len(dataset),
         "device": device_name(predictor.device),
         "torch": torch.__version__,
         "rows": rows,

@@ -19,9 +19,9 @@ Report = dict[str, Any]
 
 VARIED = {
     "size": "input, pixels a side",
-    "batch_size": "pictures at once",
+    "batch_size": "images at once",
     "detections": "detections",
-    "picture": "picture",
+    "image": "image",
 }
 
 
@@ -65,16 +65,16 @@ def comparison(kind: str) -> str:
         return f"**Beside the original, {kind.upper()}**: not measured; `{command}` measures it."
     rows = []
     floors = {row["configuration"]: row["ms"] for row in report["rows"] if row["what"] == "floor"}
-    names = {"network": "network and NMS", "picture": "picture to masks", "training": "training step"}
+    names = {"network": "network and NMS", "image": "image to masks", "training": "training step"}
     timed = [row for row in report["rows"] if row["what"] != "floor"]
     for row in sorted(timed, key=lambda r: (r["configuration"], list(names).index(r["what"]))):
         floor = f"{row['ms'] / floors[row['configuration']]:.2f}" if row["what"] == "network" else ""
         ratio = f"{row['times_the_original']:.2f}"
         rows.append([row["configuration"], names[row["what"]], row["variant"], f"{row['ms']:.0f}", ratio, floor])
     agreement = next(row["agreement"] for row in report["rows"] if row["what"] == "floor")
-    height, width = report["picture"]
+    height, width = report["image"]
     return (
-        f"**Beside the original**, in turns in one run, same weights and picture ({height}x{width}), on "
+        f"**Beside the original**, in turns in one run, same weights and image ({height}x{width}), on "
         f"{report['machine']}, PyTorch {report['torch']}. Both find {agreement}. The last column is the time as a "
         "multiple of the network's operations at this machine's measured peak of "
         f"{report['matmul_peak_gflops']} GFLOP/s (a large matrix product); under 1 is possible where Winograd's scheme "
@@ -99,14 +99,14 @@ def stage_table(reports: list[Report], device: str) -> str:
         head.append(f"{r['configuration']}, {r['size'][0]} px, {r['precision']}{batch}{compiled}")
     rows = [[stage, *(f"{r['stages_ms'][stage]['median']:.2f}" for r in reports)] for stage in reports[0]["stages_ms"]]
     rows.append(["frames/s, network", *(f"{r['network_fps']:.1f}" for r in reports)])
-    rows.append(["frames/s, picture to masks", *(f"{r['picture_to_masks_fps']:.1f}" for r in reports)])
+    rows.append(["frames/s, image to masks", *(f"{r['image_to_masks_fps']:.1f}" for r in reports)])
     rows.append(["measured peak, GFLOP/s", *(f"{r['matmul_peak_gflops']:.0f}" for r in reports)])
     rows.append(["share of it, network", *(f"{100 * r['share_of_peak']:.0f} %" for r in reports)])
     rows.append(["seconds to compile", *(f"{r['seconds_to_compile']:.0f}" for r in reports)])
     rows.append(["peak memory, MiB", *(f"{r['peak_memory_mib']:.0f}" for r in reports)])
     return (
-        f"**Where the time goes**, on {device}, a picture of {'x'.join(map(str, reports[0]['picture']))}. `network` is "
-        "backbone to head as they run together, `picture to masks` all from a picture in memory to its masks in "
+        f"**Where the time goes**, on {device}, a image of {'x'.join(map(str, reports[0]['image']))}. `network` is "
+        "backbone to head as they run together, `image to masks` all from a image in memory to its masks in "
         "memory.\n\n" + table(head, rows) + "\n\n" + "<br>\n".join(f"`python {r['command']}`" for r in reports)
     )
 
@@ -114,17 +114,17 @@ def stage_table(reports: list[Report], device: str) -> str:
 def scaling(report: Report) -> str:
     """How cost grows with each thing that can be varied."""
     usual = dict(report["usual"])
-    usual["picture"] = "x".join(map(str, usual["picture"]))
+    usual["image"] = "x".join(map(str, usual["image"]))
     rows = []
     for row in report["rows"]:
         value = "x".join(map(str, row["value"])) if isinstance(row["value"], list) else row["value"]
-        times = [f"{row[key]:.1f}" for key in ("network_ms", "masks_ms", "picture_to_masks_ms")]
+        times = [f"{row[key]:.1f}" for key in ("network_ms", "masks_ms", "image_to_masks_ms")]
         rows.append([VARIED[row["varied"]], value, *times, row["memory_mib"]])
     return (
         f"**How cost grows**, {report['configuration']} in {report['precision']} on {report['device']}; what is not "
-        f"varied is {usual['size']} px, {usual['batch_size']} picture of {usual['picture']}, {usual['detections']} "
+        f"varied is {usual['size']} px, {usual['batch_size']} image of {usual['image']}, {usual['detections']} "
         "detections.\n\n"
-        + table(["varied", "to", "network, ms", "masks, ms", "picture to masks, ms", "memory, MiB"], rows)
+        + table(["varied", "to", "network, ms", "masks, ms", "image to masks, ms", "memory, MiB"], rows)
         + f"\n\n`{report['command']}`"
     )
 
@@ -139,7 +139,7 @@ def precision(report: Report) -> str:
         for row in report["rows"]
     ]
     return (
-        f"**Same answers**: AP of {report['configuration']} at {report['input']} px on {report['pictures']} photos.\n\n"
+        f"**Same answers**: AP of {report['configuration']} at {report['input']} px on {report['images']} images.\n\n"
         + table(["", "box AP", "mask AP", "box, difference", "mask, difference"], rows)
         + f"\n\n`{report['command']}`"
     )
@@ -160,7 +160,7 @@ def nms(report: Report) -> str:
         for row in report["rows"]
     ]
     return (
-        f"**What the choices cost**, on {report['pictures']} photos with a `{report['configuration']}` at "
+        f"**What the choices cost**, on {report['images']} images with a `{report['configuration']}` at "
         f"{report['input']} px of {report['classes']} class. The time is that of the step alone: raw outputs to "
         "detections, or for the crops detections to masks. With one class, `cross_class` is `fast`.\n\n"
         + table(["variant", "box AP", "mask AP", "mask AP50", "ms"], rows)

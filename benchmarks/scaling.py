@@ -1,4 +1,4 @@
-"""How time and memory grow with the input's size, the batch, the number of detections and the picture.
+"""How time and memory grow with the input's size, the batch, the number of detections and the image.
 
 python benchmarks/scaling.py --config yolact_lite --output benchmarks/scaling_lite.json
 python benchmarks/scaling.py --config yolact_resnet50 --device cuda --output benchmarks/scaling_r50_cuda.json
@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-USUAL = {"size": 0, "batch_size": 1, "detections": 10, "picture": [480, 640]}
-PICTURES = ([240, 320], [480, 640], [1080, 1920], [3000, 4000])
+USUAL = {"size": 0, "batch_size": 1, "detections": 10, "image": [480, 640]}
+IMAGE_SIZES = ([240, 320], [480, 640], [1080, 1920], [3000, 4000])
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         "size": args.sizes,
         "batch_size": args.batches,
         "detections": args.detections,
-        "picture": list(PICTURES),
+        "image": list(IMAGE_SIZES),
     }
     rows, report = [], {}
     for name, values in varied.items():
@@ -55,7 +55,7 @@ def main() -> int:
                 "value": value,
                 "network_ms": round(stages["network"]["median"], 2),
                 "masks_ms": round(stages["masks"]["median"], 2),
-                "picture_to_masks_ms": round(stages["picture to masks"]["median"], 2),
+                "image_to_masks_ms": round(stages["image to masks"]["median"], 2),
                 "memory_mib": round(report["peak_memory_mib"]),
             }
             print(row)
@@ -72,14 +72,14 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
     """engine.benchmark's report of one case."""
-    from data.config import get_config
-    from engine.benchmark import benchmark
-    from engine.predictor import Predictor
+    from benchmarks.stages import benchmark
+    from config import get_config
+    from inference import Predictor
     from yolact import Yolact
 
     size = (case["size"],) * 2 if case["size"] else None
     predictor = Predictor(Yolact(get_config(args.config)), args.device, args.precision, size=size)
-    return benchmark(predictor, case["batch_size"], case["detections"], tuple(case["picture"]), args.repeats)
+    return benchmark(predictor, case["batch_size"], case["detections"], tuple(case["image"]), args.repeats)
 
 
 if __name__ == "__main__":

@@ -1,71 +1,256 @@
-"""What one entry of a COCO file says: ids, boxes and masks, in the spellings that such files have in the wild."""
+"""Entries of a COCO file: ids, boxes and masks, in the spellings that such files have in practice.
+
+Everything that a file says is checked here once, before it reaches pycocotools: that library trusts its input, and
+damaged run lengths or huge coordinates make it read foreign memory, hang or crash.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
 
-from data.errors import UserError
+from utils.errors import UserError
+
+Box = tuple[float, float, float, float]
+LARGEST_ID = 2**53  # beyond it JSON readers disagree
+# A stated area is used where it agrees with the mask's: by this factor, or by this many pixels for small objects, whose
+# polygons and pixels differ most. It keeps the areas of COCO's own files, which are those of the polygons.
+AREA_FACTOR, AREA_PIXELS = 2.0, 64.0
 
 
-def as_id(value: Any, path: Path) -> int:
-    """An id as a number: JSON files in the wild also have it as a string of digits."""
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: id {value!r} is not a whole number") from None
+@dataclass
+class Annotation:
+    """One checked annotation, in pixels of the image."""
+
+    label: int  # 0..C-1
+    crowd: bool
+    box: Box | None  # x1, y1, x2, y2, clipped to the image and of positive area
+    stated_box: list[float] | None  # x, y, width, height as in the file, even where it exceeds the image
+    segmentation: Any  # a list of polygons, an RLE with compressed counts, or None if there is no usable mask
+    stated_area: float | None
+
+    def mask_area(self, height: int, width: int) -> float | None:
+        """Return the number of pixels in the mask, None without one."""
+        return None if self.segmentation is None else float(rle.area(to_rle(self.segmentation, height, width)))
+
+    def area(self, height: int, width: int) -> tuple[float, bool]:
+        """Return the area for COCO's size classes, and whether a stated one was rejected.
+
+        The stated area is used where it agrees with the mask, otherwise the mask's own, and without a mask the box's.
+        """
+        own = self.mask_area(height, width)
+        if own is None:
+            _, _, w, h = self.stated_box or (0, 0, 0, 0)
+            return (max(0.0, w * h) if self.stated_area is None else self.stated_area), False
+        if self.stated_area is None:
+            return own, False
+        low, high = sorted((own, self.stated_area))
+        agrees = high - low <= AREA_PIXELS or high <= AREA_FACTOR * low
+        return (self.stated_area, False) if agrees else (own, True)
 
 
-def stated_box(annotation: dict[str, Any]) -> list[float] | None:
-    """The annotation's own box (x, y, width, height), even where it sticks out of the photo; None if it is none."""
-    numbers = _numbers(annotation.get("bbox"))
-    return numbers.tolist() if numbers is not None and len(numbers) == 4 else None
+@dataclass
+class Sample:
+    """An image and its objects. Boxes are (x1, y1, x2, y2) in pixels, inside the image and of positive area."""
+
+    image: np.ndarray  # uint8 [H, W, 3], BGR
+    boxes: np.ndarray  # float32 [n, 4]
+    labels: np.ndarray  # int64 [n], 0..C-1
+    segmentations: list[Any] = field(default_factory=list)  # n, each a list of polygons or an RLE
+    crowds: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # [m, 4]
+
+
+def as_id(value: Any, where: str) -> int:
+    """Return an id as an int. Some files have ids as strings of digits. `where` names the entry in the error."""
+    number = value
+    as_text = isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 20
+    if as_text or (isinstance(value, float) and value.is_integer()):
+        number = int(value)
+    if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= LARGEST_ID:
+        shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:37]}..."
+        raise UserError(f"{where} {shown} is not a whole number")
+    return number
 
 
 def is_crowd(annotation: dict[str, Any]) -> bool:
-    """Whether an annotation is a crowd region; some files have "0" and "1" for it."""
-    return str(annotation.get("iscrowd") or 0) not in ("0", "false", "False")
+    """Whether an annotation is a crowd region; some files have "0" and "1", or true and false.
+
+    Raises ValueError for anything else: a typo must not turn an object into a region that is ignored.
+    """
+    value = annotation.get("iscrowd")
+    if value in (None, 0, 1, "0", "1", ""):
+        return value in (1, "1")
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(f"iscrowd is {value!r}, it must be 0 or 1")
+
+
+def parse_annotation(annotation: dict[str, Any], label: int, height: int, width: int) -> Annotation:
+    """Check one entry of a file for an image of `height` x `width` pixels."""
+    segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)
+    stated = _numbers(annotation.get("bbox"))
+    stated_box = stated.tolist() if stated is not None and len(stated) == 4 else None
+    return Annotation(
+        label,
+        is_crowd(annotation),
+        _clipped_box(stated_box, segmentation, height, width),
+        stated_box,
+        segmentation,
+        _area(annotation.get("area")),
+    )
+
+
+def exact_copies(annotations: Sequence[dict[str, Any]]) -> list[int]:
+    """Return the positions of annotations of one image that repeat an earlier one in all but their id."""
+    groups: dict[Any, list[int]] = {}
+    copies = []
+    for position, annotation in enumerate(annotations):
+        # Comparing category and box first keeps this fast: segmentations are long and rarely need a look.
+        earlier = groups.setdefault((str(annotation["category_id"]), str(annotation.get("bbox"))), [])
+        fields = ("segmentation", "iscrowd")
+        if any(all(annotations[i].get(f) == annotation.get(f) for f in fields) for i in earlier):
+            copies.append(position)
+        else:
+            earlier.append(position)
+    return copies
 
 
 def normalise_segmentation(segmentation: Any, height: int, width: int) -> Any:
-    """Flat polygons of at least three points, or an RLE with compressed counts of the photo's size; None if neither."""
+    """Return flat polygons of at least three points, or an RLE of the image's size with compressed counts.
+
+    Returns None if the value is neither, or is damaged.
+    """
     if isinstance(segmentation, list):
         if len(segmentation) == 1 and isinstance(segmentation[0], dict):
             return normalise_segmentation(segmentation[0], height, width)
         if segmentation and not isinstance(segmentation[0], (list, tuple)):
             segmentation = [segmentation]  # one flat polygon
-        polygons = [values.tolist() for p in segmentation if (values := _numbers(p)) is not None]
-        return [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0] or None
-    if not isinstance(segmentation, dict) or _sides(segmentation.get("size")) != (height, width):
+        polygons = [values for p in segmentation if (values := _numbers(p)) is not None]
+        polygons = [_near(p, height, width) for p in polygons if len(p) >= 6 and len(p) % 2 == 0]
+        return [p.tolist() for p in polygons if len(p) >= 6] or None
+    if not isinstance(segmentation, dict):
         return None
-    counts = segmentation.get("counts")
-    if isinstance(counts, list):
-        numbers = _numbers(counts)
-        if numbers is None or (numbers < 0).any() or numbers.sum() != height * width:
-            return None
-        return rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return segmentation if isinstance(counts, (str, bytes)) else None
+    size = _numbers(segmentation.get("size"))
+    if size is None or tuple(size.tolist()) != (height, width):
+        return None
+    counts = _run_lengths(segmentation.get("counts"))
+    if counts is None or (counts < 0).any() or counts.sum() != height * width:
+        return None
+    return rle.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """What `normalise_segmentation` gives, as one RLE."""
+    """Return what `normalise_segmentation` gave as one RLE."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
     return segmentation
 
 
+def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Return what `normalise_segmentation` gave as a bool mask [H, W]."""
+    return rle.decode(to_rle(segmentation, height, width)).astype(bool)
+
+
+def _run_lengths(counts: Any) -> np.ndarray | None:
+    """Run lengths from COCO's compressed text or a list, int64 [n]; None if they are neither."""
+    if isinstance(counts, list):
+        numbers = _numbers(counts)
+        if numbers is None or (numbers != numbers.round()).any() or (np.abs(numbers) > 2**40).any():
+            return None
+        return numbers.astype(np.int64)
+    if isinstance(counts, str):
+        try:
+            counts = counts.encode("ascii")
+        except UnicodeEncodeError:
+            return None
+    if not isinstance(counts, bytes) or not counts:
+        return None
+    # Each number is a group of characters from "0" (48) on: five bits of value each, the sixth says that more follow,
+    # and the highest value bit of the last is the sign.
+    values = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = (values & 32) == 0
+    if (values < 0).any() or (values > 63).any() or not last[-1]:
+        return None
+    ends = np.flatnonzero(last) + 1
+    starts = np.concatenate(([0], ends[:-1]))
+    lengths = ends - starts
+    if lengths.max() > 8:
+        return None
+    position = np.arange(len(values)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((values & 31) << (5 * position), starts)
+    numbers -= np.where(values[ends - 1] & 16, np.int64(1) << (5 * lengths), 0)
+    # From the fourth on, each is the difference from the one before the last.
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
+
+
+def _near(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A polygon [2n] clipped to the image and as much around it, if it extends further (Sutherland and Hodgman 1974).
+
+    pycocotools walks along every edge, so a coordinate of 1e8 would exhaust the memory.
+    """
+    margin = max(height, width)
+    low, high = np.array((-margin, -margin)), np.array((width + margin, height + margin))
+    points = polygon.reshape(-1, 2)
+    if ((points >= low) & (points <= high)).all():
+        return polygon
+    for axis in (0, 1):
+        for limit, sign in ((low[axis], 1.0), (high[axis], -1.0)):
+            points = _clip_side(points, axis, float(limit), sign)
+            if not len(points):
+                return np.zeros(0)
+    return points.ravel()
+
+
+def _clip_side(points: np.ndarray, axis: int, limit: float, sign: float) -> np.ndarray:
+    """The part of a polygon [n, 2] on one side of an axis-parallel line."""
+    distance = sign * (points[:, axis] - limit)
+    kept: list[np.ndarray] = []
+    for i in range(len(points)):
+        a, b = distance[i - 1], distance[i]
+        if (a >= 0) != (b >= 0):
+            crossing = points[i - 1] + (points[i] - points[i - 1]) * (a / (a - b))
+            crossing[axis] = limit
+            kept.append(crossing)
+        if b >= 0:
+            kept.append(points[i])
+    return np.array(kept).reshape(-1, 2)
+
+
+def _clipped_box(stated: list[float] | None, segmentation: Any, height: int, width: int) -> Box | None:
+    """The stated box, otherwise the mask's, as corners clipped to the image; None if nothing is left of it."""
+    if stated is not None:
+        x, y, w, h = stated
+    elif isinstance(segmentation, list):
+        points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
+        (x, y), (w, h) = points.min(axis=0), np.ptp(points, axis=0)
+    elif segmentation is not None:
+        x, y, w, h = rle.toBbox(segmentation)
+    else:
+        return None
+    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    return (float(x1), float(y1), float(x2), float(y2)) if x2 > x1 and y2 > y1 else None
+
+
+def _area(value: Any) -> float | None:
+    """A stated area: a finite number that is not negative, else None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number >= 0 and not isinstance(value, bool) else None
+
+
 def _numbers(values: Any) -> np.ndarray | None:
-    """Finite numbers [n], whatever lists they lie in; None if they are anything else."""
+    """Finite numbers [n] of a list, through nested lists; None if it holds anything else."""
     try:
         out = np.asarray(values, np.float64).ravel()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return out if isinstance(values, (list, tuple)) and np.isfinite(out).all() else None
-
-
-def _sides(size: Any) -> tuple[float, ...]:
-    numbers = _numbers(size)
-    return () if numbers is None else tuple(numbers.tolist())

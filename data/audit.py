@@ -1,10 +1,11 @@
-"""What is wrong with a data set, before training finds out.
+"""Find what is wrong with a data set before training does.
 
-python -m data.audit --annotations train.json --image_dir photos [--config yolact_r50 --set max_size=400]
+python -m data.audit --annotations train.json --image_dir images [--config yolact_r50 --set max_size=400]
+python -m data.audit --annotations train.json --image_dir images --val_annotations val.json --val_images images
 
-Every photo is read and every object measured at the network's size. Prints a table of the classes and what was found,
-writes `audit/audit.json` and `audit/sheet.jpg`, ground truth drawn on photos, and exits with 1 when training would go
-wrong.
+Every image is read and every object measured at the network's size. The command prints a table of the classes and the
+findings, writes `audit.json` and `sheet.jpg` (ground truth drawn on images) into the folder of --output, and exits with
+1 if there is an error. An error is what makes train.py refuse to start; a warning is what training copes with.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,67 +21,103 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from data.annotation import is_crowd, normalise_segmentation, to_rle
+from config import Config, get_config, parse_overrides
+from data.annotation import Annotation, exact_copies, parse_annotation, to_rle
 from data.augment import Window, draw_mask
 from data.coco import CocoDataset
-from data.config import Config, get_config, parse_overrides
-from data.errors import UserError, run_main
-from layers.anchors import feature_sizes
+from data.image import write_image
+from data.sheets import truth_sheet
+from layers.anchors import prototype_size
+from utils.errors import ArgumentParser, UserError, run_main
+from utils.files import write_json
 
-SAMPLE = 100  # photos that the quick form looks at
+SAMPLE = 100  # images that the quick form reads
 EXAMPLES = 5
+NEAR_COPY_BITS = 12  # of 256: the fingerprints of two unrelated images differ in about half
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kind:
-    """Something that can be wrong. It is an error when it concerns more than `limit` of what there is."""
+    """Something that can be wrong, what to do about it, and when it is an error.
+
+    It is an error if it concerns more than the share `limit` of what there is, and more than `tolerated` cases.
+    """
 
     text: str
     advice: str
-    limit: float  # 0: one case is an error already, 1: never more than a warning
-    of: str  # photos, annotations, objects: of those looked at; listed photos and annotations, classes: of all
+    limit: float = math.inf  # infinite: never more than a warning
+    of: str = "objects"  # images, annotations, objects: of those read; listed images and annotations, classes: of all
+    tolerated: int = 0
 
 
 KINDS = {
-    "photo": Kind("photos are missing, unreadable or not of the stated size", "mend or remove them", 0.0, "photos"),
-    "listed_twice": Kind("photos are listed more than once", "remove the copies", 1.0, "listed photos"),
-    "same_photo": Kind("photos are byte for byte the same as another", "remove the copies", 1.0, "photos"),
-    "orphan": Kind("annotations belong to photos that are not listed", "check image_id", 0.1, "listed annotations"),
+    "missing": Kind("images are missing or outside the image folder", "check --image_dir and file_name", 0, "images"),
+    "unreadable": Kind(
+        "images are unreadable or not of the stated size", "repair or remove them", 0.01, "images", tolerated=1
+    ),
+    "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
+    "same_image": Kind("images are byte for byte the same as another", "remove the copies", of="images"),
+    "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
+    "same_id": Kind("annotation ids are used more than once", "nothing here needs them", of="listed annotations"),
+    "text_id": Kind("annotation ids are not whole numbers", "nothing here needs them", of="listed annotations"),
     "unusable": Kind(
-        "annotations have neither a usable box nor mask (outside the photo, no area, fewer than three points)",
-        "they are left out", 0.2, "annotations",
+        "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
+        "they are ignored", 0.5, "annotations",
     ),
     "no_mask": Kind(
-        "annotations have a box and no usable mask", "their region counts neither as object nor background", 0.2,
-        "annotations",
+        "annotations have a box and no usable mask",
+        "training and mask AP ignore their regions; box AP counts them", 0.5, "annotations",
     ),
-    "same_annotation": Kind("annotations repeat another of the same photo", "remove the copies", 0.05, "annotations"),
+    "detection_only": Kind(
+        "annotations have no segmentation at all", "this is a detection data set, YOLACT needs masks", 0, "annotations"
+    ),
+    "bad_box": Kind("boxes are not four finite numbers", "the box of the mask is used instead", of="annotations"),
+    "corner_box": Kind(
+        "boxes are x1, y1, x2, y2", "COCO has x, y, width, height: convert them", 0.1, "annotations"
+    ),
+    "relative": Kind("annotations have coordinates of 0 to 1", "multiply them by the image size", 0.1, "annotations"),
+    "same_annotation": Kind(
+        "annotations repeat another of the same image", "training drops them; AP counts each one", of="annotations"
+    ),
+    "area": Kind(
+        "areas differ from the mask's by more than a factor of two",
+        "the mask's own is used for AP of small, medium and large objects", of="objects",
+    ),
     "box_and_mask": Kind(
         "objects have a box that is not their mask's (IoU under 0.5)",
-        "look for swapped x and y, or masks made for another size", 0.02, "objects",
+        "look for swapped x and y, or masks made for another image size", 0.1, "objects",
     ),
-    "empty_mask": Kind("objects have a mask without a single pixel", "draw them again or remove them", 0.02, "objects"),
+    "empty_mask": Kind(
+        "objects have a mask without a single pixel", "training ignores them, AP counts them as missed", 0.5
+    ),
     "vanishing_mask": Kind(
-        "objects have a mask that vanishes at the prototypes' size", "raise max_size, or remove such objects", 0.3,
-        "objects",
+        "objects have a mask that vanishes at the prototypes' size", "raise max_size, or remove such objects"
     ),
     "tiny": Kind(
-        "objects are under 4 px wide or high at the network's size", "raise max_size, or cut photos into tiles", 1.0,
-        "objects",
+        "objects are under 4 px wide or high at the network's size", "raise max_size, or cut images into tiles"
     ),
-    "unused_class": Kind("classes have no object", "fine if other files have some", 1.0, "classes"),
-    "same_name": Kind("classes have a name that another has too", "give each a name of its own", 1.0, "classes"),
-    "no_object": Kind("photos, and no object in any of them", "check image_id and segmentation", 0.0, "listed photos"),
+    "unused_class": Kind("classes have no object", "fine if other files have some", of="classes"),
+    "same_name": Kind("classes share their name with another", "give each a name of its own", of="classes"),
+    "no_object": Kind("images, and no object in any of them", "check image_id and segmentation", 0, "listed images"),
+    "other_classes": Kind("classes differ between the two files", "make their categories equal", 0, "classes"),
+    "shared_image": Kind(
+        "images of the validation set are also in the training set", "remove them, they inflate AP", 0.01, "val images"
+    ),
+    "near_copy": Kind(
+        "images of the validation set look almost like one of the training set",
+        "look at them: frames of one video belong into one set", of="val images",
+    ),
 }  # fmt: skip
 
 
 @dataclass
 class Finding:
-    """How often a kind of problem was met, with examples."""
+    """How often a kind of problem occurs, with examples."""
 
     kind: str
     count: int
@@ -89,20 +126,23 @@ class Finding:
 
     @property
     def is_error(self) -> bool:
-        return self.count > KINDS[self.kind].limit * self.total
+        kind = KINDS[self.kind]
+        return self.count > kind.limit * self.total and self.count > kind.tolerated
 
     def __str__(self) -> str:
         kind = KINDS[self.kind]
-        shown = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
+        examples = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
         share = f"{self.count} of {self.total}" if self.total != self.count else f"all {self.total}"
-        return f"{'error' if self.is_error else 'warning'}: {share} {kind.text}: {shown}. {kind.advice.capitalize()}"
+        level = "error" if self.is_error else "warning"
+        return f"{level}: {share} {kind.text}: {examples}. {kind.advice[0].upper()}{kind.advice[1:]}"
 
 
 @dataclass
-class Photo:
-    """What was measured in one photo. Sides are those of the boxes, in pixels at the network's size."""
+class ImageReport:
+    """What was measured in one image. Sides are those of the boxes, in pixels at the network's size."""
 
     digest: str = ""
+    fingerprint: np.ndarray | None = None
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind, example
     labels: list[int] = field(default_factory=list)
     sides: list[tuple[float, float]] = field(default_factory=list)
@@ -114,26 +154,28 @@ class Photo:
 class Report:
     """The result of an audit."""
 
+    basis: str  # the configuration and size that objects were measured at
     findings: list[Finding]
-    classes: list[dict[str, Any]]  # name, id, objects, photos, median_side
-    photos: int
-    negatives: int  # photos without objects
+    classes: list[dict[str, Any]]  # name, id, objects, images, median_side
+    images: int
+    negatives: int  # images without objects
     objects: int
     crowds: int
 
     @property
-    def has_errors(self) -> bool:
-        return any(finding.is_error for finding in self.findings)
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_error]
 
     def __str__(self) -> str:
         lines = [
-            f"{self.photos} photos ({self.negatives} without objects), {self.objects} objects, {self.crowds} crowds",
-            f"{'class':<24}{'id':>8}{'objects':>9}{'share':>8}{'photos':>8}{'median side':>13}",
+            f"measured for {self.basis}",
+            f"{self.images} images ({self.negatives} without objects), {self.objects} objects, {self.crowds} crowds",
+            f"{'class':<24}{'id':>8}{'objects':>9}{'share':>8}{'images':>8}{'median side':>13}",
         ]
         for row in self.classes:
             share, side = row["objects"] / max(1, self.objects), row["median_side"]
             lines.append(
-                f"{row['name'][:23]:<24}{row['id']:>8}{row['objects']:>9}{share:>8.1%}{row['photos']:>8}"
+                f"{row['name'][:23]:<24}{row['id']:>8}{row['objects']:>9}{share:>8.1%}{row['images']:>8}"
                 f"{f'{side:.0f} px' if side else '-':>13}"
             )
         return "\n".join([*lines, "", *(map(str, self.findings) if self.findings else ["nothing is wrong"])])
@@ -143,180 +185,279 @@ class Report:
         return {**dataclasses.asdict(self), "findings": findings}
 
 
-def audit(dataset: CocoDataset, config: Config, sample: Sequence[int] | None = None, progress: bool = False) -> Report:
-    """Measure the photos with the indices in `sample`, by default all, and their objects at `config`'s size."""
+def audit(
+    dataset: CocoDataset,
+    config: Config,
+    sample: Sequence[int] | None = None,
+    val: CocoDataset | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure a data set for the network of `config`.
+
+    Args:
+        sample: indices of the images to read, by default all.
+        val: a validation set to compare with: the same classes, no image in both.
+    """
     indices = range(len(dataset)) if sample is None else sample
-    with ThreadPoolExecutor() as pool:
-        work = pool.map(lambda index: inspect(dataset, index, config), indices)
-        photos = list(tqdm(work, "auditing", len(indices), disable=None if progress else True))
+    reports = _inspect_all(dataset, indices, config, progress)
     problems: dict[str, list[str]] = defaultdict(list)
-    for photo in photos:
-        for kind, example in photo.problems:
+    for report in reports:
+        for kind, example in report.problems:
             problems[kind].append(example)
-    problems["listed_twice"] = _repeated([str(image["file_name"]) for image in dataset.images])
-    first: dict[str, str] = {}
-    for index, photo in zip(indices, photos, strict=True):
-        name = str(dataset.images[index]["file_name"])
-        if photo.digest and first.setdefault(photo.digest, name) != name:
-            problems["same_photo"].append(f"{name} and {first[photo.digest]}")
     listed = [dataset.annotations(i) for i in range(len(dataset))]
-    used = {label for photo in photos for label in photo.labels}
+    ids = [a.get("id") for some in listed for a in some] + [orphan["id"] for orphan in dataset.orphans]
+    used = {label for report in reports for label in report.labels}
     if sample is not None:
-        used |= {dataset.label_of(a) for some in listed for a in some if not is_crowd(a)}
-    problems["orphan"] = [f"annotation {a.get('id')} of image {a['image_id']}" for a in dataset.orphans]
+        used |= {dataset.label_of(a) for some in listed for a in some if not a["iscrowd"]}
+    names = [dataset.file_name(i) for i in range(len(dataset))]
+    problems["listed_twice"] = _repeated(names)
+    problems["same_image"] = _same_images([names[i] for i in indices], reports)
+    problems["orphan"] = [f"annotation {orphan['id']} of image {orphan['image_id']}" for orphan in dataset.orphans]
+    problems["same_id"] = [str(key) for key, n in Counter(map(str, ids)).items() for _ in range(n - 1)]
+    problems["text_id"] = [repr(key) for key in ids if not isinstance(key, int)]
     problems["unused_class"] = [name for label, name in enumerate(dataset.class_names) if label not in used]
     problems["same_name"] = _repeated(list(dataset.class_names))
     if not used:
         problems["no_object"] = [dataset.path.name] * len(dataset)
-    objects = sum(len(photo.labels) for photo in photos)
+    with_masks = any(a.get("segmentation") for some in listed for a in some)
+    if any(listed) and not with_masks:
+        problems["detection_only"] = problems.pop("no_mask", [])
+    objects = sum(len(report.labels) for report in reports)
     totals = {
-        "photos": len(photos),
-        "listed photos": len(dataset),
-        "annotations": sum(photo.annotations for photo in photos),
-        "listed annotations": sum(map(len, listed)) + len(dataset.orphans),
+        "images": len(reports),
+        "listed images": len(dataset),
+        "annotations": sum(report.annotations for report in reports),
+        "listed annotations": len(ids),
         "objects": objects,
         "classes": len(dataset.class_names),
+        "val images": 0 if val is None else len(val),
     }
+    if val is not None:
+        _compare(dataset, reports, val, config, problems, progress)
     findings = [
         Finding(name, len(problems[name]), totals[kind.of], problems[name][:EXAMPLES])
         for name, kind in KINDS.items()
         if problems[name]
     ]
     return Report(
+        f"{config.name} at {config.model.max_size} px",
         findings,
-        _class_rows(dataset, photos),
-        len(photos),
-        sum(not photo.labels for photo in photos),
+        _class_rows(dataset, reports),
+        len(reports),
+        sum(not report.labels for report in reports),
         objects,
-        sum(photo.crowds for photo in photos),
+        sum(report.crowds for report in reports),
     )
 
 
-def inspect(dataset: CocoDataset, index: int, config: Config) -> Photo:
-    """Read a photo and measure its objects."""
-    photo, size = Photo(), dataset.stated_size(index)
+def _inspect_all(dataset: CocoDataset, indices: Sequence[int], config: Config, progress: bool) -> list[ImageReport]:
+    with ThreadPoolExecutor() as pool:
+        work = pool.map(lambda index: inspect_image(dataset, index, config), indices)
+        return list(tqdm(work, "auditing", len(indices), disable=None if progress else True))
+
+
+def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageReport:
+    """Read an image and measure its objects."""
+    report, size = ImageReport(), dataset.stated_size(index)
     try:
-        size = dataset.read_image(index).shape[:2]
         path = dataset.image_path(index)
-        content = path.read_bytes()
-        photo.digest = hashlib.sha256(content).hexdigest()
-        # OpenCV fills what is missing with grey. The end mark is looked for late: previews inside have theirs.
-        if content[:2] == b"\xff\xd8" and content.find(b"\xff\xd9", len(content) // 2) < 0:
-            photo.problems.append(("photo", f"{path}: the end of the file is missing"))
+        if not path.is_file():
+            report.problems.append(("missing", str(path)))
+        else:
+            image = dataset.read_image(index)
+            size = (image.shape[0], image.shape[1])
+            report.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            report.fingerprint = fingerprint(image)
     except UserError as error:
-        photo.problems.append(("photo", str(error)))
+        outside = "leads out of" in str(error)
+        report.problems.append(("missing" if outside else "unreadable", str(error)))
     annotations = dataset.annotations(index)
-    photo.annotations = len(annotations)
-    keys = [json.dumps([a["category_id"], a.get("bbox"), a.get("segmentation")], sort_keys=True) for a in annotations]
-    where = f"image {dataset.image_ids[index]} ({dataset.images[index]['file_name']})"
-    photo.problems += [("same_annotation", where)] * (len(keys) - len(set(keys)))
-    for annotation in annotations if size is not None else ():
-        example = f"annotation {annotation.get('id')} of {where}"
-        for kind in _inspect_object(photo, dataset, annotation, config, size):
-            photo.problems.append((kind, example))
-    return photo
+    report.annotations = len(annotations)
+    where = f"image {dataset.image_ids[index]} ({dataset.file_name(index)})"
+    report.problems += [("same_annotation", where)] * len(exact_copies(annotations))
+    for entry in annotations if size is not None else ():
+        assert size is not None
+        annotation = parse_annotation(entry, dataset.label_of(entry), *size)
+        for kind in _inspect_annotation(report, entry, annotation, config, size):
+            report.problems.append((kind, f"annotation {entry.get('id')} of {where}"))
+    return report
 
 
-def _inspect_object(
-    photo: Photo, dataset: CocoDataset, annotation: dict[str, Any], config: Config, size: tuple[int, int]
+def _inspect_annotation(
+    report: ImageReport, entry: dict[str, Any], annotation: Annotation, config: Config, size: tuple[int, int]
 ) -> Iterator[str]:
-    """Measure one annotation of a photo of `size`; the kinds of what is wrong with it."""
+    """Measure one annotation of an image of `size`, and yield the kinds of what is wrong with it."""
     height, width = size
-    segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)
-    box = dataset.box_of(annotation, segmentation, height, width)
-    if box is None:
+    if entry.get("bbox") is not None and annotation.stated_box is None:
+        yield "bad_box"
+    if annotation.box is None:
         yield "unusable"
         return
-    if is_crowd(annotation):
-        photo.crowds += 1
+    coordinates = np.array(annotation.stated_box or annotation.box)
+    if coordinates.max() <= 1 and (coordinates != coordinates.round()).any():
+        yield "relative"
         return
-    if segmentation is None:
+    if annotation.crowd:
+        report.crowds += 1
+        return
+    if annotation.segmentation is None:
+        if annotation.stated_box is not None and _looks_like_corners(annotation.stated_box, size):
+            yield "corner_box"
         yield "no_mask"
         return
-    sides = (box[2] - box[0]) * config.max_size / width, (box[3] - box[1]) * config.max_size / height
-    photo.labels.append(dataset.label_of(annotation))
-    photo.sides.append(sides)
-    code = to_rle(segmentation, height, width)
+    x1, y1, x2, y2 = annotation.box
+    scale = config.model.max_size / width, config.model.max_size / height
+    sides = (x2 - x1) * scale[0], (y2 - y1) * scale[1]
+    report.labels.append(annotation.label)
+    report.sides.append(sides)
+    code = to_rle(annotation.segmentation, height, width)
     if rle.area(code) == 0:
         yield "empty_mask"
         return
-    x, y, w, h = rle.toBbox(code).tolist()
-    # Masks are made of whole pixels: a pixel more on each side lets very small objects pass.
-    stated, drawn = [box[0] - 1, box[1] - 1, box[2] - box[0] + 2, box[3] - box[1] + 2], [x - 1, y - 1, w + 2, h + 2]
-    if rle.iou([stated], [drawn], [0])[0, 0] < 0.5:
-        yield "box_and_mask"
+    if annotation.area(height, width)[1]:
+        yield "area"
+    drawn = rle.toBbox(code).tolist()
+    if _iou([x1, y1, x2 - x1, y2 - y1], drawn) < 0.5:
+        a, b, c, d = annotation.stated_box or (0, 0, 0, 0)
+        yield "corner_box" if _iou([a, b, c - a, d - b], drawn) > 0.7 else "box_and_mask"
     if min(sides) < 4:
         yield "tiny"
-    rows, columns = feature_sizes(config.max_size, config.max_size)[0]
-    if not draw_mask(segmentation, Window(0, 0, width, height), (2 * rows, 2 * columns)).any():
+    prototypes = prototype_size(config.model.max_size, config.model.max_size)
+    if not draw_mask(annotation.segmentation, Window(0, 0, width, height), prototypes).any():
         yield "vanishing_mask"
+
+
+def _iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """IoU of boxes (x, y, w, h), with a pixel more on each side: masks consist of whole pixels, objects may be tiny."""
+    if min(a[2], a[3], b[2], b[3]) < 0:
+        return 0.0
+    grown = [[x - 1, y - 1, w + 2, h + 2] for x, y, w, h in (a, b)]
+    return float(rle.iou([grown[0]], [grown[1]], [0])[0, 0])
+
+
+def _looks_like_corners(box: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether a box without a mask exceeds the image as x, y, w, h and fits it as x1, y1, x2, y2."""
+    (a, b, c, d), (height, width) = box, size
+    return (a + c > width + 1 or b + d > height + 1) and c > a and d > b and c <= width + 1 and d <= height + 1
+
+
+def fingerprint(image: np.ndarray) -> np.ndarray | None:
+    """Return 256 bits that survive resizing and compression: whether each cell is brighter than its left neighbour.
+
+    None for an image without contrast, whose bits would be noise.
+    """
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (17, 16), interpolation=cv2.INTER_AREA).astype(int)
+    return (grey[:, 1:] > grey[:, :-1]).ravel() if grey.std() > 4 else None
+
+
+def _compare(
+    train: CocoDataset,
+    reports: list[ImageReport],
+    val: CocoDataset,
+    config: Config,
+    problems: dict[str, list[str]],
+    progress: bool,
+) -> None:
+    """Add what is wrong between a training and a validation set to `problems`."""
+    only = set(train.class_names) ^ set(val.class_names)
+    problems["other_classes"] = sorted(only)
+    if not only and train.class_names != val.class_names:
+        problems["other_classes"] = [f"the order: {', '.join(train.class_names)} and {', '.join(val.class_names)}"]
+    others = _inspect_all(val, range(len(val)), config, progress)
+    names = {report.digest: train.file_name(i) for i, report in enumerate(reports) if report.digest}
+    known = [(i, report.fingerprint) for i, report in enumerate(reports) if report.fingerprint is not None]
+    bits = np.array([b for _, b in known], bool).reshape(-1, 256)
+    for index, report in enumerate(others):
+        name = val.file_name(index)
+        if report.digest in names:
+            problems["shared_image"].append(f"{name} is {names[report.digest]}")
+        elif report.fingerprint is not None and len(bits):
+            distance = (bits ^ report.fingerprint).sum(axis=1)
+            if distance.min() <= NEAR_COPY_BITS:
+                problems["near_copy"].append(f"{name} and {train.file_name(known[int(distance.argmin())][0])}")
+
+
+def _same_images(names: list[str], reports: list[ImageReport]) -> list[str]:
+    first: dict[str, str] = {}
+    return [
+        f"{name} and {first[report.digest]}"
+        for name, report in zip(names, reports, strict=True)
+        if report.digest and first.setdefault(report.digest, name) != name
+    ]
 
 
 def _repeated(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _class_rows(dataset: CocoDataset, photos: list[Photo]) -> list[dict[str, Any]]:
-    """How many objects and photos of each class, and the median of the square root of the boxes' areas."""
+def _class_rows(dataset: CocoDataset, reports: list[ImageReport]) -> list[dict[str, Any]]:
+    """How many objects and images of each class, and the median of the square root of the boxes' areas."""
     sides: dict[int, list[float]] = defaultdict(list)
     seen: Counter[int] = Counter()
-    for photo in photos:
-        for label, (w, h) in zip(photo.labels, photo.sides, strict=True):
+    for report in reports:
+        for label, (w, h) in zip(report.labels, report.sides, strict=True):
             sides[label].append((w * h) ** 0.5)
-        seen.update(set(photo.labels))
+        seen.update(set(report.labels))
     return [
         {
             "name": name,
             "id": dataset.category_ids[label],
             "objects": len(sides[label]),
-            "photos": seen[label],
+            "images": seen[label],
             "median_side": float(np.median(sides[label])) if sides[label] else None,
         }
         for label, name in enumerate(dataset.class_names)
     ]
 
 
-def quick_audit(dataset: CocoDataset, config: Config) -> None:
-    """Print what is wrong with the annotations and with a sample of the photos, for the start of a training.
+def quick_audit(dataset: CocoDataset, config: Config) -> list[Finding]:
+    """Audit the annotations and a sample of the images, print the findings that matter, and return the errors.
 
-    Raises UserError when more than 1 % of the photos looked at cannot be used.
+    Used when training or evaluation starts. Small objects and the like are left to the full audit.
     """
     sample = range(0, len(dataset), -(-len(dataset) // SAMPLE))
     report = audit(dataset, config, sample)
-    for finding in report.findings:
-        if finding.kind == "photo" and finding.count > max(1, len(sample) // 100):
-            raise UserError(
-                f"{finding.examples[0]}; {finding.count} of the {len(sample)} photos looked at cannot be used: "
-                "python -m data.audit lists them"
-            )
-        if finding.is_error or finding.kind == "unused_class":
-            print(finding)
-    if report.has_errors:
-        print(f"python -m data.audit --annotations {dataset.path} --image_dir {dataset.image_dir} tells more")
+    quiet = ("tiny", "vanishing_mask", "same_image", "same_id", "text_id")
+    shown = [finding for finding in report.findings if finding.is_error or finding.kind not in quiet]
+    for finding in shown:
+        print(f"{dataset.path}: {finding}")
+    if shown:
+        print(f"python -m data.audit --annotations {dataset.path} --image_dir {dataset.image_dir} reports everything")
+    return report.errors
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find out what is wrong with a data set.", allow_abbrev=False)
+def default_output(annotations: Path) -> Path:
+    """Return a folder under `audit` named after the file, with a number where an earlier audit has that name."""
+    base = Path("audit") / annotations.stem
+    candidates = [base, *(base.with_name(f"{base.name}_{n}") for n in range(2, 1000))]
+    return next((path for path in candidates if not path.exists()), base)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Find out what is wrong with a data set.", allow_abbrev=False)
     parser.add_argument("--annotations", type=Path, required=True, help="COCO JSON")
-    parser.add_argument("--image_dir", type=Path, required=True, help="the folder of its photos")
-    parser.add_argument("--config", default="yolact_r50", help="whose input and prototype size counts")
+    parser.add_argument("--image_dir", type=Path, required=True, help="the folder of its images")
+    parser.add_argument("--val_annotations", type=Path, help="COCO JSON of the validation set, to compare with")
+    parser.add_argument("--val_images", type=Path, help="the folder of its images, by default --image_dir")
+    parser.add_argument("--config", default="yolact_r50", help="whose input and prototype size objects are measured at")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="as in train.py")
-    parser.add_argument("--output", type=Path, default=Path("audit"), help="folder for audit.json and sheet.jpg")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help="folder for audit.json and sheet.jpg, by default audit/NAME")
+    return parser
 
 
-def main() -> int:
-    from engine.outputs import write_image, write_json  # what runs a model is not needed by who reads data
-    from engine.sheets import truth_sheet
-
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    args: argparse.Namespace = build_parser().parse_args(argv)
     dataset = CocoDataset(args.annotations, args.image_dir)
-    report = audit(dataset, get_config(args.config, **parse_overrides(args.set)), progress=True)
+    if not any(map(Path.is_file, (args.image_dir / dataset.file_name(i) for i in range(len(dataset))))):
+        raise UserError(f"{args.image_dir}: none of the images of {dataset.path} is there; is --image_dir right?")
+    val = CocoDataset(args.val_annotations, args.val_images or args.image_dir) if args.val_annotations else None
+    report = audit(dataset, get_config(args.config, **parse_overrides(args.set)), val=val, progress=True)
     print(report)
-    write_json(args.output / "audit.json", report.as_dict())
-    write_image(args.output / "sheet.jpg", truth_sheet(dataset))
-    print(f"\nreport -> {args.output / 'audit.json'}, drawn ground truth -> {args.output / 'sheet.jpg'}")
-    return int(report.has_errors)
+    output = args.output or default_output(args.annotations)
+    write_json(output / "audit.json", report.as_dict())
+    write_image(output / "sheet.jpg", truth_sheet(dataset))
+    print(f"\nreport -> {output / 'audit.json'}, ground truth -> {output / 'sheet.jpg'}")
+    return int(bool(report.errors))
 
 
 if __name__ == "__main__":

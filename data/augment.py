@@ -1,45 +1,41 @@
 """SSD's augmentation as YOLACT uses it (paper, section 5; Liu et al. 2016): photometric, expand, crop, mirror, resize.
 
-The geometry is settled first, on boxes alone. Then the part of the photo that is left is brought to the network's size
-in one step, and the masks are drawn at the size at which the loss compares them with the prototypes. Nothing is
-computed for what the crop throws away.
+The geometry is chosen first, from the boxes only, as one window of the image. Then that window is resized to the
+network's input in a single step, and the masks are drawn at the size at which the loss compares them with the
+prototypes. Nothing is computed for what the crop removes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as rle
 
-from data.annotation import to_rle
-from data.config import Config
-from layers.anchors import feature_sizes
+from config import AugmentationConfig, Config
+from data.annotation import Sample, to_mask
+from data.image import normalise
+from layers.anchors import prototype_size
 
-if TYPE_CHECKING:
-    from data.coco import Sample
-
-
-CANVAS_BGR = (103.94, 116.78, 123.68)  # the mean colour of COCO's photos, around those that were made smaller
+CANVAS_BGR = (103.94, 116.78, 123.68)  # the mean colour of COCO's images, around those that were shrunk
 
 
 @dataclass
 class Augmented:
-    """What the network and the loss take, as arrays."""
+    """What the network and the loss receive, as arrays."""
 
     image: np.ndarray  # float32 [3, S, S], RGB, normalised
     boxes: np.ndarray  # float32 [n, 4], corner form, relative
     labels: np.ndarray  # int64 [n]
-    masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the prototypes' size
+    masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the size the loss compares at
     crowds: np.ndarray  # float32 [m, 4], corner form, relative
-    seed: np.ndarray  # int64 [], for what the loss draws at random
+    seed: np.ndarray  # int64 [], for what the loss samples
 
 
 @dataclass(frozen=True)
 class Window:
-    """The part of the plane that becomes the network's input, in pixels of the photo; mirrored or not."""
+    """The part of the plane that becomes the network's input, in pixels of the image; mirrored or not."""
 
     x1: float
     y1: float
@@ -48,14 +44,14 @@ class Window:
     mirror: bool = False
 
     def points(self, xy: np.ndarray, width: float, height: float) -> np.ndarray:
-        """Points [..., 2] of the photo in an input of width x height. Pixels lie between whole coordinates."""
+        """Map points [..., 2] of the image to an input of width x height. Pixels lie between whole coordinates."""
         out = (xy - (self.x1, self.y1)) * (width / (self.x2 - self.x1), height / (self.y2 - self.y1))
         if self.mirror:
             out[..., 0] = width - out[..., 0]
         return out
 
     def matrix(self, width: int, height: int) -> np.ndarray:
-        """The same as a 2 x 3 matrix for cv2.warpAffine, which counts from the centres of the pixels."""
+        """Return the same map as a 2 x 3 matrix for cv2.warpAffine, whose coordinates are those of pixel centres."""
         sx, sy = width / (self.x2 - self.x1), height / (self.y2 - self.y1)
         tx, ty = (0.5 - self.x1) * sx - 0.5, (0.5 - self.y1) * sy - 0.5
         if self.mirror:
@@ -64,15 +60,13 @@ class Window:
 
 
 class Augment:
-    """`augment(sample, rng)` -> Augmented, by the configuration's augmentation settings."""
+    """`augment(sample, rng)` -> Augmented, by the configuration's augmentation section."""
 
     def __init__(self, config: Config):
-        self.config = config
-        self.size = config.max_size
-        rows, columns = feature_sizes(self.size, self.size)[0]
-        # Prototypes have twice the size of P3.
-        self.mask_size = (2 * rows * config.mask_supersample, 2 * columns * config.mask_supersample)
-        self.scratch = Scratch()
+        self.config: AugmentationConfig = config.augmentation
+        self.size, self.mean, self.std = config.model.max_size, config.model.mean, config.model.std
+        rows, columns = prototype_size(self.size, self.size)
+        self.mask_size = (rows * config.loss.mask_supersample, columns * config.loss.mask_supersample)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Augmented:
         window = self.choose_window(sample, rng)
@@ -89,7 +83,7 @@ class Augment:
         )
 
     def choose_window(self, sample: Sample, rng: np.random.Generator) -> Window:
-        """Expand, crop and mirror, as a window."""
+        """Expand, crop and mirror, expressed as a window."""
         height, width = sample.image.shape[:2]
         x1, y1, x2, y2 = 0, 0, width, height
         if self.config.augment_expand > 1 and rng.random() < 0.5:
@@ -101,19 +95,18 @@ class Augment:
         return Window(x1, y1, x2, y2, self.config.augment_mirror and rng.random() < 0.5)
 
     def _boxes(self, boxes: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """The boxes whose centre lies in the window, clipped to it, relative; and which they are [n]."""
+        """The boxes whose centre lies in the window, clipped to it, relative; and a mask [n] of which they are."""
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (centres > (window.x1, window.y1)).all(axis=1) & (centres < (window.x2, window.y2)).all(axis=1)
         corners = window.points(boxes.reshape(-1, 2, 2).astype(np.float64), 1, 1)
         low, high = corners.min(axis=1).clip(0, 1), corners.max(axis=1).clip(0, 1)
-        # Thinner boxes than this have no encoding that means anything.
+        # The encoding of a box takes the logarithm of its sides, so they must not be zero.
         smallest = max(self.config.min_box_size, 0.01) / self.size
         kept = inside & ((high - low) > smallest).all(axis=1)
         return np.concatenate((low, high), axis=1)[kept].astype(np.float32), kept
 
     def _image(self, image: np.ndarray, window: Window, rng: np.random.Generator) -> np.ndarray:
-        size, config = self.size, self.config
-        height, width = image.shape[:2]
+        size = self.size
         pixels = cv2.warpAffine(
             image,
             window.matrix(size, size),
@@ -121,40 +114,26 @@ class Augment:
             flags=cv2.INTER_LINEAR,
             borderMode=cv2.BORDER_CONSTANT,
             borderValue=CANVAS_BGR,
-        )
-        if not config.augment_photometric:
-            return normalise(pixels, config)
-        # The canvas around the photo keeps the mean colour.
-        corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
-        (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
-        inside = np.s_[int(y1) : int(y2), int(x1) : int(x2)]
-        out = np.empty((3, size, size), np.float32)
-        if (x1, y1) != (0, 0) or x2 < size or y2 < size:
-            colour = (np.array(CANVAS_BGR[::-1]) - config.mean) / config.std
-            out[:] = colour.astype(np.float32)[:, None, None]
-        Distortion.draw(rng).apply(pixels[inside], out[:, inside[0], inside[1]], config, self.scratch)
-        return out
-
-
-def normalise(image: np.ndarray, config: Config) -> np.ndarray:
-    """BGR [H, W, 3] of values 0..255 -> normalised RGB, float32 [3, H, W]."""
-    out = np.empty((3, *image.shape[:2]), np.float32)
-    for channel, plane in enumerate(reversed(cv2.split(image))):
-        mean, std = config.mean[channel], config.std[channel]
-        np.multiply(plane, np.float32(1 / std), out=out[channel])
-        out[channel] -= np.float32(mean / std)
-    return out
+        ).astype(np.float32)
+        if self.config.augment_photometric:
+            # The canvas around the image keeps the mean colour.
+            height, width = image.shape[:2]
+            corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
+            (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
+            inside = np.s_[int(y1) : int(y2), int(x1) : int(x2)]
+            pixels[inside] = Distortion.draw(rng).apply(pixels[inside])
+        return normalise(pixels, self.mean, self.std)
 
 
 def sample_crop(
     area: tuple[int, int, int, int], boxes: np.ndarray, rng: np.random.Generator, min_side: float = 0.3
 ) -> tuple[int, int, int, int]:
-    """A random part (x1, y1, x2, y2) of `area` that holds the centre of at least one box, or all of it.
+    """Return a random part (x1, y1, x2, y2) of `area` that holds the centre of at least one box, or all of it.
 
-    SSD asks for a smallest overlap of the part with some box, but in its released code, and in YOLACT's, that test
-    never fails; with it mended YOLACT was reported to lose half its AP. So there is none here. What remains: the whole
-    in one of six cases, else a part with sides of `min_side` to 1 and an aspect ratio of 1/2 to 2, in 50 tries a case.
-    Photos without objects are cropped freely.
+    SSD requires a smallest overlap of the part with some box, but in its released code, and in YOLACT's, that test
+    never fails; with it repaired YOLACT was reported to lose half its AP. So there is none here. What remains: the
+    whole area in one of six cases, otherwise a part with sides of `min_side` to 1 and an aspect ratio of 1/2 to 2, in
+    50 tries per case. Images without objects are cropped freely.
     """
     x1, y1, x2, y2 = area
     width, height = x2 - x1, y2 - y1
@@ -176,17 +155,17 @@ def sample_crop(
 
 @dataclass(frozen=True)
 class Distortion:
-    """A change of brightness, contrast, saturation and hue, as SSD has it, of values that are not cut at 0 and 255."""
+    """A change of brightness, contrast, saturation and hue, as in SSD. Values are not clipped to 0..255."""
 
     brightness: float = 0.0  # added
-    contrast: float = 1.0  # times
-    contrast_first: bool = True  # before the colours change, or after
-    saturation: float = 1.0  # times
+    contrast: float = 1.0  # factor
+    contrast_first: bool = True  # before saturation and hue, or after
+    saturation: float = 1.0  # factor
     hue: float = 0.0  # degrees
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Distortion:
-        """Each of the four in half of the cases."""
+        """Draw a random one. Each of the four changes is made in half of the cases."""
         brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
         contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
         contrast_first = rng.random() < 0.5
@@ -194,66 +173,30 @@ class Distortion:
         hue = rng.uniform(-18, 18) if rng.random() < 0.5 else 0.0
         return cls(brightness, contrast, contrast_first, saturation, hue)
 
-    def apply(self, image: np.ndarray, out: np.ndarray, config: Config, scratch: Scratch) -> None:
-        """Change `image`, uint8 BGR [h, w, 3], and write it normalised as RGB planes to `out`, float32 [3, h, w].
-
-        All that depends on one byte is looked up. Saturation needs no other colour space: a channel's distance from
-        the largest of the three is what it scales.
-        """
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Return float32 BGR [H, W, 3] of values 0..255, changed."""
         if image.size == 0:
-            return
-        first, last = (self.contrast, 1.0) if self.contrast_first else (1.0, self.contrast)
-        table = (np.arange(256) + self.brightness) * first
-        scales, shifts = last / np.array(config.std), np.array(config.mean) / config.std
-        if self.hue:
-            pixels = cv2.LUT(image, table.astype(np.float32), dst=scratch.get(0, image.shape))
-            hsv = cv2.cvtColor(pixels, cv2.COLOR_BGR2HSV, dst=scratch.get(1, image.shape))
-            hue = hsv[..., 0]
-            hue += np.float32(self.hue % 360)
-            hue -= np.float32(360) * (hue >= 360)
+            return image
+        image = image + np.float32(self.brightness)
+        if self.contrast_first:
+            image *= np.float32(self.contrast)
+        if self.saturation != 1 or self.hue:
+            hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)  # of a float image: hue in degrees
+            hsv[..., 0] = (hsv[..., 0] + np.float32(self.hue)) % 360
             hsv[..., 1] *= np.float32(self.saturation)
-            cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR, dst=pixels)
-            for channel in range(3):
-                np.multiply(pixels[..., 2 - channel], np.float32(scales[channel]), out=out[channel])
-                out[channel] -= np.float32(shifts[channel])
-            return
-        planes = cv2.split(image)[::-1]
-        if self.saturation == 1:
-            for channel, plane in enumerate(planes):
-                out[channel] = cv2.LUT(plane, (table * scales[channel] - shifts[channel]).astype(np.float32))
-            return
-        shape, kept = image.shape[:2], self.saturation
-        for channel, plane in enumerate(planes):
-            out[channel] = cv2.LUT(plane, table.astype(np.float32), dst=scratch.get(0, shape))
-        largest = np.maximum(out[0], out[1], out=scratch.get(0, shape))
-        np.maximum(largest, out[2], out=largest)
-        for channel in range(3):
-            out[channel] *= np.float32(kept * scales[channel])
-            out[channel] += np.multiply(largest, np.float32((1 - kept) * scales[channel]), out=scratch.get(1, shape))
-            out[channel] -= np.float32(shifts[channel])
-
-
-class Scratch:
-    """Memory for intermediate results, used again: fresh memory for each picture costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[int, np.ndarray] = {}
-
-    def get(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
-        """float32 of `shape`, with whatever was left in it; what `get` gave for this number before is overwritten."""
-        size = int(np.prod(shape))
-        if number not in self.buffers or self.buffers[number].size < size:
-            self.buffers[number] = np.empty(size, np.float32)
-        return self.buffers[number][:size].reshape(shape)
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+        return image if self.contrast_first else image * np.float32(self.contrast)
 
 
 def draw_mask(segmentation: Any, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """The part of an object inside the window, uint8 0 or 1 at `size` (h, w)."""
+    """Draw the part of an object inside the window, uint8 0 or 1 [h, w] for `size` (h, w).
+
+    Polygons are mapped and then drawn, which keeps them sharp at any size; an RLE is resized.
+    """
     height, width = size
     if isinstance(segmentation, list):
         polygons = [window.points(np.asarray(p, np.float64).reshape(-1, 2), width, height) for p in segmentation]
-        return rle.decode(to_rle([p.ravel().tolist() for p in polygons], height, width))
-    mask = rle.decode(segmentation) * np.uint8(255)
-    return (cv2.warpAffine(mask, window.matrix(width, height), (width, height), flags=cv2.INTER_LINEAR) > 127).view(
-        np.uint8
-    )
+        return to_mask([p.ravel().tolist() for p in polygons], height, width).view(np.uint8)
+    mask = to_mask(segmentation, *segmentation["size"]).view(np.uint8) * np.uint8(255)
+    resized = cv2.warpAffine(mask, window.matrix(width, height), (width, height), flags=cv2.INTER_LINEAR)
+    return (resized > 127).view(np.uint8)

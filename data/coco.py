@@ -1,122 +1,155 @@
-"""A COCO JSON and its photos -> samples. The classes, their number and their ids come from the file.
+"""A COCO JSON and its images -> samples. The classes, their number and their ids come from the file.
 
-dataset = CocoDataset("instances_train.json", "photos")
-sample = dataset[0]                                  # a Sample: the photo and its objects, in pixels
-loader = training_batches(dataset, config, seed=0)   # endless (images, targets) for the loss
+dataset = CocoDataset("instances_train.json", "images")
+sample = dataset[0]                                  # a Sample: the image and its objects, in pixels
 """
 
 from __future__ import annotations
 
-import itertools
+import array
 import json
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import pickle
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import cv2
 import numpy as np
-import torch
-from pycocotools import mask as rle
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from data.annotation import as_id, is_crowd, normalise_segmentation, stated_box
-from data.augment import Augment, Augmented
-from data.config import Config
-from data.copy_paste import copy_paste
-from data.errors import UserError
+from data.annotation import Annotation, Sample, as_id, exact_copies, is_crowd, parse_annotation
+from data.image import read_image
+from utils.errors import UserError
 
-Target = dict[str, Tensor]
-Box = tuple[float, float, float, float]
+T = TypeVar("T")
+LARGEST_SIDE = 10**6  # pixels; no image file is larger
 
 
-@dataclass
-class Sample:
-    """One photo and its objects. Boxes are (x1, y1, x2, y2) in pixels, inside the photo and of positive area."""
+class PackedList(Generic[T]):
+    """A list whose items lie serialised in one array, and are rebuilt when they are asked for.
 
-    image: np.ndarray  # uint8 [H, W, 3], BGR
-    boxes: np.ndarray  # float32 [n, 4]
-    labels: np.ndarray  # int64 [n], 0..C-1
-    segmentations: list[Any] = field(
-        default_factory=list
-    )  # n, each a list of polygons or an RLE with compressed counts
-    crowds: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # [m, 4]
+    A data set's index has millions of small Python objects. In a forked worker each access to one changes its
+    reference count and so copies its memory page, until every worker holds the whole index (pytorch#13246). An array
+    is never copied.
+    """
+
+    def __init__(self, items: Iterable[T]):
+        data, ends = bytearray(), array.array("q", [0])
+        for item in items:
+            data += pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+            ends.append(len(data))
+        self._data = np.frombuffer(bytes(data), np.uint8)
+        self._ends = np.asarray(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> T:
+        return pickle.loads(self._data[self._ends[index] : self._ends[index + 1]].tobytes())
 
 
-class CocoDataset(Dataset):
-    """The images of an annotation file, in its order, also those without objects.
+class CocoDataset(Dataset[Sample]):
+    """The images of an annotation file, in its order, including those without objects.
 
     `class_names` and `category_ids` are in the order of the file's `categories`, whatever the ids are.
-    Raises UserError when the file is missing or is not a COCO annotation file.
+
+    Args:
+        annotations: the COCO JSON.
+        image_dir: the folder that the file names are relative to.
+
+    Raises:
+        UserError: if the file is missing or is not a COCO annotation file.
     """
 
     def __init__(self, annotations: str | Path, image_dir: str | Path):
         self.path = Path(annotations)
         self.image_dir = Path(image_dir)
-        content = _read_json(self.path)
+        content = read_coco_json(self.path)
         if not self.image_dir.is_dir():
-            raise UserError(f"{self.image_dir}: no such photo folder")
+            raise UserError(f"{self.image_dir}: no such image folder")
         categories = content["categories"]
         self.class_names = tuple(str(c.get("name", c["id"])) for c in categories)
-        self.category_ids = tuple(as_id(c["id"], self.path) for c in categories)
-        self.images: list[dict[str, Any]] = content["images"]
-        self.image_ids = [as_id(image["id"], self.path) for image in self.images]
+        self.category_ids = tuple(as_id(c["id"], f"{self.path}: category id") for c in categories)
+        self.image_ids = array.array("q", (as_id(image["id"], f"{self.path}: image id") for image in content["images"]))
+        self._images = PackedList((str(i["file_name"]), _stated_size(i)) for i in content["images"])
         self.has_annotations = "annotations" in content
         self._label = {category: label for label, category in enumerate(self.category_ids)}
-        self._annotations: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in self.image_ids}
-        self.orphans: list[dict[str, Any]] = []  # annotations of photos that are not listed
-        for annotation in content.get("annotations", []):
-            self._annotations.get(as_id(annotation["image_id"], self.path), self.orphans).append(annotation)
-        self._check()
+        self._check_ids()
+        self.orphans: list[dict[str, Any]] = []  # annotations of images that are not listed
+        self._annotations = PackedList(self._by_image(content.get("annotations", [])))
 
-    def _check(self) -> None:
-        if not self.images:
+    def _check_ids(self) -> None:
+        if not len(self.image_ids):
             raise UserError(f"{self.path}: it lists no images")
         if not self.class_names:
             raise UserError(f"{self.path}: its list of categories is empty")
         for what, ids in (("image", self.image_ids), ("category", self.category_ids)):
-            if len(set(ids)) < len(ids):
-                twice = next(i for i in ids if ids.count(i) > 1)
-                raise UserError(f"{self.path}: {what} id {twice} is used more than once")
-        for some in self._annotations.values():
-            for annotation in some:
-                if as_id(annotation["category_id"], self.path) not in self._label:
-                    raise UserError(
-                        f"{self.path}: annotation {annotation.get('id')} has category_id {annotation['category_id']}, "
-                        "which is not among the categories"
-                    )
+            repeated = [key for key, count in Counter(ids).items() if count > 1]
+            if repeated:
+                raise UserError(f"{self.path}: {what} id {repeated[0]} is used more than once")
+
+    def _by_image(self, annotations: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The annotations of each image, checked and reduced to the fields that are used."""
+        position = {image_id: index for index, image_id in enumerate(self.image_ids)}
+        grouped: list[list[dict[str, Any]]] = [[] for _ in position]
+        for annotation in annotations:
+            where = f"{self.path}: annotation {annotation.get('id')}:"
+            category = as_id(annotation["category_id"], f"{where} category_id")
+            if category not in self._label:
+                raise UserError(f"{where} category_id {category} is not among the categories")
+            try:
+                is_crowd(annotation)
+            except ValueError as error:
+                raise UserError(f"{where} {error}") from None
+            kept: dict[str, Any] = {
+                key: annotation[key] for key in ("id", "bbox", "segmentation", "area") if key in annotation
+            }
+            kept |= {"category_id": category, "iscrowd": int(is_crowd(annotation))}
+            index = position.get(as_id(annotation["image_id"], f"{where} image_id"))
+            if index is None:
+                self.orphans.append({"id": annotation.get("id"), "image_id": annotation["image_id"]})
+            else:
+                grouped[index].append(kept)
+        return grouped
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.image_ids)
 
-    def check_photos(self) -> None:
-        """Raise UserError unless every photo of the file is there."""
+    def check_images(self) -> None:
+        """Raise UserError unless every image of the file is present."""
         missing = [path for path in map(self.image_path, range(len(self))) if not path.is_file()]
+        if len(missing) == len(self):
+            raise UserError(f"{self.image_dir}: none of the images of {self.path} is there; is this the right folder?")
         if missing:
-            raise UserError(
-                f"{self.path}: {len(missing)} of {len(self)} photos are not there, the first is {missing[0]}"
-            )
+            raise UserError(f"{self.path}: {len(missing)} of {len(self)} images are missing, the first is {missing[0]}")
+
+    def file_name(self, index: int) -> str:
+        """Return an image's name as the file has it."""
+        return self._images[index][0]
+
+    def stated_size(self, index: int) -> tuple[int, int] | None:
+        """Return height and width of an image as the file has them, None where it does not state them."""
+        return self._images[index][1]
 
     def image_path(self, index: int) -> Path:
-        """Where the photo lies. Names that lead out of the photo folder are refused."""
-        name = Path(str(self.images[index]["file_name"]))
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{self.path}: file_name {str(name)!r} leads out of the photo folder")
+        """Return where an image lies. Names that lead out of the image folder are refused."""
+        name = Path(self.file_name(index))
+        if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+            raise UserError(f"{self.path}: file_name {str(name)!r} leads out of the image folder")
         return self.image_dir / name
 
     def read_image(self, index: int) -> np.ndarray:
-        """The photo, uint8 BGR [H, W, 3]. Raises UserError when it is missing, unreadable or not of the stated size."""
+        """Read an image, uint8 BGR [H, W, 3]. Raises UserError if it cannot be read or is not of the stated size."""
         path, stated = self.image_path(index), self.stated_size(index)
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if image is None:
-            problem = "cannot be read as a picture" if path.is_file() else "no such photo"
-            raise UserError(f"{path}: {problem} (image {self.image_ids[index]} of {self.path.name})")
-        if stated is None or image.shape[:2] == stated:
-            return image
-        # Some tools annotate the pixels as they are stored, whatever orientation the camera noted.
-        stored = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        where = f"image {self.image_ids[index]} of {self.path.name}"
+        try:
+            image = read_image(path)
+            if stated is None or image.shape[:2] == stated:
+                return image
+            # Some tools annotate the pixels as they are stored, whatever orientation the camera noted.
+            stored = read_image(path, ignore_orientation=True)
+        except UserError as error:
+            raise UserError(f"{error} ({where})") from None
         if stored.shape[:2] == stated:
             return stored
         height, width = image.shape[:2]
@@ -126,54 +159,42 @@ class CocoDataset(Dataset):
             f"{width}x{height} on disk{swapped}"
         )
 
-    def stated_size(self, index: int) -> tuple[int, int] | None:
-        """Height and width of a photo as the file has them, None where it does not say."""
-        image = self.images[index]
-        try:
-            size = int(float(image["height"])), int(float(image["width"]))
-        except (KeyError, TypeError, ValueError):
-            return None
-        return size if min(size) > 0 else None
-
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """The annotations of a photo, as they are in the file."""
-        return self._annotations[self.image_ids[index]]
+        """Return the annotations of an image as they are in the file, with checked ids and iscrowd."""
+        return self._annotations[index]
+
+    def parsed(self, index: int, size: tuple[int, ...], copies: bool = True) -> list[Annotation]:
+        """Return the annotations of an image of `size` (H, W), without exact copies unless they are wanted."""
+        entries = self.annotations(index)
+        repeated = set() if copies else set(exact_copies(entries))
+        return [
+            parse_annotation(entry, self._label[entry["category_id"]], size[0], size[1])
+            for position, entry in enumerate(entries)
+            if position not in repeated
+        ]
+
+    def count_copies(self) -> int:
+        """Return how many annotations repeat another one of their image."""
+        return sum(len(exact_copies(self._annotations[index])) for index in range(len(self)))
 
     def label_of(self, annotation: dict[str, Any]) -> int:
-        """The label 0..C-1 of an annotation."""
-        return self._label[as_id(annotation["category_id"], self.path)]
-
-    @staticmethod
-    def box_of(annotation: dict[str, Any], segmentation: Any, height: int, width: int) -> Box | None:
-        """The annotation's box (x1, y1, x2, y2), clipped to the photo; None if nothing is left of it."""
-        stated = stated_box(annotation)
-        if stated is not None:
-            x, y, w, h = stated
-        elif isinstance(segmentation, list):
-            points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
-            (x, y), (w, h) = points.min(axis=0), np.ptp(points, axis=0)
-        elif segmentation is not None:
-            x, y, w, h = rle.toBbox(segmentation)
-        else:
-            return None
-        x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
-        return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+        """Return the label 0..C-1 of an annotation."""
+        return self._label[annotation["category_id"]]
 
     def __getitem__(self, index: int) -> Sample:
+        """Return an image and its objects, as training uses them: exact copies are dropped."""
         image = self.read_image(index)
-        height, width = image.shape[:2]
         boxes, labels, segmentations, crowds = [], [], [], []
-        for annotation in self.annotations(index):
-            segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)
-            box = self.box_of(annotation, segmentation, height, width)
-            if box is None:
+        for annotation in self.parsed(index, image.shape[:2], copies=False):
+            if annotation.box is None:
                 continue
-            if is_crowd(annotation) or segmentation is None:
-                crowds.append(box)  # without a mask it can still keep its anchors from being called background
+            if annotation.crowd or annotation.segmentation is None:
+                # Without a mask an object cannot be learned, but its region should not be called background.
+                crowds.append(annotation.box)
             else:
-                boxes.append(box)
-                labels.append(self.label_of(annotation))
-                segmentations.append(segmentation)
+                boxes.append(annotation.box)
+                labels.append(annotation.label)
+                segmentations.append(annotation.segmentation)
         return Sample(
             image,
             np.array(boxes, np.float32).reshape(-1, 4),
@@ -183,144 +204,73 @@ class CocoDataset(Dataset):
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such annotation file")
+def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
+        size = int(float(image["height"])), int(float(image["width"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return size if min(size) > 0 and max(size) < LARGEST_SIDE else None
+
+
+def read_coco_json(path: Path) -> dict[str, Any]:
+    """Read an annotation file and check its outline: lists of objects with the keys that COCO requires.
+
+    Raises UserError that names the file and the entry, and says which other format the file seems to have.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such annotation file{other_format(path)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: not a JSON file ({error}){other_format(path)}") from None
     wanted = {"images": ("id", "file_name"), "categories": ("id",), "annotations": ("image_id", "category_id")}
     for key, fields in wanted.items():
         if not isinstance(content, dict) or (key not in content and key != "annotations"):
-            raise UserError(f"{path}: not a COCO annotation file, it has no list of {key!r}")
+            raise UserError(f"{path}: not a COCO annotation file, it has no list of {key!r}{_json_format(content)}")
         entries = content.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path}: {key!r} must be a list of objects")
         for position, entry in enumerate(entries):
-            missing = [name for name in fields if name not in entry]
-            if missing:
-                raise UserError(f"{path}: entry {position} of {key!r} has no {missing[0]!r}")
+            absent = [name for name in fields if name not in entry]
+            if absent:
+                raise UserError(f"{path}: entry {position} of {key!r} has no {absent[0]!r}")
     return content
 
 
-class TrainingSet(Dataset):
-    """Augmented samples. The key (epoch, index) and the seed decide all that is random, in whatever process."""
-
-    def __init__(self, dataset: CocoDataset, config: Config, seed: int):
-        self.dataset = dataset
-        self.augment = Augment(config)
-        self.copy_paste = config.copy_paste
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Augmented | None, int, list[str]]:
-        """The sample, its image id, and what was wrong with photos that it replaces; None after ten of those."""
-        epoch, index = key
-        problems: list[str] = []
-        for attempt in range(10):
-            rng = np.random.default_rng((self.seed, epoch, index, attempt))
-            chosen = index if attempt == 0 else int(rng.integers(len(self.dataset)))
-            try:
-                sample = self.dataset[chosen]
-                if self.copy_paste and rng.random() < self.copy_paste:
-                    sample = copy_paste(sample, self.dataset[int(rng.integers(len(self.dataset)))], rng)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            return self.augment(sample, rng), self.dataset.image_ids[chosen], problems
-        return None, -1, problems
+def other_format(path: Path) -> str:
+    """Name the annotation format that a file or folder seems to have, "" if it is none of the known ones."""
+    if path.is_dir():
+        names = {p.suffix.lower() for p in list(path.iterdir())[:1000]}
+        kind = {".xml": "Pascal VOC", ".txt": "YOLO text", ".json": "LabelMe"}
+        found = next((kind[suffix] for suffix in kind if suffix in names), "")
+        return f"; this is a folder, perhaps of {found} files: convert them to one COCO JSON" if found else ""
+    if not path.is_file():
+        return ""
+    head = path.open("rb").read(4096).decode("utf-8", "replace")
+    if path.suffix.lower() in (".yaml", ".yml") or ("names:" in head and "train:" in head):
+        return "; it looks like YOLO's data.yaml: convert its labels to COCO JSON"
+    if "<annotation" in head:
+        return "; it looks like a Pascal VOC annotation: convert the folder to COCO JSON"
+    lines = [line.split() for line in head.splitlines()[:5] if line.strip()]
+    if lines and all(len(words) >= 5 and all(_is_number(word) for word in words) for words in lines):
+        return "; it looks like YOLO's text format: convert the folder to COCO JSON"
+    return ""
 
 
-class EndlessShuffle(Sampler):
-    """Keys (epoch, index) for ever, each epoch in an order of its own, from any position on."""
-
-    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, offset = divmod(self.start, self.length)
-        position = self.start
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            for index in order[offset:]:
-                if position % self.world_size == self.rank:
-                    yield epoch, int(index)
-                position += 1
-            epoch, offset = epoch + 1, 0
+def _json_format(content: Any) -> str:
+    if isinstance(content, dict) and "shapes" in content:
+        return "; it looks like a LabelMe file: convert the folder to COCO JSON"
+    regions = content.values() if isinstance(content, dict) else ()
+    if isinstance(content, dict) and (
+        "_via_img_metadata" in content or any(isinstance(v, dict) and "regions" in v for v in regions)
+    ):
+        return "; it looks like a VIA file: export it as COCO JSON"
+    return ""
 
 
-@dataclass
-class Batch:
-    images: Tensor  # [B, 3, S, S] normalised RGB; empty when ten photos in a row could not be used
-    targets: list[Target]
-    image_ids: list[int]
-    problems: list[str]  # photos that could not be read and were replaced
-
-    def to(self, device: torch.device) -> Batch:
-        images = self.images.to(device, non_blocking=True)
-        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
-        return Batch(images, targets, self.image_ids, self.problems)
-
-    def split(self, parts: int) -> list[Batch]:
-        """The batch in `parts` of equal size, as far as that goes."""
-        cuts = [round(i * len(self.images) / parts) for i in range(parts + 1)]
-        return [
-            Batch(self.images[a:b], self.targets[a:b], self.image_ids[a:b], [])
-            for a, b in itertools.pairwise(cuts)
-            if b > a
-        ]
-
-    def pin_memory(self) -> Batch:
-        targets = [{k: v.pin_memory() for k, v in target.items()} for target in self.targets]
-        return Batch(self.images.pin_memory(), targets, self.image_ids, self.problems)
-
-
-def _collate(samples: list[tuple[Augmented | None, int, list[str]]]) -> Batch:
-    augmented, image_ids, problems = zip(*samples, strict=True)
-    if None in augmented:
-        return Batch(torch.empty(0), [], [], [p for some in problems for p in some])
-    images = torch.stack([torch.from_numpy(a.image) for a in augmented])
-    targets = [
-        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "crowds", "seed")}
-        for a in augmented
-    ]
-    return Batch(images, targets, list(image_ids), [p for some in problems for p in some])
-
-
-def _start_worker(_worker: int) -> None:
-    if cv2.getNumThreads() != 1:  # where processes are spawned; a forked one must not touch OpenCV's threads
-        cv2.setNumThreads(1)  # the processes are the parallelism
-    torch.set_num_threads(1)
-    # Ctrl-C and a batch system's SIGTERM reach all processes; the main one ends the run, and with it the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def training_batches(
-    dataset: CocoDataset,
-    config: Config,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Batch]:
-    """Endless batches of `batch_size` pictures for one process, from the `start`-th picture of the whole run on."""
-    loader = DataLoader(
-        TrainingSet(dataset, config, seed),
-        batch_size=batch_size,
-        sampler=EndlessShuffle(len(dataset), seed, start, rank, world_size),
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
-    )
-    # A process forked while OpenCV has threads hangs in its first call: let there be none for the moment.
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    batches = iter(loader)
-    cv2.setNumThreads(threads)
-    return batches
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

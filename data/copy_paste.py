@@ -1,31 +1,28 @@
-"""Simple Copy-Paste (Ghiasi et al., CVPR 2021): objects of one training photo, laid over another one.
+"""Simple Copy-Paste (Ghiasi et al., CVPR 2021): objects of one training image, pasted over another one.
 
-It makes new surroundings, overlaps and sizes out of the objects that there are, which is worth most where they are few.
+It creates new surroundings, overlaps and sizes from existing objects, which helps most where they are few.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from data.annotation import to_rle
+from data.annotation import Sample, to_mask
 
-if TYPE_CHECKING:
-    from data.coco import Sample
-
-LEAST_LEFT = 0.2  # of an object's area; what shows less of itself is not asked for
+MIN_VISIBLE = 0.2  # of an object's area; an object that shows less is not trained on
 
 
 def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smallest: float = 0.5) -> Sample:
-    """`sample` with a random choice of the objects of `source` pasted over it, as a new Sample.
+    """Return `sample` with a random choice of the objects of `source` pasted over it, as a new Sample.
 
-    They keep their arrangement. All are scaled by the same factor, from `smallest` to its inverse and evenly in its
-    logarithm, mirrored in half of the cases and moved at random, such that the centre of one of them lies in the photo.
-    Masks and boxes of objects that are partly covered become those of what still shows.
+    They keep their arrangement. All are scaled by the same factor, log-uniform from `smallest` to its inverse, mirrored
+    in half of the cases and moved at random, such that the centre of one of them lies in the image. Masks and boxes of
+    objects that become partly covered are reduced to what remains visible.
     """
     if not len(source.boxes):
         return sample
@@ -35,9 +32,9 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     matrix = _placement(source.boxes[chosen[0]], (height, width), rng, smallest)
     present = []
     for i in chosen:
-        whole = rle.decode(to_rle(source.segmentations[i], *source.image.shape[:2]))
+        whole = to_mask(source.segmentations[i], *source.image.shape[:2])
         mask = cv2.warpAffine(whole * np.uint8(255), matrix, (width, height), flags=cv2.INTER_LINEAR) > 127
-        if mask.sum() >= max(1, LEAST_LEFT * whole.sum() * matrix[1, 1] ** 2):
+        if mask.sum() >= max(1, MIN_VISIBLE * whole.sum() * matrix[1, 1] ** 2):
             present.append((mask, int(source.labels[i])))
     if not present:
         return sample
@@ -49,11 +46,11 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     for box, label, segmentation in zip(sample.boxes, sample.labels, sample.segmentations, strict=True):
         x1, y1, x2, y2 = np.array((*np.floor(box[:2]), *np.ceil(box[2:])), int)
         if cover[y1:y2, x1:x2].any():
-            mask = rle.decode(to_rle(segmentation, height, width)).astype(bool)
-            left = mask & ~cover
-            if left.sum() < LEAST_LEFT * mask.sum() or not left.any():
+            mask = to_mask(segmentation, height, width)
+            visible = mask & ~cover
+            if visible.sum() < MIN_VISIBLE * mask.sum() or not visible.any():
                 continue
-            box, segmentation = _outline(left)
+            box, segmentation = _outline(visible)
         objects.append((box, label, segmentation))
     for mask, label in present:
         box, segmentation = _outline(mask)
@@ -69,7 +66,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
 
 
 def _placement(box: np.ndarray, size: tuple[int, int], rng: np.random.Generator, smallest: float) -> np.ndarray:
-    """[2, 3] for cv2.warpAffine: scale, mirror and move such that the box's centre comes to lie in `size` (h, w)."""
+    """[2, 3] for cv2.warpAffine: scale, mirror and move so that the box's centre lies within `size` (h, w)."""
     scale = np.exp(rng.uniform(np.log(smallest), -np.log(smallest)))
     across = -scale if rng.random() < 0.5 else scale
     x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])

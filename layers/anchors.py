@@ -1,4 +1,4 @@
-"""Anchors for any height x width (paper, section 4; the sizes are in the configuration)."""
+"""Anchors for any height x width (paper, section 4)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ LEVELS = (3, 4, 5, 6, 7)  # P3..P7, of strides 8..128
 
 
 def feature_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Height and width of P3..P7 for an input of `height` x `width` pixels: each stride-2 layer rounds up."""
+    """Return height and width of P3..P7 for an input of `height` x `width` pixels. Each stride-2 layer rounds up."""
     return [(-(-height // 2**level), -(-width // 2**level)) for level in LEVELS]
+
+
+def prototype_size(height: int, width: int) -> tuple[int, int]:
+    """Return height and width of the prototypes for an input of `height` x `width` pixels: twice those of P3."""
+    rows, columns = feature_sizes(height, width)[0]
+    return 2 * rows, 2 * columns
 
 
 def make_anchors(
@@ -21,11 +27,15 @@ def make_anchors(
     square: bool = False,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """[A, 4] anchors (cx, cy, w, h), relative to an input of `height` x `width` pixels.
+    """Return [A, 4] anchors (cx, cy, w, h), relative to an input of `height` x `width` pixels.
 
-    Ordered by level, row, column, size and ratio, as the head's outputs are. `sizes` holds the sides in pixels for
-    each level, `ratios` are width / height. `square` gives every anchor its width as height: the shape that the
-    authors' first weights were trained with.
+    They are ordered by level, row, column, size and ratio, as the head's outputs are.
+
+    Args:
+        sizes: the sides in pixels for each level.
+        ratios: width / height.
+        square: give every anchor its width as height. The authors' first weights were trained like this, by a bug
+            that is part of their meaning; MMDetection's and YOLACT++'s have true ratios.
     """
     levels = []
     for (rows, columns), sides in zip(feature_sizes(height, width), sizes, strict=True):

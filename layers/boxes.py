@@ -1,6 +1,7 @@
-"""Boxes: corner form (x1, y1, x2, y2), centre form (cx, cy, w, h), offsets to anchors, and overlaps.
+"""Box formats, offsets to anchors, and overlaps.
 
-All functions work on the last dimension, whatever comes before it, and on any unit.
+Corner form is (x1, y1, x2, y2), centre form is (cx, cy, w, h). All functions work on the last dimensions, whatever
+comes before them, and in any unit.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 VARIANCES = (0.1, 0.2)  # of centres and of sides, as in SSD (Liu et al. 2016)
-# The largest change of a side that an offset can ask for. MMDetection's value; no trained network gets near it, and it
-# keeps an untrained one from overflowing.
+# The largest change of a side that an offset can ask for. It is MMDetection's value; trained networks do not come near
+# it, and it keeps an untrained one from overflowing.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
@@ -29,7 +30,10 @@ def to_centres(boxes: Tensor) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Offsets [..., 4] that `decode` turns into `boxes`: corner form, of positive size. Anchors are in centre form."""
+    """Return the offsets [..., 4] that `decode` turns into `boxes`.
+
+    Boxes are in corner form and of positive size, anchors in centre form.
+    """
     boxes = to_centres(boxes)
     centre = (boxes[..., :2] - anchors[..., :2]) / (VARIANCES[0] * anchors[..., 2:])
     size = (boxes[..., 2:] / anchors[..., 2:]).log() / VARIANCES[1]
@@ -37,7 +41,7 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
-    """Offsets [..., A, 4] and anchors [A, 4] in centre form -> boxes [..., A, 4] in corner form, always in float32."""
+    """Offsets [..., A, 4] and anchors [A, 4] in centre form -> boxes [..., A, 4] in corner form, always float32."""
     offsets, anchors = offsets.float(), anchors.float()
     centre = anchors[..., :2] + offsets[..., :2] * VARIANCES[0] * anchors[..., 2:]
     size = anchors[..., 2:] * (offsets[..., 2:] * VARIANCES[1]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -51,7 +55,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Areas [..., N, M] that boxes a [..., N, 4] and b [..., M, 4] in corner form share."""
+    """Return the areas [..., N, M] that boxes a [..., N, 4] and b [..., M, 4] in corner form share."""
     a, b = a.unsqueeze(-2), b.unsqueeze(-3)
     width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
     height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
@@ -59,12 +63,12 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union [..., N, M] of boxes a [..., N, 4] and b [..., M, 4]; 0 where both are empty."""
+    """Return the intersection over union [..., N, M] of boxes a [..., N, 4] and b [..., M, 4]; 0 if both are empty."""
     shared = intersection(a, b)
     union = area(a).unsqueeze(-1) + area(b).unsqueeze(-2) - shared
     return shared / union.clamp(min=1e-12)
 
 
 def box_iof(a: Tensor, b: Tensor) -> Tensor:
-    """The share [..., N, M] of each box of a [..., N, 4] that lies inside each box of b [..., M, 4], for crowds."""
+    """Return the share [..., N, M] of each box of a [..., N, 4] inside each box of b [..., M, 4], for crowds."""
     return intersection(a, b) / area(a).unsqueeze(-1).clamp(min=1e-12)

@@ -1,78 +1,73 @@
-"""Raw predictions -> a fixed number of detections a picture.
-
-Without `trim`, and with an NMS that allows it, no shape here depends on a value and nothing waits for one: the same
-code runs eagerly, inside a CUDA graph and in an exported model.
-"""
+"""Raw predictions -> a fixed number of detections per image."""
 
 from __future__ import annotations
-
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from config import DetectionConfig
 from layers.boxes import decode
-from layers.nms import NMS, trimmed_nms
-
-
-class Candidates(NamedTuple):
-    """M detections a picture, best first. Slots with a score of -1 are unused."""
-
-    boxes: Tensor  # [B, M, 4] corner form, relative to the picture
-    scores: Tensor  # [B, M] 0..1, or -1
-    labels: Tensor  # [B, M] 0..C-1
-    coefficients: Tensor  # [B, M, K]
+from layers.nms import NMS
+from layers.structures import Candidates, Predictions
+from utils.errors import UserError, nearest
 
 
 def detect(
-    offsets: Tensor,
-    logits: Tensor,
-    coefficients: Tensor,
-    anchors: Tensor,
-    *,
-    score_threshold: float = 0.05,
-    min_score: float = 0.0,
-    iou_threshold: float = 0.5,
-    nms: str = "fast",
-    nms_top_k: int = 200,
-    max_detections: int = 100,
-    level_sizes: list[int] | None = None,
-    pre_nms_top_k: int = 0,
-    clip_boxes: bool = False,
-    trim: bool = False,
+    predictions: Predictions, anchors: Tensor, config: DetectionConfig, drop_weak_anchors: bool = False
 ) -> Candidates:
-    """Decode, choose and suppress.
+    """Select anchors by their scores, decode their boxes and suppress duplicates.
 
-    offsets [B, A, 4], logits [B, A, C + 1] with the background first, coefficients [B, A, K], anchors [A, 4].
-    An anchor takes part when its best class scores over `score_threshold`, and then with all of its classes: what it
-    scores for the others may come out too, unless it is under `min_score`. With `pre_nms_top_k`, only so many anchors
-    of each level (their numbers are `level_sizes`) take part. `nms` is a key of layers.nms.NMS. `trim` leaves out early
-    what cannot come out: the same result but for exact ties, sooner on a CPU; but shapes depend on values then.
+    An anchor is used if its best class scores more than `config.score_threshold`, and then with all of its classes:
+    Fast NMS in the authors' code sees those too. `config.strict` says whether they can be reported.
+
+    Args:
+        predictions: raw outputs of B images.
+        anchors: [A, 4] in centre form, relative to the image.
+        config: thresholds, NMS and limits.
+        drop_weak_anchors: remove anchors below the threshold before decoding, as the authors' code does. The result
+            is the same but shapes depend on values, so this is for the CPU, where it is faster.
+
+    Returns:
+        Candidates with at most `config.top_k` slots per image.
     """
-    scores = logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
-    if pre_nms_top_k and level_sizes:
-        chosen = _best_per_level(scores.amax(dim=-1), level_sizes, pre_nms_top_k)
+    if config.nms not in NMS:
+        raise UserError(f"unknown nms {config.nms!r}{nearest(config.nms, NMS)}")
+    offsets, coefficients = predictions.boxes, predictions.coefficients
+    scores = predictions.logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
+    if config.pre_nms_top_k:
+        chosen = _best_per_level(scores.amax(dim=-1), level_sizes(predictions), config.pre_nms_top_k)
         scores, offsets, coefficients = (_take(x, chosen) for x in (scores, offsets, coefficients))
         anchors = anchors[chosen]
-    if trim:
-        counting = (scores.amax(dim=-1) > score_threshold).any(dim=0).nonzero()[:, 0]
-        counting = counting if len(counting) else counting.new_zeros(1)
-        scores, offsets, coefficients = (x[:, counting] for x in (scores, offsets, coefficients))
-        anchors = anchors[..., counting, :]
+    if drop_weak_anchors:
+        used = (scores.amax(dim=-1) > config.score_threshold).any(dim=0).nonzero()[:, 0]
+        used = used if len(used) else used.new_zeros(1)
+        scores, offsets, coefficients = (x[:, used] for x in (scores, offsets, coefficients))
+        anchors = anchors[..., used, :]
     boxes = decode(offsets, anchors)
-    if clip_boxes:
+    if config.clip_boxes:
         boxes = boxes.clamp(0, 1)
-    weak = (scores.amax(dim=-1, keepdim=True) <= score_threshold) | (scores < min_score)
+    min_score = config.score_threshold if config.strict else 0.0
+    weak = (scores.amax(dim=-1, keepdim=True) <= config.score_threshold) | (scores < min_score)
     scores = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
-    suppress = partial(trimmed_nms, NMS[nms]) if trim else NMS[nms]
-    kept = suppress(boxes, scores, iou_threshold, nms_top_k, max_detections)
+    kept = NMS[config.nms](boxes, scores, config.nms_threshold, config.nms_top_k, config.top_k)
     return Candidates(
-        _take(boxes, kept.index),
+        _take(boxes, kept.indices),
+        # Cluster-NMS lowers scores, so the threshold is applied once more.
         kept.scores.masked_fill(kept.scores < min_score, -1.0),
         kept.labels,
-        _take(coefficients, kept.index),
+        _take(coefficients, kept.indices),
     )
+
+
+def level_sizes(predictions: Predictions) -> list[int]:
+    """Return how many of the anchors belong to P3, P4, ..., P7.
+
+    It follows from the prototypes, which have twice the size of P3: each further level halves it, rounding up.
+    """
+    rows, columns = predictions.prototypes.shape[1] // 2, predictions.prototypes.shape[2] // 2
+    positions = [-(-rows // 2**i) * -(-columns // 2**i) for i in range(5)]
+    per_position = predictions.boxes.shape[1] // sum(positions)
+    return [count * per_position for count in positions]
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -80,10 +75,10 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def _best_per_level(best: Tensor, level_sizes: list[int], count: int) -> Tensor:
+def _best_per_level(best: Tensor, sizes: list[int], count: int) -> Tensor:
     """Indices [B, M] of the `count` highest of `best` [B, A] within each level."""
     chosen, start = [], 0
-    for size, level in zip(level_sizes, best.split(level_sizes, dim=1), strict=True):
+    for size, level in zip(sizes, best.split(sizes, dim=1), strict=True):
         chosen.append(level.topk(min(count, size), dim=1).indices + start)
         start += size
     return torch.cat(chosen, dim=1)

@@ -9,11 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import DetectionConfig
+
+MASK_BUDGET = 256 * 2**20  # bytes for one chunk of masks
+
+
+def mask_logits(prototypes: Tensor, coefficients: Tensor) -> Tensor:
+    """Prototypes [h, w, K] and coefficients [N, K] -> mask logits [N, h, w], always float32 (equation 1)."""
+    height, width, count = prototypes.shape
+    return (coefficients.float() @ prototypes.float().reshape(-1, count).T).view(-1, height, width)
+
 
 def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> tuple[Tensor, Tensor]:
-    """Boxes [N, 4] in corner form, relative -> low and high corners [N, 2] in pixels, widened by `padding` of them.
+    """Boxes [N, 4] in corner form, relative -> low and high corners [N, 2] in pixels, widened by `padding` pixels.
 
-    Corners in the wrong order are put right. The pixels p of a box are those with low <= p < high.
+    Corners in the wrong order are swapped. The pixels p of a box are those with low <= p < high.
     """
     scale = boxes.new_tensor((width, height))
     low = torch.minimum(boxes[:, :2], boxes[:, 2:]) * scale - padding
@@ -22,7 +32,10 @@ def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> tup
 
 
 def crop_window(boxes: Tensor, height: int, width: int, padding: int = 1) -> Tensor:
-    """[N, height, width] bool: the pixels inside each box, see `crop_limits`."""
+    """Return [N, height, width] bool, true for the pixels inside each box, see `crop_limits`.
+
+    The authors pad by one pixel, so that a box thinner than a prototype pixel still has some.
+    """
     low, high = crop_limits(boxes, height, width, padding)
     x = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
     y = torch.arange(height, device=boxes.device, dtype=boxes.dtype)
@@ -31,64 +44,23 @@ def crop_window(boxes: Tensor, height: int, width: int, padding: int = 1) -> Ten
     return rows[:, :, None] & columns[:, None, :]
 
 
-def combine(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = None) -> Tensor:
-    """Soft masks [N, h, w], 0..1: sigmoid of prototypes [h, w, K] times coefficients [N, K], always in float32.
+def soft_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = None) -> Tensor:
+    """Return soft masks [N, h, w] of values 0..1 at the prototypes' resolution.
 
-    With `boxes` [N, 4] (corner form, relative) each mask is 0 outside of its box.
+    With `boxes` [N, 4] (corner form, relative) each mask is 0 outside its box.
     """
-    masks = torch.einsum("hwk,nk->nhw", prototypes.float(), coefficients.float()).sigmoid()
-    if boxes is not None:
-        masks = masks * crop_window(boxes, *prototypes.shape[:2])
-    return masks
+    masks = mask_logits(prototypes, coefficients).sigmoid()
+    return masks if boxes is None else masks * crop_window(boxes, *prototypes.shape[:2])
 
 
 def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
-    """Soft masks [N, h, w] -> [N], 0..1: the mean of each over its pixels above `threshold`, 0 where there is none.
+    """Soft masks [N, h, w] -> [N], 0..1: the mean of each over its pixels above `threshold`, 0 if there are none.
 
-    Wang et al., SOLO: A Simple Framework for Instance Segmentation (2021): a mask that is sure of its pixels is more
-    often a good one, which the class score does not know.
+    Wang et al., SOLO: A Simple Framework for Instance Segmentation (2021). A mask with confident pixels is more often
+    a good one, which the class score does not express.
     """
     inside = masks > threshold
     return (masks * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
-
-
-def resize_masks(masks: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Soft masks [N, h, w] -> bool [N, H, W]: enlarged bilinearly, then cut at `threshold`."""
-    return F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0] > threshold
-
-
-def enlargement(size: int, target: int, device: torch.device) -> Tensor:
-    """[target, size]: the matrix that does to a line of `size` pixels what bilinear enlargement to `target` does."""
-    return F.interpolate(torch.eye(size, device=device)[None], target, mode="linear", align_corners=False)[0].T
-
-
-def masks_by_window(
-    prototypes: Tensor, coefficients: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
-) -> Tensor:
-    """Masks cropped to their boxes, bool [N, H, W]: what `combine` and `resize_masks` give, computed where a mask is.
-
-    Box by box, and it waits for their values: for a CPU.
-    """
-    height, width = prototypes.shape[:2]
-    rows, columns = (enlargement(n, m, boxes.device) for n, m in zip((height, width), size, strict=True))
-    columns = columns.T.contiguous()
-    limits = boxes.new_tensor((width, height))
-    low, high = (x.ceil().clamp(min=0).minimum(limits).int() for x in crop_limits(boxes, height, width))
-    masks = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
-    logits = (coefficients.float() @ prototypes.float().flatten(0, 1).T).view(-1, height, width)
-    for mask, logit, (x1, y1), (x2, y2) in zip(masks, logits, low.tolist(), high.tolist(), strict=True):
-        soft = logit[y1:y2, x1:x2].sigmoid()
-        top, bottom = _reach(y1, y2, size[0] / height, size[0])
-        left, right = _reach(x1, x2, size[1] / width, size[1])
-        enlarged = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
-        # PyTorch takes three times as long to write into a part of a mask.
-        np.greater(enlarged.numpy(), threshold, out=mask.numpy()[top:bottom, left:right])
-    return masks
-
-
-def _reach(first: int, end: int, scale: float, size: int) -> tuple[int, int]:
-    """The enlarged pixels, of `size`, that pixels `first`..`end` - 1 have a part in: one more to each side does."""
-    return max(0, int((first - 1) * scale)), min(size, int((end + 1) * scale) + 1)
 
 
 def assemble_masks(
@@ -96,29 +68,67 @@ def assemble_masks(
     coefficients: Tensor,
     boxes: Tensor,
     size: tuple[int, int],
-    *,
-    crop: bool = True,
-    crop_after_resize: bool = False,
-    by_window: bool = False,
-    threshold: float = 0.5,
-    budget: int = 256 * 2**20,
+    config: DetectionConfig,
+    budget: int = MASK_BUDGET,
 ) -> Iterator[Tensor]:
-    """The masks of one picture of `size` (H, W) as bool chunks [n, H, W], each made with about `budget` bytes.
+    """Yield the masks of one image as bool chunks [n, H, W], each computed in about `budget` bytes.
 
-    prototypes [h, w, K], coefficients [N, K], boxes [N, 4] (corner form, relative). Masks are cropped to their boxes
-    at the prototypes' resolution and then enlarged, as the published numbers were made; `crop_after_resize` crops the
-    enlarged ones too, so that nothing leaks past a box. Soft masks count where they are over `threshold`. `by_window`
-    takes `masks_by_window`, the faster way on a CPU.
+    Soft masks are cropped to their boxes at the prototypes' resolution, upsampled and then thresholded. This order
+    gave the published numbers, and lets a mask exceed its box by up to one prototype pixel, which is 1/138 of the
+    image. `config.crop_after_resize` also crops the upsampled masks, so that no pixel lies outside a box.
+
+    Args:
+        prototypes: [h, w, K].
+        coefficients: [N, K].
+        boxes: [N, 4] in corner form, relative to the image.
+        size: height and width of the image.
+        config: the cropping and the threshold.
+        budget: bytes for one chunk.
     """
     height, width = size
-    chunk = max(1, budget // (height * width * 5))  # a float32 and a bool for every pixel
+    chunk = max(1, budget // (height * width * 5))  # a float32 and a bool per pixel
     for start in range(0, len(boxes), chunk):
         part = slice(start, start + chunk)
-        if crop and by_window:
-            masks = masks_by_window(prototypes, coefficients[part], boxes[part], size, threshold)
+        if config.crop and prototypes.device.type == "cpu":
+            masks = _upsample_windows(prototypes, coefficients[part], boxes[part], size, config.mask_threshold)
         else:
-            masks = combine(prototypes, coefficients[part], boxes[part] if crop else None)
-            masks = resize_masks(masks, size, threshold)
-        if crop and crop_after_resize:
+            soft = soft_masks(prototypes, coefficients[part], boxes[part] if config.crop else None)
+            masks = F.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > config.mask_threshold
+        if config.crop and config.crop_after_resize:
             masks &= crop_window(boxes[part], height, width, padding=0)
         yield masks
+
+
+def _upsample_windows(
+    prototypes: Tensor, coefficients: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Tensor:
+    """Cropped masks, bool [N, H, W], computed only where a box lets them be nonzero.
+
+    Bilinear upsampling is a product with one matrix for the rows and one for the columns, so a window of the result
+    needs a window of each. Equal to upsampling whole masks. WINDOWS_FIGURE
+    """
+    height, width = prototypes.shape[:2]
+    rows, columns = (_upsampling_matrix(n, m) for n, m in zip((height, width), size, strict=True))
+    columns = columns.T.contiguous()
+    limits = boxes.new_tensor((width, height))
+    low, high = (x.ceil().clamp(min=0).minimum(limits).int() for x in crop_limits(boxes, height, width))
+    masks = torch.zeros((len(boxes), *size), dtype=torch.bool)
+    logits = mask_logits(prototypes, coefficients)
+    for mask, logit, (x1, y1), (x2, y2) in zip(masks, logits, low.tolist(), high.tolist(), strict=True):
+        top, bottom = _reach(y1, y2, size[0] / height, size[0])
+        left, right = _reach(x1, x2, size[1] / width, size[1])
+        soft = logit[y1:y2, x1:x2].sigmoid()
+        upsampled = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
+        # NumPy writes into a part of a mask three times faster than PyTorch.
+        np.greater(upsampled.numpy(), threshold, out=mask.numpy()[top:bottom, left:right])
+    return masks
+
+
+def _upsampling_matrix(size: int, target: int) -> Tensor:
+    """[target, size]: bilinear upsampling of a line of `size` pixels to `target` pixels, as a matrix."""
+    return F.interpolate(torch.eye(size)[None], target, mode="linear", align_corners=False)[0].T
+
+
+def _reach(first: int, end: int, scale: float, size: int) -> tuple[int, int]:
+    """The upsampled pixels that pixels `first` to `end` - 1 influence, which is one more on each side."""
+    return max(0, int((first - 1) * scale)), min(size, int((end + 1) * scale) + 1)

@@ -1,7 +1,9 @@
-"""What the tests share: small generated data sets, and small models."""
+"""What the tests share: small generated data sets, small models, and running the scripts."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,13 +18,19 @@ import recipe
 import torch
 from pycocotools import mask as rle
 
-from data.config import Config, get_config
-from engine.checkpoint import save_checkpoint
-from engine.predictor import Predictor
+import eval as eval_script
+import train as train_script
+from config import Config, get_config
+from data import audit as audit_script
+from inference import Predictor
+from utils.errors import run_main
+from weights import load_model
+from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures"
+SCRIPTS = {"train.py": train_script.main, "eval.py": eval_script.main, "data.audit": audit_script.main}
 SMALL = ["--set", "max_size=96", "--set", "anchor_sizes=((8,),(16,),(32,),(64,),(96,))", "--init", "none"]
 
 CLASSES = ({"id": 7, "name": "disc"}, {"id": 3, "name": "tile"})  # neither sorted nor from 1
@@ -37,16 +45,16 @@ def ellipse(cx: float, cy: float, rx: float, ry: float) -> list[float]:
 def make_dataset(
     folder: Path, count: int = 8, size: tuple[int, int] = (96, 128), seed: int = 0, negatives: int = 0
 ) -> Path:
-    """`count` pictures of discs and tiles on noise, with polygons, some as RLE; the path of the JSON.
+    """`count` images of discs and tiles on noise, with polygons, some as RLE; the path of the JSON.
 
-    The last `negatives` pictures hold nothing.
+    The last `negatives` images hold nothing.
     """
     rng = np.random.default_rng(seed)
     height, width = size
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for i in range(count):
-        picture = rng.integers(90, 130, (height, width, 3)).astype(np.uint8)
+        image = rng.integers(90, 130, (height, width, 3)).astype(np.uint8)
         for k in range(0 if i >= count - negatives else 2):
             label = int(rng.integers(2))
             rx, ry = rng.uniform(0.12, 0.2, 2) * min(size)
@@ -58,7 +66,7 @@ def make_dataset(
                 polygon = [cx - rx, cy - ry, cx + rx, cy - ry, cx + rx, cy + ry, cx - rx, cy + ry]
                 polygon, color = [round(v, 2) for v in polygon], (220, 160, 40)
             points = np.array(polygon).reshape(-1, 2)
-            cv2.fillPoly(picture, [points.round().astype(np.int32)], color)
+            cv2.fillPoly(image, [points.round().astype(np.int32)], color)
             x1, y1, x2, y2 = *points.min(axis=0), *points.max(axis=0)
             segmentation = [polygon]
             if k == 1 and i % 2:
@@ -75,16 +83,25 @@ def make_dataset(
                     "iscrowd": 0,
                 }
             )
-        name = f"picture_{i}.png"
-        cv2.imwrite(str(folder / "images" / name), picture)
+        name = f"image_{i}.png"
+        cv2.imwrite(str(folder / "images" / name), image)
         images.append({"id": 10 + 3 * i, "file_name": name, "height": height, "width": width})
     path = folder / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": list(CLASSES)}))
     return path
 
 
-def run(*args, code=0, cwd=ROOT, timeout=900):
-    """Run a script as a user would; its output."""
+def run(*args, code=0):
+    """Run train.py, eval.py or -m data.audit in this process, as from the command line; return what it prints."""
+    words = [str(arg) for arg in args if arg != "-m"]
+    main, out = SCRIPTS[words[0]], io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as ended:
+        run_main(lambda: main(words[1:]))
+    return checked(out.getvalue(), ended.value.code, code)
+
+
+def spawn(*args, code=0, cwd=ROOT, timeout=900, **options):
+    """Run Python in a process of its own, for tests that are about processes; return what it prints."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *map(str, args)],
@@ -94,12 +111,18 @@ def run(*args, code=0, cwd=ROOT, timeout=900):
         text=True,
         timeout=timeout,
         check=False,
+        **options,
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    return checked(done.stdout + done.stderr, done.returncode, code)
+
+
+def checked(text, code, wanted):
+    """Return `text`, after checking the exit code, and that a mistake is reported in one line."""
+    assert code == wanted, text
     if code == 2:
-        assert re.search("^error: ", done.stderr, re.MULTILINE), done.stderr
-        assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+        assert re.search("^error: ", text, re.MULTILINE), text
+        assert "Traceback" not in text
+    return text
 
 
 def train_args(path, *more):
@@ -116,7 +139,7 @@ def photo(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """The JSON of eight pictures, the last one without objects; the photos lie beside it in `images`."""
+    """The JSON of eight images, the last one without objects; they lie beside it in `images`."""
     return make_dataset(tmp_path / "data", 8, negatives=1)
 
 
@@ -147,7 +170,7 @@ def weights(tmp_path_factory, small_config):
 
 @pytest.fixture(scope="session")
 def predictor(weights):
-    return Predictor(Yolact.from_weights(weights), device="cpu", precision="fp32")
+    return Predictor(load_model(weights), device="cpu", precision="fp32")
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import argparse
 import json
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, spawn
 
 from benchmarks import compare, report
-from engine.benchmark import benchmark, format_report, network_flops
+from benchmarks.stages import benchmark, format_report, network_flops
 
 
 def test_readme_shows_the_figures_in_the_files():
@@ -19,7 +19,7 @@ def test_readme_shows_the_figures_in_the_files():
 
 
 def test_operations_do_not_depend_on_how_they_are_computed(small_config):
-    from data.config import get_config
+    from config import get_config
 
     assert network_flops(get_config("yolact_resnet50"), (550, 550)) == pytest.approx(118.28e9, rel=1e-3)
     assert network_flops(small_config, (96, 96), 3) == 3 * network_flops(small_config, (96, 96))
@@ -29,13 +29,13 @@ def test_operations_do_not_depend_on_how_they_are_computed(small_config):
 
 @pytest.mark.parametrize("provide", [0, 7])
 def test_every_stage_is_timed(predictor, provide):
-    result = benchmark(predictor, batch_size=2, provide=provide, picture=(60, 80), repeats=3)
+    result = benchmark(predictor, batch_size=2, provide=provide, image_size=(60, 80), repeats=3)
     stages = result["stages_ms"]
     assert set(stages) >= {"read", "backbone", "FPN", "prototypes", "head", "detect", "masks", "draw", "network"}
     assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in stages.values())
-    assert stages["picture to masks"]["median"] > stages["network"]["median"] * 0.8
+    assert stages["image to masks"]["median"] > stages["network"]["median"] * 0.8
     assert 0 < result["share_of_peak"] < 2
-    assert "picture to masks" in format_report(result)
+    assert "image to masks" in format_report(result)
     json.dumps(result)
 
 
@@ -68,9 +68,9 @@ def test_our_side_of_the_comparison(weights):
 @pytest.mark.slow
 def test_costs_are_measured(tmp_path):
     out = tmp_path / "scaling.json"
-    run("benchmarks/scaling.py", "--config", "yolact_lite", "--sizes", 64, 96, "--batches", 1, "--detections", 3,
+    spawn("benchmarks/scaling.py", "--config", "yolact_lite", "--sizes", 64, 96, "--batches", 1, "--detections", 3,
         "--repeats", 2, "--output", out)  # fmt: skip
     result = json.loads(out.read_text())
     assert [row["varied"] for row in result["rows"]] == ["size"] * 2 + ["batch_size", "detections"] + ["picture"] * 4
-    assert all(row["picture_to_masks_ms"] > 0 and row["memory_mib"] > 100 for row in result["rows"])
+    assert all(row["image_to_masks_ms"] > 0 and row["memory_mib"] > 100 for row in result["rows"])
     assert "How cost grows" in report.scaling(result)

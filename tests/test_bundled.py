@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT
 from pycocotools import mask as rle
 
-from engine.predictor import Predictor
-from eval import BUNDLED
-from yolact import Yolact
+from inference import Predictor
+from weights import load_model
+from weights.released import BUNDLED
 
 CARD = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
 METRICS = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def test_the_file_is_small_and_in_half_precision():
 
 
 def test_it_knows_people():
-    model = Yolact.from_weights(BUNDLED)
+    model = load_model(BUNDLED)
     assert (model.config.name, model.config.class_names) == ("yolact_lite", ("person",))
     assert all(p.dtype is torch.float32 for p in model.parameters())
 
@@ -44,7 +44,7 @@ def test_it_knows_people():
 @pytest.mark.parametrize("photo", PEOPLE)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_people_in_the_demo_photos(photo, precision):
-    predictor = Predictor(Yolact.from_weights(BUNDLED), device="cpu", precision=precision, score_threshold=0.3)
+    predictor = Predictor(load_model(BUNDLED), device="cpu", precision=precision, score_threshold=0.3)
     detections = predictor(cv2.imread(str(ROOT / "data/demo" / photo)))
     left, top, right, bottom = PEOPLE[photo]
     x1, y1, x2, y2 = detections.boxes[0].tolist()

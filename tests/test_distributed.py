@@ -7,12 +7,14 @@ import json
 
 import pytest
 import torch
-from conftest import make_dataset, run, train_args
+from conftest import make_dataset, run, spawn, train_args
 
+from config import from_dict
 from data.audit import SAMPLE
-from data.coco import CocoDataset, EndlessShuffle, training_batches
-from data.config import config_from_dict
-from engine.trainer import TrainStep
+from data.coco import CocoDataset
+from data.loader import EndlessShuffle, TrainingLoader
+from training.trainer import TrainStep
+from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
 # Steps of plain SGD are as close as the gradients are; batch norm trained in parts is another network.
@@ -25,7 +27,7 @@ def steps_taken(folder):
     """How far each weight is from where the run began, and the running average from the weights."""
     content = torch.load(folder / "last.pth", weights_only=True)
     torch.manual_seed(0)
-    start = Yolact(config_from_dict(content["config"])).state_dict()
+    start = Yolact(from_dict(content["config"])).state_dict()
     raw = content["training"]["raw"]
     moved = {name: raw[name] - start[name] for name in start if start[name].is_floating_point()}
     return moved | {f"average {name}": raw[name] - content["model"][name] for name in moved}
@@ -48,26 +50,24 @@ def assert_same_run(folder, other):
 def test_two_processes_take_the_steps_of_one(dataset, tmp_path):
     args = train_args(dataset, "--batch_size", "4", *EXACT)
     run(*args, "--output_dir", tmp_path / "one")
-    out = run(*TORCHRUN, *args, "--output_dir", tmp_path / "two")
+    out = spawn(*TORCHRUN, *args, "--output_dir", tmp_path / "two")
     assert "2 x cpu" in out
     assert out.count("schedule:") == 1
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "two/best.pth").exists()
     run("train.py", "--resume", tmp_path / "one", "--max_iter", "5")
-    assert "resumed" in run(*TORCHRUN, "train.py", "--resume", tmp_path / "two", "--max_iter", "5")
+    assert "resumed" in spawn(*TORCHRUN, "train.py", "--resume", tmp_path / "two", "--max_iter", "5")
     assert len(losses(tmp_path / "two")) == 5
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_evaluation_is_shared_without_duplicates(dataset, small_config, tmp_path):
-    from engine.checkpoint import save_checkpoint
-
     save_checkpoint(tmp_path / "w.pth", Yolact(small_config))
     args = ["eval.py", "--weights", tmp_path / "w.pth", "--annotations", dataset, "--device", "cpu"]
     args += ["--image_dir", dataset.parent / "images", "--score_threshold", "0.01"]
     run(*args, "--output", tmp_path / "one.json")
-    run(*TORCHRUN, *args, "--output", tmp_path / "two.json")
+    spawn(*TORCHRUN, *args, "--output", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.results.json").read_text()) for name in ("one", "two"))
     assert len(one) == len(two) > 0
     key = lambda r: (r["image_id"], -r["score"], r["category_id"], r["bbox"])  # noqa: E731
@@ -87,6 +87,11 @@ def test_accumulated_parts_take_the_step_of_the_whole(dataset, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def first_batch(data, config, size):
+    with TrainingLoader(data, config, batch_size=size) as batches:
+        return next(batches)
+
+
 def without_objects(target):
     return {key: value if key == "seed" else value[:0] for key, value in target.items()}
 
@@ -94,7 +99,7 @@ def without_objects(target):
 def test_gradients_of_parts_add_up(dataset, small_config):
     """Also with a part that holds no object at all."""
     data = CocoDataset(dataset, dataset.parent / "images")
-    batch = next(training_batches(data, small_config, batch_size=4, seed=0))
+    batch = first_batch(data, small_config, 4)
     batch.targets[0] = without_objects(batch.targets[0])
     step = TrainStep(Yolact(small_config)).train()
     step.model.backbone.eval()
@@ -116,7 +121,7 @@ def test_gradients_of_parts_add_up(dataset, small_config):
 def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
     """DDP waits for every one of them."""
     data = CocoDataset(dataset, dataset.parent / "images")
-    batch = next(training_batches(data, small_config, batch_size=2, seed=0))
+    batch = first_batch(data, small_config, 2)
     empty = [without_objects(target) for target in batch.targets]
     step = TrainStep(Yolact(small_config)).train()
     sum(step(batch.images, empty).values()).backward()
@@ -126,7 +131,7 @@ def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
 def test_batches_that_cannot_be_shared_are_refused(tmp_path):
     path = make_dataset(tmp_path / "data", 2)
     out = run(*train_args(path, "--batch_size", "2", "--accumulate", "3"), code=2)
-    assert "batch size 2 cannot be shared by 1 processes in 3 parts each" in out
+    assert "batch size 2 cannot be shared by 1 processes in 3 micro-batches each" in out
 
 
 @pytest.mark.slow
@@ -136,15 +141,15 @@ def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
     looked_at = range(0, 230, -(-230 // SAMPLE))
     keys = itertools.islice(EndlessShuffle(230, seed=0, rank=1, world_size=2), 10)
     for index in [index for _, index in keys if index not in looked_at][:3]:
-        (tmp_path / f"data/images/picture_{index}.png").write_bytes(b"broken")
+        (tmp_path / f"data/images/image_{index}.png").write_bytes(b"broken")
     args = train_args(path, "--batch_size", "20", "--max_iter", "20", "--output_dir", tmp_path / "run")
     args[args.index("--val_annotations") + 1] = make_dataset(tmp_path / "val", 2)
     args[args.index("--val_images") + 1] = tmp_path / "val/images"
-    out = run(*TORCHRUN, *args, code=1)
-    assert out.count("3 of 230 photos cannot be used") == 2
+    out = spawn(*TORCHRUN, *args, code=1)
+    assert out.count("3 of 230 images cannot be used") == 2
 
 
 @pytest.mark.slow
 def test_sync_batch_norm_is_for_gpus(dataset, tmp_path):
     args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path)
-    assert "sync_bn=true needs GPUs" in run(*TORCHRUN, *args, "--set", "sync_bn=true", code=1)
+    assert "sync_bn=true needs GPUs" in spawn(*TORCHRUN, *args, "--set", "sync_bn=true", code=1)

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torchvision.ops import batched_nms
 
+from config import DetectionConfig
 from layers import boxes as box_ops
-from layers.anchors import feature_sizes, make_anchors
+from layers.anchors import feature_sizes, make_anchors, prototype_size
 from layers.detect import detect
-from layers.masks import assemble_masks, combine, crop_window, maskness
+from layers.masks import assemble_masks, crop_window, maskness, soft_masks
 from layers.nms import NMS, cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
+from layers.structures import Predictions
 
 SIZES = ((24,), (48,), (96,), (192,), (384,))
 
@@ -66,7 +68,7 @@ def test_fast_nms_against_its_definition():
     wanted = sorted(wanted, reverse=True)[:100]
     used = kept.scores[0] > 0
     found = list(
-        zip(kept.scores[0][used].tolist(), kept.labels[0][used].tolist(), kept.index[0][used].tolist(), strict=True)
+        zip(kept.scores[0][used].tolist(), kept.labels[0][used].tolist(), kept.indices[0][used].tolist(), strict=True)
     )
     assert found == wanted
     assert kept.scores.shape == (1, 100)
@@ -74,9 +76,11 @@ def test_fast_nms_against_its_definition():
 
 @pytest.mark.parametrize("hot", [0, 3, 150, 2000])
 @pytest.mark.parametrize("nms", NMS)
-def test_trimmed_detection_is_the_same(nms, hot):
-    """Leaving out what cannot come out changes nothing: few objects, none, crowds, all anchors."""
-    anchors = make_anchors(200, 200, SIZES, (1, 0.5, 2))
+def test_dropping_weak_anchors_changes_nothing(nms, hot):
+    """Few objects, none, crowds, all anchors: the shortcut for the CPU gives the same detections."""
+    size = 200
+    anchors = make_anchors(size, size, SIZES, (1, 0.5, 2))
+    rows = 2 * -(-size // 8)
     offsets, coefficients = torch.randn(2, len(anchors), 4), torch.randn(2, len(anchors), 8)
     logits = torch.randn(2, len(anchors), 21)
     logits[..., 0] += 9
@@ -84,19 +88,20 @@ def test_trimmed_detection_is_the_same(nms, hot):
         some = torch.randperm(len(anchors))[:hot]
         logits[b, some, 0] -= 9
         logits[b, some, torch.randint(1, 6, (len(some),))] += 6 * torch.rand(len(some))
-    for options in ({}, {"min_score": 0.3}, {"level_sizes": [1875, 507, 147, 48, 12], "pre_nms_top_k": 100}):
-        options |= {"score_threshold": options.get("min_score", 0.05), "nms": nms}
-        fixed, trimmed = (detect(offsets, logits, coefficients, anchors, trim=t, **options) for t in (False, True))
+    raw = Predictions(offsets, logits, coefficients, torch.zeros(2, rows, rows, 8), None)
+    for options in ({}, {"score_threshold": 0.3}, {"pre_nms_top_k": 100}):
+        config = DetectionConfig(nms=nms, **options)
+        fixed, dropped = (detect(raw, anchors, config, drop_weak_anchors=drop) for drop in (False, True))
         for b in range(2):
             used = int((fixed.scores[b] > 0).sum())
-            assert int((trimmed.scores[b] > 0).sum()) == used
-            for wanted, found in zip(fixed, trimmed, strict=True):
+            assert int((dropped.scores[b] > 0).sum()) == used
+            for wanted, found in zip(fixed, dropped, strict=True):
                 assert torch.equal(wanted[b, :used], found[b, :used])
 
 
 def kept_set(kept):
     used = kept.scores[0] > 0
-    return set(zip(kept.labels[0][used].tolist(), kept.index[0][used].tolist(), strict=True))
+    return set(zip(kept.labels[0][used].tolist(), kept.indices[0][used].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -118,7 +123,7 @@ def test_score_penalty_lowers_what_overlaps():
     boxes = torch.tensor([[[0.1, 0.1, 0.5, 0.5], [0.12, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]])
     scores = torch.tensor([[[0.9, 0.8, 0.7]]])
     kept = cluster_penalty_nms(boxes, scores)
-    assert kept.index[0].tolist() == [0, 2, 1]
+    assert kept.indices[0].tolist() == [0, 2, 1]
     assert kept.scores[0, :2].tolist() == pytest.approx([0.9, 0.7])
     assert kept.scores[0, 2] < 0.05
 
@@ -128,79 +133,101 @@ def test_cross_class_nms_keeps_one_class_a_place():
     scores = torch.tensor([[[0.9, 0.2, 0.1], [0.3, 0.8, 0.6]]])
     kept = cross_class_nms(boxes, scores)
     used = kept.scores[0] > 0
-    assert kept.index[0][used].tolist() == [0, 2]
+    assert kept.indices[0][used].tolist() == [0, 2]
     assert kept.labels[0][used].tolist() == [0, 1]
     assert (fast_nms(boxes, scores).scores[0] > 0).sum() == 4
 
 
-def raw_predictions(batch: int = 2, anchors: int = 200, classes: int = 4):
-    return (
+def raw_predictions(batch: int = 2, anchors: int = 15, classes: int = 4):
+    """For an input of 8x8: one position in each of five levels, with as many anchors each."""
+    return Predictions(
         0.3 * torch.randn(batch, anchors, 4),
         2 * torch.randn(batch, anchors, classes + 1),
         torch.rand(batch, anchors, 8),
+        torch.rand(batch, 2, 2, 8),
+        None,
     )
 
 
 def test_detect_gives_the_same_alone_and_in_a_batch():
     anchors = box_ops.to_centres(random_boxes(200)[0])
-    raw = raw_predictions()
-    together = detect(*raw, anchors)
+    raw = raw_predictions(anchors=200)
+    together = detect(raw, anchors, DetectionConfig())
     for b in range(2):
-        alone = detect(*(x[b : b + 1] for x in raw), anchors)
+        alone = detect(Predictions(*(x[b : b + 1] for x in raw[:4]), None), anchors, DetectionConfig())
         for one, both in zip(alone, together, strict=True):
             assert torch.equal(one[0], both[b])
 
 
 def test_detect_has_fixed_shapes_without_detections():
     anchors = box_ops.to_centres(random_boxes(200)[0])
-    offsets, logits, coefficients = raw_predictions()
-    logits[..., 0] = 50
-    found = detect(offsets, logits, coefficients, anchors, max_detections=30)
+    raw = raw_predictions(anchors=200)
+    raw.logits[..., 0] = 50
+    found = detect(raw, anchors, DetectionConfig(top_k=30))
     assert found.boxes.shape == (2, 30, 4)
     assert (found.scores == -1).all()
 
 
-def test_detect_min_score_and_levels():
+def test_levels_follow_from_the_prototypes():
+    from layers.detect import level_sizes
+
+    for size in ((550, 550), (97, 333)):
+        anchors = make_anchors(*size, SIZES, (1, 0.5, 2))
+        rows, columns = prototype_size(*size)
+        raw = raw_predictions(1, len(anchors))._replace(prototypes=torch.zeros(1, rows, columns, 8))
+        assert level_sizes(raw) == [3 * h * w for h, w in feature_sizes(*size)]
+    few = detect(raw_predictions(), random_boxes(15)[0], DetectionConfig(pre_nms_top_k=2, top_k=400))
+    assert few.boxes.shape[1] == 4 * 5 * 2  # classes, levels, anchors of each
+
+
+def test_the_threshold_of_the_configuration_is_monotonous():
+    """A higher threshold never gives more detections. At the published one, weak classes of an anchor may remain."""
     anchors = box_ops.to_centres(random_boxes(200)[0])
-    raw = raw_predictions()
-    scores = detect(*raw, anchors, min_score=0.5).scores
-    assert ((scores >= 0.5) | (scores == -1)).all()
-    assert (scores > 0).any()
-    few = detect(*raw, anchors, level_sizes=[150, 50], pre_nms_top_k=10, max_detections=400)
-    assert few.boxes.shape[1] == 4 * 20
+    raw = raw_predictions(anchors=200)
+    counts = []
+    for threshold in (0.0, 0.01, 0.05, 0.06, 0.3, 0.6, 0.99):
+        scores = detect(raw, anchors, DetectionConfig(score_threshold=threshold, top_k=2000)).scores
+        counts.append(int((scores > 0).sum()))
+        if threshold > 0.05:
+            assert ((scores >= threshold) | (scores == -1)).all()
+    assert counts == sorted(counts, reverse=True)
+    assert counts[1] > counts[3] > counts[4] > counts[5] > 0
+    assert (detect(raw, anchors, DetectionConfig(top_k=2000)).scores < 0.05).any()
+    clipped = detect(raw, anchors, DetectionConfig(top_k=2000, clip_boxes=True)).scores  # as MMDetection
+    assert ((clipped >= 0.05) | (clipped == -1)).all()
+
+
+def masks_of(prototypes, coefficients, boxes, size, budget=2**28, **options):
+    config = DetectionConfig(**options)
+    return torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, config, budget)))
 
 
 def test_masks_in_chunks_are_the_same():
     prototypes, coefficients = torch.rand(20, 24, 8), torch.randn(9, 8)
     boxes = random_boxes(9)[0]
-    whole = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, (61, 83))))
-    parts = list(assemble_masks(prototypes, coefficients, boxes, (61, 83), budget=2 * 61 * 83 * 5))
-    assert max(map(len, parts)) == 2
-    assert torch.equal(torch.cat(parts), whole)
+    whole = masks_of(prototypes, coefficients, boxes, (61, 83))
+    chunks = list(assemble_masks(prototypes, coefficients, boxes, (61, 83), DetectionConfig(), 2 * 61 * 83 * 5))
+    assert max(map(len, chunks)) == 2
+    assert torch.equal(torch.cat(chunks), whole)
 
 
 def test_lower_thresholds_give_larger_masks():
-    prototypes, coefficients, boxes = torch.rand(20, 24, 8), torch.randn(9, 8), random_boxes(9)[0]
-    low, half, high = (
-        torch.cat(list(assemble_masks(prototypes, coefficients, boxes, (61, 83), threshold=t))) for t in (0.3, 0.5, 0.7)
-    )
-    assert torch.equal(half, torch.cat(list(assemble_masks(prototypes, coefficients, boxes, (61, 83)))))
+    args = torch.rand(20, 24, 8), torch.randn(9, 8), random_boxes(9)[0], (61, 83)
+    low, half, high = (masks_of(*args, mask_threshold=t) for t in (0.3, 0.5, 0.7))
+    assert torch.equal(half, masks_of(*args))
     assert not (high & ~half).any()
     assert not (half & ~low).any()
     assert high.sum() < half.sum() < low.sum()
 
 
-def test_crop_after_resize_leaves_no_pixel_past_the_box():
-    prototypes, coefficients = torch.ones(16, 16, 1), torch.full((5, 1), 4.0)
-    boxes = random_boxes(5)[0]
-    size = (200, 300)
-    leaky = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size)))
-    tight = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, crop_after_resize=True)))
+def test_crop_after_resize_leaves_no_pixel_outside_the_box():
+    boxes, size = random_boxes(5)[0], (200, 300)
+    args = torch.ones(16, 16, 1), torch.full((5, 1), 4.0), boxes, size
+    leaky, tight = masks_of(*args), masks_of(*args, crop_after_resize=True)
     inside = crop_window(boxes, *size, padding=0)
     assert (leaky & ~inside).any()
     assert not (tight & ~inside).any()
-    full = torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, crop=False)))
-    assert full.all()
+    assert masks_of(*args, crop=False).all()
 
 
 def test_crop_window_takes_corners_in_any_order():
@@ -217,20 +244,19 @@ def test_maskness_is_the_mean_inside():
     assert maskness(masks[:0]).shape == (0,)
 
 
-def test_combine_is_float32():
-    assert combine(torch.rand(4, 4, 2).bfloat16(), torch.rand(3, 2).bfloat16()).dtype == torch.float32
+def test_masks_are_float32():
+    assert soft_masks(torch.rand(4, 4, 2).bfloat16(), torch.rand(3, 2).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [(48, 64), (301, 203), (5, 400), (1, 1)])
-def test_masks_by_window_are_the_same(size):
+def test_upsampled_windows_equal_upsampled_masks(size):
     prototypes, coefficients = torch.rand(31, 40, 6), torch.randn(30, 6)
-    low = torch.rand(30, 2) * 1.4 - 0.2  # some lie partly or wholly outside
+    low = torch.rand(30, 2) * 1.4 - 0.2  # some lie partly or entirely outside
     boxes = torch.cat((low, low + torch.rand(30, 2)), dim=1)
     boxes[0] = boxes[0, [2, 3, 0, 1]]
-    for options in ({}, {"crop": False}, {"crop_after_resize": True}, {"threshold": 0.3}):
-        whole, windows = (
-            torch.cat(list(assemble_masks(prototypes, coefficients, boxes, size, by_window=w, budget=2**17, **options)))
-            for w in (False, True)
-        )
+    for threshold in (0.3, 0.5):
+        soft = soft_masks(prototypes, coefficients, boxes)
+        whole = torch.nn.functional.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > threshold
+        windows = masks_of(prototypes, coefficients, boxes, size, 2**17, mask_threshold=threshold)
         assert whole.any() or size == (1, 1)
         assert torch.equal(whole, windows)

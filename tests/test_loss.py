@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data.config import get_config
+from config import get_config
 from layers.anchors import make_anchors
 from layers.boxes import box_iou, to_corners
-from layers.loss import TERMS, MultiBoxLoss, mask_cross_entropy, shrink_masks
-from layers.masks import crop_window, resize_masks
+from layers.loss import TERMS, MultiBoxLoss, mask_cross_entropy, resize_truth
+from layers.masks import crop_window
 from yolact import MaskIoUNet, Predictions
 
 CONFIG = get_config("yolact_resnet50", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
-ANCHORS = make_anchors(128, 128, CONFIG.anchor_sizes, CONFIG.aspect_ratios)
+ANCHORS = make_anchors(128, 128, CONFIG.model.anchor_sizes, CONFIG.model.aspect_ratios)
 
 
 def predictions(batch: int, classes: int = 3) -> Predictions:
@@ -37,7 +37,7 @@ EMPTY = target(0)
 @pytest.mark.parametrize("targets", [[target(), EMPTY], [EMPTY, EMPTY], [target(0, crowds=2)], [target(3, crowds=1)]])
 def test_keys_never_change_and_all_is_finite(targets):
     raw = predictions(len(targets))
-    losses = MultiBoxLoss(CONFIG)(raw, ANCHORS, targets)
+    losses = MultiBoxLoss(CONFIG.loss)(raw, ANCHORS, targets)
     assert tuple(losses) == TERMS
     total = sum(losses.values())
     total.backward()
@@ -47,7 +47,7 @@ def test_keys_never_change_and_all_is_finite(targets):
 
 def test_a_picture_without_objects_unlearns_its_strongest_mistakes():
     raw = predictions(1)
-    losses = MultiBoxLoss(CONFIG)(raw, ANCHORS, [EMPTY])
+    losses = MultiBoxLoss(CONFIG.loss)(raw, ANCHORS, [EMPTY])
     assert losses["class"] > 0
     assert losses["box"] == losses["mask"] == 0
     losses["class"].backward()
@@ -66,7 +66,7 @@ def test_every_object_gets_an_anchor_of_its_own():
         "masks": torch.zeros(4, 8, 8),
         "crowds": torch.zeros(0, 4),
     }
-    matches = MultiBoxLoss(CONFIG).match(ANCHORS, [some])
+    matches = MultiBoxLoss(CONFIG.loss).match(ANCHORS, [some])
     owners = matches.objects[0][matches.positive[0]]
     assert set(owners.tolist()) == {0, 1, 2, 3}
     assert torch.equal(matches.classes[0][matches.positive[0]], some["labels"][owners] + 1)
@@ -74,13 +74,13 @@ def test_every_object_gets_an_anchor_of_its_own():
 
 def test_thresholds_and_crowds():
     some = target(2)
-    matches = MultiBoxLoss(CONFIG).match(ANCHORS, [some])
+    matches = MultiBoxLoss(CONFIG.loss).match(ANCHORS, [some])
     best = box_iou(some["boxes"], to_corners(ANCHORS)).amax(dim=0)
     classes = matches.classes[0]
     assert (classes[best >= 0.5] > 0).all()
     assert (classes[(best >= 0.4) & (best < 0.5)] != 0).all()
     some["crowds"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    crowded = MultiBoxLoss(CONFIG).match(ANCHORS, [some]).classes[0]
+    crowded = MultiBoxLoss(CONFIG.loss).match(ANCHORS, [some]).classes[0]
     inside = (to_corners(ANCHORS) >= 0).all(dim=1) & (to_corners(ANCHORS) <= 1).all(dim=1)
     assert (crowded[inside] != 0).all()
     assert torch.equal(crowded > 0, classes > 0)
@@ -90,7 +90,7 @@ def test_mask_outside_of_its_box_cannot_explode():
     """As shifted annotations have it; the original's loss takes 100 for each such pixel."""
     some = target(1)
     some["masks"][:] = 1
-    losses = MultiBoxLoss(CONFIG)(predictions(1), ANCHORS, [some])
+    losses = MultiBoxLoss(CONFIG.loss)(predictions(1), ANCHORS, [some])
     assert losses["mask"] < 30
 
 
@@ -113,7 +113,8 @@ def test_enlarged_masks_keep_what_is_thinner_than_a_prototype_pixel():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = resize_masks(logits.detach().sigmoid() * crop_window(boxes, 32, 32), (64, 64))
+    soft = logits.detach().sigmoid() * crop_window(boxes, 32, 32)
+    found = torch.nn.functional.interpolate(soft[None], (64, 64), mode="bilinear", align_corners=False)[0] > 0.5
     both, either = (found & (masks > 0)).sum(), (found | (masks > 0)).sum()
     assert both / either > 0.45
 
@@ -136,7 +137,7 @@ def test_enlarged_masks_cost_what_others_do():
 
 def test_positives_given_from_outside():
     raw, some = predictions(1), [target(2)]
-    loss = MultiBoxLoss(CONFIG)
+    loss = MultiBoxLoss(CONFIG.loss)
     count = int(loss.match(ANCHORS, some).positive.sum())
     torch.manual_seed(0)
     own = loss(raw, ANCHORS, some)
@@ -148,7 +149,7 @@ def test_positives_given_from_outside():
 
 def test_mask_iou_term():
     net = MaskIoUNet(3)
-    loss = MultiBoxLoss(CONFIG)
+    loss = MultiBoxLoss(CONFIG.loss)
     some = target(2)
     some["masks"][:] = 0
     for targets in ([EMPTY], [some]):  # nothing to learn from, yet the weights are used
@@ -163,15 +164,15 @@ def test_mask_iou_term():
 
 def test_semantic_needs_training_mode():
     with pytest.raises(ValueError, match="training mode"):
-        MultiBoxLoss(CONFIG)(predictions(1)._replace(semantic=None), ANCHORS, [EMPTY])
+        MultiBoxLoss(CONFIG.loss)(predictions(1)._replace(semantic=None), ANCHORS, [EMPTY])
 
 
 def test_loss_is_float32_under_mixed_precision():
     raw = Predictions(*(value.detach().bfloat16() for value in predictions(1)))
-    assert all(value.dtype == torch.float32 for value in MultiBoxLoss(CONFIG)(raw, ANCHORS, [target()]).values())
+    assert all(value.dtype == torch.float32 for value in MultiBoxLoss(CONFIG.loss)(raw, ANCHORS, [target()]).values())
 
 
-def test_shrink_masks_keeps_binary():
+def test_resized_truth_stays_binary():
     masks = (torch.rand(2, 50, 60) > 0.5).byte()
-    assert set(shrink_masks(masks, (20, 20)).unique().tolist()) <= {0.0, 1.0}
-    assert torch.equal(shrink_masks(masks, (50, 60)), masks.float())
+    assert set(resize_truth(masks, (20, 20)).unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(resize_truth(masks, (50, 60)), masks.float())

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photo, run
+from conftest import ROOT, photo, run, spawn
 from pycocotools import mask as rle
 
-from data.errors import UserError
-from engine.outputs import instance_map, labelme, prototype_sheet, rings
-from engine.predictor import Detections, Predictor
-from layers.masks import combine
+from config import override
+from inference import Detections, Predictor
+from inference.outputs import instance_map, labelme, prototype_sheet, rings
+from layers.masks import soft_masks
 from layers.nms import NMS
-from yolact import Yolact
+from utils.errors import UserError
+from weights import load_model
 
 
 def disc_detections(height=301, width=203, count=2):
@@ -113,7 +114,10 @@ def test_a_list_gives_the_same_as_one_by_one(predictor):
     for picture, found in zip(pictures, together, strict=True):
         alone = predictor(picture)
         assert len(alone) == len(found) > 0
-        assert torch.allclose(alone.boxes, found.boxes, atol=1e-3)
+        assert torch.allclose(alone.scores, found.scores, atol=1e-5)
+        # Scores that are equal up to rounding may change places.
+        one, other = (x.boxes[x.boxes.sum(dim=1).argsort()] for x in (alone, found))
+        assert torch.allclose(one, other, atol=1e-2)
         assert found.size == picture.shape[:2]
     assert predictor([]) == []
 
@@ -125,16 +129,16 @@ def test_the_same_frame_twice_gives_the_same_masks(predictor):
 
 @pytest.mark.parametrize("nms", NMS)
 def test_every_nms_and_threshold(weights, nms):
-    found = Predictor(Yolact.from_weights(weights), "cpu", nms=nms, score_threshold=0.4, top_k=7)(photo())
+    found = Predictor(load_model(weights), "cpu", nms=nms, score_threshold=0.4, top_k=7)(photo())
     assert 0 < len(found) <= 7
     assert (found.scores >= 0.4).all()
     assert (found.scores.diff() <= 0).all()
 
 
 def test_the_configuration_says_how_to_detect(weights):
-    model = Yolact.from_weights(weights)
+    model = load_model(weights)
     plain = Predictor(model, "cpu")(photo())
-    model.config = replace(model.config, mask_threshold=0.3, crop_after_resize=True)
+    model.config = override(model.config, mask_threshold=0.3, crop_after_resize=True)
     found = Predictor(model, "cpu")(photo())
     leaky = Predictor(model, "cpu", crop_after_resize=False)(photo())
     assert torch.equal(found.boxes, plain.boxes)
@@ -142,21 +146,21 @@ def test_the_configuration_says_how_to_detect(weights):
     assert (leaky.masks & ~found.masks).any()
     assert not (plain.masks & ~leaky.masks).any()
     assert (leaky.masks & ~plain.masks).any()
-    model.config = replace(model.config, top_k=7)
+    model.config = override(model.config, top_k=7)
     assert len(Predictor(model, "cpu")(photo())) == 7 < len(plain)
     assert len(Predictor(model, "cpu", top_k=9)(photo())) == 9
 
 
 def test_maskness_ranks_masks_and_leaves_boxes(weights):
-    model = Yolact.from_weights(weights)
+    model = load_model(weights)
     plain = Predictor(model, "cpu")(photo())
     found = Predictor(model, "cpu", maskness=True)(photo())
-    model.config = replace(model.config, maskness=True)
+    model.config = override(model.config, maskness=True)
     assert torch.equal(Predictor(model, "cpu")(photo()).mask_scores, found.mask_scores)
     assert torch.equal(Predictor(model, "cpu", maskness=False)(photo()).mask_scores, plain.scores)
     assert torch.equal(found.scores, plain.scores)
     assert torch.equal(found.masks, plain.masks)
-    soft = combine(found.prototypes, found.coefficients, found.relative_boxes)
+    soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes)
     sure = [float(m[m > 0.5].mean()) if (m > 0.5).any() else 0.0 for m in soft]
     assert len(set(sure)) > 1
     assert found.mask_scores.tolist() == pytest.approx(
@@ -170,7 +174,7 @@ def test_maskness_ranks_masks_and_leaves_boxes(weights):
 
 @pytest.mark.parametrize("size", [(64, 160), (128, 48)])
 def test_any_network_size(weights, size):
-    found = Predictor(Yolact.from_weights(weights), "cpu", size=size)(photo(120, 300))
+    found = Predictor(load_model(weights), "cpu", size=size)(photo(120, 300))
     assert len(found) > 0
     assert (found.boxes[:, 2:] <= torch.tensor([300, 120])).all()
     assert (found.boxes[:, :2] >= 0).all()
@@ -178,14 +182,14 @@ def test_any_network_size(weights, size):
 
 
 def test_predictor_refuses(weights):
-    model = Yolact.from_weights(weights)
+    model = load_model(weights)
     for options, words in (
         ({"device": "cuda:99"}, "no device 'cuda:99'"),
         ({"precision": "int8"}, "unknown precision"),
         ({"precision": "fp16"}, "for GPUs"),
         ({"nms": "fats"}, "did you mean 'fast'"),
         ({"size": (16, 64)}, "at least 32"),
-        ({"score_threshold": 30}, "between 0 and 1"),
+        ({"score_threshold": 30}, "at most 1"),
         ({"top_k": 0}, "top_k"),
     ):
         with pytest.raises(UserError, match=words):
@@ -213,9 +217,9 @@ def test_command_line_writes_every_kind(weights, tmp_path):
     assert "broken.jpg: cannot be read" in out
     out_2 = run("eval.py", "--weights", weights, "--image", "none.jpg", folder / "p1.jpg", "--output", tmp_path / "two",
                 "--device", "cpu", code=1)  # fmt: skip
-    assert "none.jpg: no such picture" in out_2
+    assert "none.jpg: no such image" in out_2
     assert (tmp_path / "two/p1.jpg").is_file()
-    assert "1 of 4 pictures could not be read" in out
+    assert "1 of 4 images could not be read" in out
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     endings = ("", ".json", ".masks.json", ".masks.png", ".polygons.json", ".prototypes.png")
     assert len(names) == 3 * len(endings)
@@ -229,11 +233,11 @@ def test_command_line_writes_every_kind(weights, tmp_path):
     assert numbers.max() <= len(table)
 
 
-def test_command_line_places_of_results(weights, tmp_path):
+def test_command_line_places_of_results(weights, tmp_path, monkeypatch):
     cv2.imwrite(str(tmp_path / "a.jpg"), photo())
     common = ["eval.py", "--device", "cpu", "--trained_model", weights]
     before = (tmp_path / "a.jpg").read_bytes()
-    run(ROOT / "eval.py", *common[1:], "--image", "a.jpg", cwd=tmp_path)
+    spawn(ROOT / "eval.py", *common[1:], "--image", "a.jpg", cwd=tmp_path)
     run(*common, "--image", f"{tmp_path}/a.jpg:{tmp_path}/deep/er/b.jpg")
     run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png", "--maskness")
     run(*common, "--image", f"{tmp_path}/*.jpg", "--output", tmp_path)
@@ -246,19 +250,16 @@ def test_command_line_places_of_results(weights, tmp_path):
     assert plain
     assert all(found["mask_score"] == found["score"] for found in plain)
     assert any(found["mask_score"] < found["score"] for found in ranked)
-    listed = subprocess.run(
-        [sys.executable, "eval.py", *map(str, common[1:]), "--image", "-", "--output", str(tmp_path / "listed")],
-        input=f"{tmp_path / 'a.jpg'}\n", text=True, cwd=ROOT, capture_output=True, check=False,
-    )  # fmt: skip
-    assert listed.returncode == 0, listed.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{tmp_path / 'a.jpg'}\n"))
+    run(*common, "--image", "-", "--output", tmp_path / "listed")
     assert (tmp_path / "listed/a.jpg").is_file()
 
 
 def test_command_line_mistakes(weights, dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [
-        (["--image", "none.jpg"], "none.jpg: no such picture"),
-        (["--images", tmp_path / "empty"], "no pictures in this folder"),
+        (["--image", "none.jpg"], "none.jpg: no such image"),
+        (["--images", tmp_path / "empty"], "no images in this folder"),
         (["--images", tmp_path / "none"], "no such folder"),
         (["--video", tmp_path / "none.mp4"], "no such video"),
         (["--annotations", dataset], "--image_dir"),
@@ -267,33 +268,20 @@ def test_command_line_mistakes(weights, dataset, tmp_path):
         (["--image", dataset, "--no_crop", "--crop_after_resize"], "exclude each other"),
         (["--image", weights, "--benchmark"], "at once"),
         (["--image", dataset, "--save", "overlays"], "did you mean 'overlay'"),
-        (["--image", dataset, "--size", "400"], "HxW"),
+        (["--image", dataset, "--size", "400x"], "HxW"),
         (["--image", dataset, "--config", "yolact_r55"], "did you mean 'yolact_r50"),
-        (["--image", dataset, "--config", "yolact_r50"], "leave --config out"),
+        (["--image", dataset, "--config", "yolact_r50"], "without --config"),
         (["--image", dataset, "--weights", dataset], "a text file"),
         (["--image", dataset, "--weights", "none.pth"], "no such weights file"),
     ]
     for args, words in cases:
         more = [] if "--weights" in args else ["--weights", weights]
-        assert words in in_process(*args, *more), args
-
-
-def in_process(*args):
-    """eval.py's message for a mistake, without the start of a new interpreter."""
-    import eval as script
-
-    old, sys.argv = sys.argv, ["eval.py", *map(str, args)]
-    try:
-        with pytest.raises(UserError) as error:
-            script.main()
-    finally:
-        sys.argv = old
-    return str(error.value)
+        assert words in run("eval.py", *args, *more, code=2), args
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(weights):
-    out = run("eval.py", "--weights", weights, "--image", "none.jpg", code=2)
-    assert out.strip() == "error: none.jpg: no such picture"
+    out = spawn("eval.py", "--weights", weights, "--image", "none.jpg", code=2)
+    assert out.strip() == "error: none.jpg: no such image"
 
 
 # Memory
@@ -302,8 +290,8 @@ MEASURE = """
 import resource, sys, numpy as np, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from engine.outputs import write_results
-from engine.predictor import Detections
+from inference.outputs import write_results
+from inference import Detections
 
 def detections(size, count):
     low = torch.rand(count, 2) * 0.6
@@ -336,7 +324,7 @@ def test_prototype_sheet():
     sheet = prototype_sheet(disc_detections(200, 300))
     assert sheet.dtype == np.uint8
     assert sheet.shape[1] == 8 * 207  # 2:3 as the picture
-    with pytest.raises(ValueError, match="of a picture of"):
+    with pytest.raises(ValueError, match="of an image of"):
         disc_detections().draw(photo())
 
 
@@ -351,11 +339,11 @@ def test_overlay_reads_on_small_and_large_pictures():
 
 def test_names_of_neighbours_do_not_hide_each_other():
     """Boxes one beside the other, as in a crowd: every name finds a place of its own."""
-    from engine.draw import _free_place, _meet
+    from utils.draw import _free_place, _overlap
 
     taken = []
     for shift in (0, 4, 8, 12):
         box = np.array([40 + shift, 60 + shift, 160 + shift, 200 + shift])
         taken.append(_free_place((300, 300), (70, 18), box, taken))
-    assert not any(_meet(a, b) for i, a in enumerate(taken) for b in taken[:i])
+    assert not any(_overlap(a, b) for i, a in enumerate(taken) for b in taken[:i])
     assert all(x1 >= 0 and y1 >= 0 and x2 <= 300 and y2 <= 300 for x1, y1, x2, y2 in taken)

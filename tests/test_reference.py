@@ -12,12 +12,12 @@ import torch
 from conftest import FIXTURES
 from pycocotools import mask as rle
 
-from data.config import get_config
-from engine.checkpoint import model_from_weights
-from engine.predictor import Predictor
+from config import get_config
+from inference import Predictor
 from layers.anchors import make_anchors
 from layers.boxes import to_corners
 from layers.loss import MultiBoxLoss
+from weights import load_model
 from yolact import Predictions
 
 FILES = {"authors": "dbolya_yolact_resnet50.npz", "mmdet": "mmdet_yolact_r50.npz"}
@@ -36,7 +36,7 @@ def reference(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
     torch.save(state if request.param == "authors" else {"meta": {}, "state_dict": state}, path)
     picture = recipe.image(*map(int, stored["image_hw"]), int(stored["seed"]))
-    return request.param, stored, picture, model_from_weights(path).eval()
+    return request.param, stored, picture, load_model(path)
 
 
 def test_raw_outputs(reference):
@@ -102,9 +102,9 @@ def test_losses_and_gradients(stored):
         targets.append(
             {"boxes": boxes[:n, :4], "labels": boxes[:n, 4].long(), "masks": masks[:n], "crowds": boxes[n:, :4]}
         )
-    anchors = make_anchors(550, 550, config.anchor_sizes, config.aspect_ratios, config.square_anchors)
+    anchors = make_anchors(550, 550, config.model.anchor_sizes, config.model.aspect_ratios, config.model.square_anchors)
     predictions = Predictions(raw["loc"], raw["conf"], raw["mask"], raw["proto"], raw["segm"])
-    losses = MultiBoxLoss(config)(predictions, anchors, targets)
+    losses = MultiBoxLoss(config.loss)(predictions, anchors, targets)
     for term, key in (("box", "B"), ("mask", "M"), ("class", "C"), ("semantic", "S")):
         assert float(losses[term].detach()) == pytest.approx(stored["losses"][key], rel=1e-4)
     sum(losses.values()).backward()

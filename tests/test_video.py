@@ -11,11 +11,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, spawn
 
-from data.errors import UserError
-from engine import video
-from engine.video import process_video
+from inference import video
+from inference.video import process_video
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -70,14 +70,14 @@ def test_interrupted_video_is_playable(predictor, film, tmp_path):
 
 def test_video_does_not_replace_itself(predictor, film):
     before = film.read_bytes()
-    with pytest.raises(UserError, match="replace the film itself"):
+    with pytest.raises(UserError, match="replace the video itself"):
         process_video(predictor, str(film), film.with_suffix(""), ("overlay",))
     assert film.read_bytes() == before
 
 
 FULL_DISK = """
 import resource, signal, sys, numpy as np
-from data.errors import run_main
+from utils.errors import run_main
 import eval as script
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # as if the disk were full
@@ -102,7 +102,7 @@ def test_errors_while_writing_reach_the_caller(predictor, film, tmp_path, monkey
     def fail(*_):
         raise UserError("disk full")
 
-    monkeypatch.setattr(video.VideoWriter, "_finish_film", fail)
+    monkeypatch.setattr(video.VideoWriter, "_finish_video", fail)
     with pytest.raises(UserError, match="disk full"):
         process_video(predictor, str(film), tmp_path / "x", ("overlay", "json"))
     assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
@@ -143,7 +143,7 @@ def test_a_persons_own_frames_stay(weights, film, tmp_path):
 
 def test_beside_the_film_the_result_has_another_name(weights, film):
     before = film.read_bytes()
-    run(ROOT / "eval.py", "--weights", weights, "--video", film.name, "--output", ".", "--max_images", 2,
+    spawn(ROOT / "eval.py", "--weights", weights, "--video", film.name, "--output", ".", "--max_images", 2,
         "--device", "cpu", cwd=film.parent)  # fmt: skip
     assert film.read_bytes() == before
     assert (film.parent / "film.yolact.mp4").exists()

@@ -1,0 +1,517 @@
+"""Every named configuration: frozen dataclasses in sections, passed to the code that needs them.
+
+    config = get_config("yolact_r50")                 # a key of CONFIGS, or another name it is published under
+    config = get_config("yolact_r50", max_size=400)   # with overrides; an unknown key is an error
+    config = get_config("my.py", lr="2e-3")           # a Python file that defines `config`; text is converted
+
+The values are those of the paper's released code (`yolact_base` to `yolact_plus_resnet50`), of MMDetection
+(`yolact_r50`, `yolact_r50_8xb8`, `yolact_r101`), and our own (`yolact_lite`). Field names are unique over all
+sections, so an override never names its section.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import re
+import runpy
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError, nearest
+
+COCO_CLASSES = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+# COCO numbers its 80 classes from 1 to 90, with gaps.
+COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+
+PASCAL_CLASSES = tuple(
+    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,"
+    "sheep,sofa,train,tvmonitor".split(",")
+)
+PASCAL_IDS = tuple(range(1, 21))
+
+# Largest value of a size or count: far above anything usable, and small enough that nothing overflows.
+LARGEST = 10**6
+
+
+def limited(
+    default: Any,
+    *,
+    minimum: float = 0,
+    above: float | None = None,
+    maximum: float = math.inf,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its limits, which apply to every number in it."""
+    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What gives weights their meaning. Pixels are those of the network's input."""
+
+    # Every image is resized to a square of this side unless another size is asked for. Weights can be used at other
+    # sizes than they were trained at, so this is the one field that `differences` does not compare.
+    max_size: int = limited(550, minimum=32, maximum=16384)
+    mean: tuple[float, float, float] = limited((123.68, 116.78, 103.94), maximum=255)  # RGB, of values 0..255
+    std: tuple[float, float, float] = limited((58.40, 57.12, 57.38), above=0, maximum=1000)
+    resize_uint8: bool = False  # resize the 8-bit image (MMDetection) or the float image (the authors)
+
+    backbone: str = "resnet101"  # a key of backbone.BACKBONES
+    dcn_interval: int = limited(0, maximum=100)  # every n-th block from C3 on is deformable (YOLACT++); 0: none
+    fpn_channels: int = limited(256, minimum=1, maximum=LARGEST)
+    fpn_relu: bool = True  # a ReLU after the FPN's 3x3 convolutions
+    p6_from_c5: bool = False  # P6 comes from C5 (MMDetection) or from P5 (the authors)
+    proto_channels: int = limited(256, minimum=1, maximum=LARGEST)
+    num_prototypes: int = limited(32, minimum=1, maximum=LARGEST)
+    mask_iou: bool = False  # the mask re-scoring network of YOLACT++
+
+    # Anchors: sides in pixels for each of P3..P7, and width / height.
+    anchor_sizes: tuple[tuple[float, ...], ...] = limited(((24,), (48,), (96,), (192,), (384,)), above=0, maximum=1e5)
+    aspect_ratios: tuple[float, ...] = limited((1, 1 / 2, 2), above=0, maximum=1e3)
+    square_anchors: bool = True  # the authors' first weights were trained with heights equal to the widths
+
+    @property
+    def anchors_per_position(self) -> int:
+        return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
+
+
+# The authors evaluate at this score. It selects anchors, and an anchor that is selected for its best class may also
+# be reported for a class that scores less.
+PUBLISHED_THRESHOLD = 0.05
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """From raw outputs to detections. Any field can be given to `Predictor`, and to eval.py with --set."""
+
+    score_threshold: float = limited(PUBLISHED_THRESHOLD, maximum=1)  # an anchor is used if its best class scores more
+    nms: str = limited("fast", choices=("fast", "cross_class", "cluster", "cluster_penalty", "standard"))
+    nms_threshold: float = limited(0.5, maximum=1)
+    nms_top_k: int = limited(200, minimum=1, maximum=LARGEST)  # candidates per class
+    top_k: int = limited(100, minimum=1, maximum=LARGEST)  # detections per image
+    pre_nms_top_k: int = limited(0, maximum=LARGEST)  # anchors per pyramid level; 0: all (MMDetection: 1000)
+    clip_boxes: bool = False  # clip boxes to the image before NMS (MMDetection)
+    crop: bool = True  # crop masks to their boxes
+    crop_after_resize: bool = False  # crop at the image's resolution too: no pixel outside the box
+    mask_threshold: float = limited(0.5, maximum=1)  # applied to the upsampled soft mask
+    maskness: bool = False  # rank masks by their score times the mean of their pixels
+
+    @property
+    def strict(self) -> bool:
+        """Whether `score_threshold` also applies to every single detection.
+
+        It does in MMDetection, and wherever more than the published threshold is asked for: a person who asks for
+        0.3 expects no 0.1. At the published threshold the authors' results are reproduced, which keep such classes.
+        """
+        return self.clip_boxes or self.above_published
+
+    @property
+    def above_published(self) -> bool:
+        """Whether results are for display or an application, instead of for computing AP."""
+        return self.score_threshold > PUBLISHED_THRESHOLD
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimiser and schedule. lr, max_iter and lr_steps are for batch_size and scale with it."""
+
+    optimizer: str = limited("sgd", choices=("sgd", "adamw"))
+    batch_size: int = limited(8, minimum=1, maximum=LARGEST)
+    lr: float = limited(1e-3, above=0, maximum=1e3)
+    weight_decay: float = limited(5e-4, maximum=1e3)
+    max_iter: int = limited(800_000, maximum=10**9)  # 0: `epochs` is used
+    epochs: int = limited(0, maximum=LARGEST)
+    lr_schedule: str = limited("steps", choices=("steps", "cosine"))
+    # Where the learning rate is divided by ten, in iterations, or in epochs if `epochs` is used.
+    lr_steps: tuple[float, ...] = limited((280_000, 600_000, 700_000, 750_000), maximum=10**9)
+    warmup_iters: int = limited(500, maximum=10**9)
+    clip_grad: float = limited(0.0, maximum=1e9)  # largest gradient norm; 0: no limit
+    freeze_stages: int = limited(0, maximum=100)  # the stem and n - 1 stages (EfficientNet: blocks) keep their weights
+    freeze_bn: bool = False  # batch norm keeps the statistics and the scale that the backbone started with
+    sync_bn: bool = False  # batch norm takes its statistics over the images of all GPUs
+    ema: float = limited(0.0, below=1)  # decay of the EMA that is validated and saved; 0: none
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Matching and the mask loss. What no configuration varies is a constant in layers/loss.py."""
+
+    crowd_iou: float = limited(0.7, maximum=1)  # negatives that lie this far inside a crowd are ignored; 1: never
+    masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image; more positives than this are sampled
+    mask_supersample: int = limited(1, minimum=1, maximum=16)  # masks are compared at this multiple of their size
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """SSD's augmentation (paper, section 5) and copy-paste."""
+
+    augment_photometric: bool = True
+    augment_expand: float = limited(4.0, minimum=1, maximum=100)  # shrink by up to this factor onto a mean canvas
+    augment_crop: bool = True
+    crop_min_side: float = limited(0.3, above=0, maximum=1)  # of the image's width and height
+    augment_mirror: bool = True
+    copy_paste: float = limited(0.0, maximum=1)  # share of images that get objects of another one pasted in
+    min_box_size: float = limited(0.0, maximum=LARGEST)  # smaller boxes are not trained on, pixels
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model, how to detect with it, and the recipe that trains it."""
+
+    name: str
+    class_names: tuple[str, ...] = COCO_CLASSES  # in the order of the labels 0..C-1
+    category_ids: tuple[int, ...] = COCO_IDS  # go into COCO results
+    model: ModelConfig = ModelConfig()
+    detection: DetectionConfig = DetectionConfig()
+    training: TrainingConfig = TrainingConfig()
+    loss: LossConfig = LossConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "detection": DetectionConfig,
+    "training": TrainingConfig,
+    "loss": LossConfig,
+    "augmentation": AugmentationConfig,
+}
+
+
+def _field_table() -> dict[str, tuple[str, Any]]:
+    """Every key that can be overridden: its section ("" for Config's own) and its type."""
+    table: dict[str, tuple[str, Any]] = {}
+    for section, cls in {"": Config, **SECTIONS}.items():
+        for name, hint in typing.get_type_hints(cls).items():
+            if name not in SECTIONS:
+                table[name] = (section, hint)
+    return table
+
+
+FIELDS = _field_table()
+
+
+def override(config: Config, /, **overrides: Any) -> Config:
+    """Return `config` with some values replaced, each converted to the field's type and checked.
+
+    Raises UserError for an unknown key, a value of the wrong type or out of range, or values that contradict.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        if key not in FIELDS:
+            raise UserError(f"unknown configuration key {key!r}{nearest(key, FIELDS)}")
+        section, hint = FIELDS[key]
+        changed.setdefault(section, {})[key] = _convert(key, value, hint)
+    if "training" in changed:
+        changed["training"] = _with_length(config.training, changed["training"])
+    values = {name: replace(getattr(config, name), **changed[name]) for name in SECTIONS if name in changed}
+    config = replace(config, **values, **changed.get("", {}))
+    check(config)
+    return config
+
+
+def _with_length(training: TrainingConfig, changed: dict[str, Any]) -> dict[str, Any]:
+    """Add what an override of `max_iter` or `epochs` implies: the other is 0, and the steps move in proportion."""
+    given = [key for key in ("max_iter", "epochs") if changed.get(key)]
+    if len(given) != 1:
+        return changed
+    (key,) = given
+    other = "epochs" if key == "max_iter" else "max_iter"
+    length = training.epochs or training.max_iter
+    steps = tuple(step * changed[key] / length for step in training.lr_steps)
+    return {"lr_steps": steps, **changed, other: 0}
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """Return the fields in which weights of `a` would mean something else in a model of `b`."""
+    return [f.name for f in dataclasses.fields(a) if f.name != "max_size" and getattr(a, f.name) != getattr(b, f.name)]
+
+
+def check(config: Config) -> None:
+    """Raise UserError for values of the right type that cannot work."""
+    for section in SECTIONS:
+        values = getattr(config, section)
+        for item in dataclasses.fields(values):
+            _check_field(item, getattr(values, item.name))
+    model, training = config.model, config.training
+    if not config.class_names or len(config.class_names) != len(config.category_ids):
+        raise UserError(
+            f"{config.name}: {len(config.class_names)} class_names and {len(config.category_ids)} category_ids; "
+            "there must be at least one, and as many of both"
+        )
+    if len(set(config.category_ids)) < len(config.category_ids):
+        raise UserError(f"{config.name}: category_ids are not unique")
+    if len(model.anchor_sizes) != 5:
+        raise UserError(f"anchor_sizes needs one entry for each of P3..P7, not {len(model.anchor_sizes)}")
+    if len({len(sides) for sides in model.anchor_sizes}) > 1 or not (model.anchor_sizes[0] and model.aspect_ratios):
+        raise UserError("anchor_sizes needs the same number of sides at every level, and aspect_ratios at least one")
+    if not (training.max_iter or training.epochs):
+        raise UserError("one of max_iter and epochs must be more than 0")
+
+
+def _check_field(item: dataclasses.Field[Any], value: Any) -> None:
+    limits = item.metadata
+    if not limits:
+        return
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"unknown {item.name} {value!r}{nearest(str(value), limits['choices'])}")
+    for number in _numbers(value):
+        low = limits["minimum"] if limits["above"] is None else limits["above"]
+        strict_low, below = limits["above"] is not None, limits["below"]
+        too_low = number <= low if strict_low else number < low
+        too_high = number > limits["maximum"] or (below is not None and number >= below)
+        if math.isnan(number) or too_low or too_high:
+            high = f" and less than {below:g}" if below is not None else f" and at most {limits['maximum']:g}"
+            low_words = f"more than {low:g}" if strict_low else f"at least {low:g}"
+            raise UserError(f"{item.name}: {number:g} is out of range, it must be {low_words}{high}")
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a value, through nested tuples."""
+    if isinstance(value, tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the type `hint` (int, float, bool, str, or tuples of them); UserError if it does not fit."""
+    try:
+        if typing.get_origin(hint) is tuple:
+            return _convert_tuple(key, value, hint)
+        if hint is bool and isinstance(value, str):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+        if isinstance(value, bool) != (hint is bool):
+            raise ValueError
+        if hint is int and isinstance(value, float) and value != int(value):
+            raise ValueError
+        if hint is str and not isinstance(value, str):
+            raise ValueError
+        if hint is int and isinstance(value, str) and value != (written := value.replace("_", "")):
+            value = written
+        return hint(value)
+    except (ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, MemoryError):
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        raise UserError(f"configuration key {key!r}: {shown} is not a value of type {wanted}") from None
+
+
+def _convert_tuple(key: str, value: Any, hint: Any) -> tuple[Any, ...]:
+    item, *rest = typing.get_args(hint)
+    if isinstance(value, str):  # "(16,), (32,)" or "person, dog"
+        nested = value.lstrip()[:1] in ("(", "[")
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        value = ast.literal_eval(value) if nested else parts
+    if not isinstance(value, (tuple, list)):
+        raise ValueError
+    value = tuple(_convert(key, part, item) for part in value)
+    if rest and rest[0] is not Ellipsis and len(value) != 1 + len(rest):
+        raise ValueError
+    return value
+
+
+_BASE = Config(name="yolact_base")
+
+
+def _derive(config: Config, name: str, **overrides: Any) -> Config:
+    return override(replace(config, name=name), **overrides)
+
+
+_RESNET50 = _derive(_BASE, "yolact_resnet50", backbone="resnet50")
+_PLUS: dict[str, Any] = {
+    "mask_iou": True,
+    "square_anchors": False,
+    "anchor_sizes": tuple(tuple(side * 2 ** (j / 3) for j in range(3)) for side in (24, 48, 96, 192, 384)),
+}
+_MMDET = _derive(
+    _RESNET50,
+    "yolact_r50",
+    resize_uint8=True,
+    fpn_relu=False,
+    p6_from_c5=True,
+    square_anchors=False,
+    aspect_ratios=(2, 1, 1 / 2),
+    pre_nms_top_k=1000,
+    clip_boxes=True,
+    crowd_iou=1.0,
+    min_box_size=4.0,
+    max_iter=0,
+    epochs=55,
+    lr_steps=(20, 42, 49, 52),
+)
+
+CONFIGS: dict[str, Config] = {
+    config.name: config
+    for config in (
+        _MMDET,
+        _derive(_MMDET, "yolact_r50_8xb8", batch_size=64, lr=8e-3, warmup_iters=1000, clip_grad=35.0),
+        _derive(_MMDET, "yolact_r101", backbone="resnet101"),
+        _BASE,
+        _RESNET50,
+        _derive(_BASE, "yolact_darknet53", backbone="darknet53", mean=(0, 0, 0), std=(255, 255, 255)),
+        _derive(_BASE, "yolact_im400", max_size=400, anchor_sizes=((17,), (34,), (69,), (139,), (279,))),
+        _derive(
+            _BASE,
+            "yolact_im700",
+            max_size=700,
+            anchor_sizes=((30,), (61,), (122,), (244,), (488,)),
+            masks_to_train=300,
+        ),
+        _derive(
+            _RESNET50,
+            "yolact_resnet50_pascal",
+            class_names=PASCAL_CLASSES,
+            category_ids=PASCAL_IDS,
+            anchor_sizes=((32,), (64,), (128,), (256,), (512,)),
+            square_anchors=False,
+            max_iter=120_000,
+            lr_steps=(60_000, 100_000),
+        ),
+        _derive(_BASE, "yolact_plus_base", dcn_interval=3, **_PLUS),
+        _derive(_RESNET50, "yolact_plus_resnet50", dcn_interval=1, **_PLUS),
+        _derive(
+            _BASE,
+            "yolact_lite",
+            max_size=288,
+            mean=(127, 127, 127),
+            std=(128, 128, 128),
+            resize_uint8=True,
+            backbone="efficientnet_lite0",
+            fpn_channels=96,
+            proto_channels=64,
+            anchor_sizes=((12,), (25,), (50,), (100,), (200,)),
+            square_anchors=False,
+            optimizer="adamw",
+            lr=7e-4,
+            weight_decay=0.05,
+            max_iter=0,
+            epochs=100,
+            lr_schedule="cosine",
+            lr_steps=(),
+            warmup_iters=100,
+            clip_grad=10.0,
+            freeze_stages=4,
+            ema=0.998,
+            augment_expand=1.5,
+            min_box_size=4.0,
+        ),
+    )
+}
+
+# Other names that the same configurations are published under, without dates, steps and checksums.
+ALIASES = {
+    "yolact_r50_1xb8-55e_coco": "yolact_r50",
+    "yolact_r50_1x8_coco": "yolact_r50",
+    "yolact_r50_8xb8-55e_coco": "yolact_r50_8xb8",
+    "yolact_r50_8x8_coco": "yolact_r50_8xb8",
+    "yolact_r101_1xb8-55e_coco": "yolact_r101",
+    "yolact_r101_1x8_coco": "yolact_r101",
+}
+
+
+def canonical_name(name: str) -> str:
+    """Return the key of CONFIGS for any published spelling, such as `yolact_base_config`, `yolact_base_54_800000` or
+    `yolact_r50_1x8_coco_20200908-f38d58df.pth`. An unknown name is returned without those endings."""
+    name = re.sub(r"\.pth$", "", name)
+    name = re.sub(r"_config$|_\d+_\d+(_interrupt)?$|_\d{8}-[0-9a-f]{8}$", "", name)
+    return ALIASES.get(name, name)
+
+
+def get_config(name: str, /, **overrides: Any) -> Config:
+    """Return the configuration called `name`, with overrides.
+
+    Args:
+        name: a key of CONFIGS, another published name of one, or the path of a `.py` file that defines `config`.
+        overrides: values by field name, of any section. Text is converted to the field's type.
+
+    Raises:
+        UserError: for an unknown name or key, or a value of the wrong type or out of range.
+    """
+    if name.endswith(".py"):
+        config = _config_from_file(Path(name))
+    elif (key := canonical_name(name)) in CONFIGS:
+        config = CONFIGS[key]
+    else:
+        raise UserError(f"unknown configuration {name!r}{nearest(key, CONFIGS)}")
+    return override(config, **overrides)
+
+
+def _config_from_file(path: Path) -> Config:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    config = runpy.run_path(str(path)).get("config")
+    if not isinstance(config, Config):
+        raise UserError(
+            f"{path}: it must define `config`, for instance with the two lines "
+            "`from config import get_config` and `config = get_config('yolact_r50', lr=2e-3)`"
+        )
+    return config
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, str]:
+    """Split `["lr=2e-3", "ema=0"]` into `{"lr": "2e-3", "ema": "0"}`, for --set."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--set {pair}: expected key=value, for instance --set max_size=400")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+# Keys of checkpoints of format 1 that are constants now.
+_RETIRED = {
+    "momentum": 0.9,
+    "lr_gamma": 0.1,
+    "warmup_factor": 0.1,
+    "positive_iou": 0.5,
+    "negative_iou": 0.4,
+    "negatives_per_positive": 3,
+    "box_weight": 1.5,
+    "class_weight": 1.0,
+    "mask_weight": 6.125,
+    "semantic_weight": 1.0,
+    "mask_iou_weight": 25.0,
+    "mask_iou_min_area": 25,
+}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as a flat dictionary of plain values, as checkpoints store it."""
+    values = dataclasses.asdict(config)
+    for section in SECTIONS:
+        values |= values.pop(section)
+    return values
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Rebuild the Config that `to_dict` flattened. Keys of format 1 that are constants now are left out.
+
+    Raises UserError for keys or values that are not of a configuration.
+    """
+    return override(Config(name="stored"), **{key: v for key, v in values.items() if key not in _RETIRED})
+
+
+def retired(values: dict[str, Any]) -> list[str]:
+    """Return the keys of a format-1 configuration whose values differ from today's constants.
+
+    They do not matter to predictions, and would to a run that is resumed.
+    """
+    return [key for key, value in _RETIRED.items() if values.get(key, value) != value]
+
+
+def shown(values: dict[str, Any], keys: typing.Iterable[str]) -> str:
+    """Return keys and values as --set takes them."""
+    return " ".join(f"{key}={values[key]}" for key in keys)

@@ -1,0 +1,172 @@
+"""Image files: the only reader, the only normalisation, and writing.
+
+Everywhere in this project an image is uint8 [H, W, 3] in BGR order, as OpenCV reads it, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils.errors import UserError
+from utils.files import write_bytes
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
+MARK = b"made by YOLACT"  # a comment in the images that are written, which tells results from photos
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def read_image(path: str | Path, ignore_orientation: bool = False) -> np.ndarray:
+    """Read an image file as uint8 BGR [H, W, 3], upright by its EXIF orientation unless that is to be ignored.
+
+    Grey, palette, CMYK and transparent images become 8-bit colour. 16-bit images are scaled by the depth that the
+    file states and floating-point ones from 0..1, never by their own brightness, so that two frames of one camera
+    get the same factor.
+
+    Raises:
+        UserError: if there is no such regular file, or it is truncated, damaged or of an unsupported kind.
+    """
+    path = Path(path)
+    if not path.is_file():  # also refuses devices and pipes, whose reading would not end
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such image'}")
+    try:
+        data = path.read_bytes()  # cv2.imread does not take every path on Windows
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not data:
+        raise UserError(f"{path}: the file is empty")
+    if is_truncated(data):
+        raise UserError(f"{path}: the end of the file is missing, copy it again")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_IGNORE_ORIENTATION if ignore_orientation else 0)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{path}: cannot be read as an image")
+    return _to_uint8(image, data, path)
+
+
+def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == np.uint16:
+        largest = 2 ** (_significant_bits(data) or 16) - 1
+        return (image * np.float32(255 / largest)).round().clip(0, 255).astype(np.uint8)
+    if image.dtype.kind == "f":
+        image = np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
+        if np.median(image) > 1:
+            raise UserError(f"{path}: floating-point images must have values of 0 to 1, most of these are above")
+        return (image * 255).round().clip(0, 255).astype(np.uint8)
+    raise UserError(f"{path}: images with {image.dtype} pixels are not supported, save it as 8 or 16 bit")
+
+
+def _significant_bits(data: bytes) -> int | None:
+    """The bit depth that a PNG's sBIT chunk states: a 12-bit camera's 16-bit file says 12 there."""
+    if not data.startswith(PNG_SIGNATURE):
+        return None
+    position = len(PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind == b"sBIT" and length:
+            bits = data[position + 8]
+            return bits if 1 <= bits <= 16 else None
+        if kind == b"IDAT":
+            return None
+        position += 12 + length
+    return None
+
+
+def is_truncated(data: bytes) -> bool:
+    """Whether the end of a JPEG, PNG or WebP file is missing. OpenCV fills such an image with grey without a word."""
+    if data.startswith(b"\xff\xd8"):
+        return data.find(b"\xff\xd9", _first_scan(data)) < 0
+    if data.startswith(PNG_SIGNATURE):
+        return data.rfind(b"IEND") < 0
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    return False
+
+
+def _first_scan(data: bytes) -> int:
+    """Where a JPEG's first scan begins. Segments before it may embed a preview with an end marker of its own."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xDA:  # start of scan
+            return position
+        # Fill bytes and markers without a length.
+        alone = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
+        position += (
+            (1 if marker == 0xFF else 2) if alone else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        )
+    return position
+
+
+def resize(image: np.ndarray, size: tuple[int, int], uint8: bool) -> np.ndarray:
+    """Resize a uint8 image to `size` (H, W), bilinear with half-pixel centres and without antialiasing.
+
+    The authors interpolate the float image; with `uint8` the 8-bit one is interpolated and rounded, as in MMDetection.
+    """
+    if uint8:
+        return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    # OpenCV resizes floats too, but rounds the coordinates: its values are off by up to a thousandth of a grey level.
+    planes = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C"))
+    return F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
+
+
+def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """BGR [H, W, 3] of values 0..255 -> RGB float32 [3, H, W], (x - mean) / std; mean and std are RGB."""
+    out = np.empty((3, *image.shape[:2]), np.float32)
+    for channel in range(3):
+        np.multiply(image[..., 2 - channel], np.float32(1 / std[channel]), out=out[channel])
+        out[channel] -= np.float32(mean[channel] / std[channel])
+    return out
+
+
+def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Undo `normalise` for display: RGB float [3, H, W] -> uint8 BGR [H, W, 3]."""
+    pixels = planes * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
+    return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0))
+
+
+def write_image(path: Path, image: np.ndarray, mark: bool = True) -> None:
+    """Write an image in the format of the path's suffix, with the comment MARK if it is a result.
+
+    Raises UserError if the format is unknown or the file cannot be written.
+    """
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if path.suffix.lower() in (".jpg", ".jpeg") else []
+    try:
+        done, data = cv2.imencode(path.suffix, image, options)
+    except cv2.error:
+        done = False
+    if not done:
+        raise UserError(f"{path}: OpenCV cannot write images of this kind")
+    write_bytes(path, _marked(data.tobytes()) if mark else data.tobytes())
+
+
+def _marked(data: bytes) -> bytes:
+    """A JPEG or PNG file with MARK as a comment; other files unchanged."""
+    if data[:4] == b"\xff\xd8\xff\xe0":  # after the first segment, which has to be JFIF's
+        end = 4 + int.from_bytes(data[4:6], "big")
+        return data[:end] + b"\xff\xfe" + (len(MARK) + 2).to_bytes(2, "big") + MARK + data[end:]
+    if data.startswith(PNG_SIGNATURE):  # after the header chunk, 25 bytes
+        chunk = b"tEXtComment\0" + MARK
+        length, checksum = (len(chunk) - 4).to_bytes(4, "big"), zlib.crc32(chunk).to_bytes(4, "big")
+        return data[:33] + length + chunk + checksum + data[33:]
+    return data
+
+
+def is_result(path: Path) -> bool:
+    """Whether an image was written by an earlier run."""
+    try:
+        with path.open("rb") as file:
+            return MARK in file.read(256)
+    except OSError:  # reported when it is segmented
+        return False

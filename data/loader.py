@@ -1,0 +1,169 @@
+"""Batches for training, in an order that the seed alone decides."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import Config
+from data.augment import Augment, Augmented
+from data.coco import CocoDataset
+from data.copy_paste import copy_paste
+from layers.structures import Target
+from utils.distributed import Ranks, single
+from utils.errors import UserError
+
+Item = tuple["Augmented | None", int, list[str]]
+
+
+class TrainingSet(Dataset[Item]):
+    """Augmented samples. The seed and the key (epoch, index) decide everything random, in whatever process."""
+
+    def __init__(self, dataset: CocoDataset, config: Config, seed: int):
+        self.dataset = dataset
+        self.augment = Augment(config)
+        self.copy_paste = config.augmentation.copy_paste
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        """Return the sample, its image id, and messages about unusable images that it replaces.
+
+        The sample is None after ten unusable images in a row.
+        """
+        epoch, index = key
+        problems: list[str] = []
+        for attempt in range(10):
+            rng = np.random.default_rng((self.seed, epoch, index, attempt))
+            chosen = index if attempt == 0 else int(rng.integers(len(self.dataset)))
+            try:
+                sample = self.dataset[chosen]
+                if self.copy_paste and rng.random() < self.copy_paste:
+                    sample = copy_paste(sample, self.dataset[int(rng.integers(len(self.dataset)))], rng)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            return self.augment(sample, rng), self.dataset.image_ids[chosen], problems
+        return None, -1, problems
+
+
+class EndlessShuffle(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) without end, each epoch in an order of its own, from any position on."""
+
+    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, offset = divmod(self.start, self.length)
+        position = self.start
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            for index in order[offset:]:
+                if position % self.world_size == self.rank:
+                    yield epoch, int(index)
+                position += 1
+            epoch, offset = epoch + 1, 0
+
+
+@dataclass
+class Batch:
+    """A batch, or one of the micro-batches that it is split into."""
+
+    images: Tensor  # [B, 3, S, S] normalised RGB; empty if ten images in a row were unusable
+    targets: list[Target]
+    image_ids: list[int]
+    problems: list[str]  # about images that could not be used and were replaced
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy the tensors to a device."""
+        images = self.images.to(device, non_blocking=True)
+        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
+        return Batch(images, targets, self.image_ids, self.problems)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Split into `parts` micro-batches of equal size, as far as the size allows."""
+        cuts = [round(i * len(self.images) / parts) for i in range(parts + 1)]
+        return [
+            Batch(self.images[a:b], self.targets[a:b], self.image_ids[a:b], [])
+            for a, b in itertools.pairwise(cuts)
+            if b > a
+        ]
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, for faster copies to a GPU."""
+        targets = [{k: v.pin_memory() for k, v in target.items()} for target in self.targets]
+        return Batch(self.images.pin_memory(), targets, self.image_ids, self.problems)
+
+
+def _collate(samples: list[Item]) -> Batch:
+    augmented, image_ids, problems = zip(*samples, strict=True)
+    messages = [message for some in problems for message in some]
+    if None in augmented:
+        return Batch(torch.empty(0), [], [], messages)
+    images = torch.stack([torch.from_numpy(a.image) for a in augmented])
+    targets = [
+        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "crowds", "seed")}
+        for a in augmented
+    ]
+    return Batch(images, targets, list(image_ids), messages)
+
+
+def _start_worker(_worker: int) -> None:
+    if cv2.getNumThreads() != 1:  # where processes are spawned; a forked one must not touch OpenCV's threads
+        cv2.setNumThreads(1)  # the processes are the parallelism
+    torch.set_num_threads(1)
+    # Ctrl-C and a batch system's SIGTERM reach every process of a run. The main process finishes its step, saves and
+    # then ends the workers; they must not end before it. TrainingLoader.close ends them without a signal.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@dataclass
+class TrainingLoader:
+    """Endless batches for this process, as a context manager that ends its workers.
+
+        with TrainingLoader(dataset, config, batch_size=8, workers=2) as batches:
+            batch = next(batches)
+
+    Leaving the block ends the worker processes, also after an exception. Without it they would keep the interpreter
+    from exiting: they ignore SIGTERM, and Python's exit handler waits for them.
+    """
+
+    dataset: CocoDataset
+    config: Config
+    batch_size: int  # of this process
+    seed: int = 0
+    start: int = 0  # images of the whole run that were already used
+    workers: int = 0
+    ranks: Ranks = field(default_factory=single)
+
+    def __enter__(self) -> Iterator[Batch]:
+        ranks = self.ranks
+        loader: DataLoader[Any] = DataLoader(
+            TrainingSet(self.dataset, self.config, self.seed),
+            batch_size=self.batch_size,
+            sampler=EndlessShuffle(len(self.dataset), self.seed, self.start, ranks.rank, ranks.size),
+            num_workers=self.workers,
+            collate_fn=_collate,
+            worker_init_fn=_start_worker,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        # A process that is forked while OpenCV has threads hangs in its first call, so there are none for a moment.
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        self._batches: Iterator[Any] = iter(loader)
+        cv2.setNumThreads(threads)
+        return self._batches
+
+    def __exit__(self, *_: object) -> None:
+        shutdown = getattr(self._batches, "_shutdown_workers", None)  # of PyTorch's iterator over workers
+        if shutdown is not None:
+            shutdown()

@@ -1,0 +1,295 @@
+"""A data set in, COCO metrics out: pycocotools' COCOeval over all images of the file, in training and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from config import Config
+from data.annotation import Annotation, to_rle
+from data.coco import CocoDataset
+from inference import Predictor
+from utils.distributed import Ranks, single
+from utils.errors import UserError
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KINDS = {"bbox": "boxes", "segm": "masks"}
+ALONE = single()
+Sizes = dict[int, tuple[int, int]]
+
+
+@dataclass
+class Prediction:
+    """COCO results of a data set, with the ids of its file."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    sizes: Sizes = field(default_factory=dict)  # height and width of every image that was read, by its id
+    problems: list[str] = field(default_factory=list)  # messages about images that could not be read
+
+
+def predict_dataset(
+    predictor: Predictor,
+    dataset: CocoDataset,
+    max_images: int | None = None,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> Prediction:
+    """Predict every image of a data set, or its first `max_images`. An image that cannot be read has no detections.
+
+    Several processes share the images; the main one gets the results of all, the others nothing.
+
+    Raises:
+        UserError: if the file's classes are not the model's.
+    """
+    check_classes(dataset, predictor.config)
+    found: list[tuple[int, tuple[int, int] | None, list[dict[str, Any]], str]] = []
+    indices = range(len(dataset))[:max_images][ranks.rank :: ranks.size]
+    # The weights may have other ids for the same classes.
+    to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
+    for index in tqdm(indices, desc="evaluating", disable=None if progress and ranks.main else True):
+        image_id = dataset.image_ids[index]
+        try:
+            image = dataset.read_image(index)
+        except UserError as error:
+            found.append((image_id, None, [], str(error)))
+            continue
+        results = predictor(image).to_coco(image_id)
+        for result in results:
+            result["category_id"] = to_file[result["category_id"]]
+        found.append((image_id, (image.shape[0], image.shape[1]), results, ""))
+    prediction = Prediction()
+    for image_id, size, results, problem in ranks.gather(found):
+        prediction.results += results
+        prediction.problems += [problem] if problem else []
+        if size is not None:
+            prediction.sizes[image_id] = size
+    return prediction
+
+
+def evaluate(
+    predictor: Predictor,
+    dataset: CocoDataset,
+    max_images: int | None = None,
+    per_class: bool = False,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
+    """Compute COCO metrics.
+
+    Returns:
+        {"bbox": {"AP": ..., ...}, "segm": ..., "table": text, "results": COCO results, "problems": messages about
+        unreadable images, "notes": messages about the annotations}. If asked for "per_class"; and "without_copies",
+        the metrics without annotations that repeat another one, if there are any. Values are 0..1, and -1 where there
+        is nothing to measure, as COCOeval has it. Of several processes only the main one gets metrics, the others
+        None.
+
+    Raises:
+        UserError: if the data set's classes are not the model's.
+    """
+    prediction = predict_dataset(predictor, dataset, max_images, progress, ranks)
+    if not ranks.main:
+        return None
+    metrics = coco_metrics(dataset, prediction.results, max_images, per_class, prediction.sizes)
+    return {"results": prediction.results, "problems": prediction.problems, **metrics}
+
+
+def check_classes(dataset: CocoDataset, config: Config, where: str = "in the weights") -> None:
+    """Raise UserError, with both lists side by side, unless a file has the classes of `config` in their order."""
+    if dataset.class_names == config.class_names:
+        return
+    rows = [f"{'label':>5}  {'in the file':<24}  {where}"]
+    for label in range(max(len(dataset.class_names), config.num_classes)):
+        left = dataset.class_names[label] if label < len(dataset.class_names) else "-"
+        right = config.class_names[label] if label < config.num_classes else "-"
+        rows.append(f"{label:>5}  {left:<24}  {right}{'  <' * (left != right)}")
+    table = "\n".join(rows)
+    raise UserError(f"{dataset.path}: its classes are not those {where}\n{table}")
+
+
+def coco_metrics(
+    dataset: CocoDataset,
+    results: list[dict[str, Any]],
+    max_images: int | None = None,
+    per_class: bool = False,
+    sizes: Sizes | None = None,
+) -> dict[str, Any]:
+    """Return COCOeval's numbers for COCO results. Masks are ranked by their "mask_score" if they have one.
+
+    Args:
+        sizes: of the images by their ids, used where the file does not state them.
+    """
+    truth = GroundTruth(dataset, sizes or {})
+    metrics: dict[str, Any] = {"table": "", "notes": truth.notes()}
+    image_ids = list(dataset.image_ids[:max_images])
+    for kind, title in KINDS.items():
+        evaluation, table = _coco_eval(truth.to_coco(kind), _scored(results, kind), kind, image_ids)
+        metrics[kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+        metrics["table"] += f"{title}\n{table}"
+        if per_class:
+            metrics.setdefault("per_class", {})[kind] = _per_class(evaluation, dataset)
+    if truth.num_copies:
+        metrics["without_copies"] = {}
+        for kind in KINDS:
+            evaluation, _ = _coco_eval(truth.to_coco(kind, copies=False), _scored(results, kind), kind, image_ids)
+            metrics["without_copies"][kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+        box, mask = (metrics["without_copies"][kind]["AP"] for kind in KINDS)
+        metrics["notes"].append(
+            f"{dataset.path}: {truth.num_copies} annotations repeat another one of the same image; without them "
+            f"box AP is {box:.3f} and mask AP {mask:.3f}"
+        )
+    return metrics
+
+
+class GroundTruth:
+    """The annotation file as pycocotools needs it: whole numbers as ids, areas, and masks that decode."""
+
+    def __init__(self, dataset: CocoDataset, sizes: Sizes):
+        self.dataset = dataset
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[list[Annotation]] = []  # of each image
+        self.unique: list[list[Annotation]] = []  # the same without exact copies
+        self.num_copies = self.wrong_areas = self.without_mask = 0
+        for index, image_id in enumerate(dataset.image_ids):
+            size = dataset.stated_size(index) or sizes.get(image_id) or _size_on_disk(dataset, index)
+            self.images.append({"id": image_id, "height": size[0], "width": size[1]})
+            self.annotations.append(dataset.parsed(index, size))
+            self.unique.append(dataset.parsed(index, size, copies=False))
+            self.num_copies += len(self.annotations[-1]) - len(self.unique[-1])
+            self.wrong_areas += sum(annotation.area(*size)[1] for annotation in self.annotations[-1])
+            self.without_mask += sum(annotation.segmentation is None for annotation in self.annotations[-1])
+
+    def to_coco(self, kind: str, copies: bool = True) -> COCO:
+        """Return the index for "bbox" or "segm", with or without exact copies.
+
+        An annotation without a usable mask is an object for boxes. For masks its box becomes a region to ignore, as
+        in training: nothing could match it, and a detection there may be right.
+        """
+        entries: list[dict[str, Any]] = []
+        for image, listed in zip(self.images, self.annotations if copies else self.unique, strict=True):
+            height, width = image["height"], image["width"]
+            for annotation in listed:
+                segmentation, crowd = annotation.segmentation, annotation.crowd
+                if segmentation is None:
+                    if annotation.box is None:
+                        continue
+                    segmentation, crowd = _box_mask(annotation, height, width), crowd or kind == "segm"
+                box = annotation.stated_box or rle.toBbox(to_rle(segmentation, height, width)).tolist()
+                entries.append(
+                    {
+                        "id": len(entries) + 1,
+                        "image_id": image["id"],
+                        "category_id": self.dataset.category_ids[annotation.label],
+                        "iscrowd": int(crowd),
+                        "segmentation": segmentation,
+                        "bbox": box,
+                        "area": annotation.area(height, width)[0],
+                    }
+                )
+        names = zip(self.dataset.category_ids, self.dataset.class_names, strict=True)
+        truth = COCO()
+        truth.dataset = {
+            "info": {},
+            "images": self.images,
+            "annotations": entries,
+            "categories": [{"id": i, "name": n} for i, n in names],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
+        return truth
+
+    def notes(self) -> list[str]:
+        """Return messages about annotations that are not used as they are in the file."""
+        path, notes = self.dataset.path, []
+        if self.without_mask:
+            notes.append(f"{path}: {self.without_mask} annotations have no usable mask; mask AP ignores their regions")
+        if self.wrong_areas:
+            notes.append(
+                f"{path}: {self.wrong_areas} stated areas differ from their masks' by more than a factor of two; the "
+                "masks' own are used for AP of small, medium and large objects"
+            )
+        return notes
+
+
+def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:
+    """The size of an image that no one stated; of one that cannot be read, a size that holds no annotation."""
+    try:
+        height, width = dataset.read_image(index).shape[:2]
+    except UserError:
+        return 1, 1
+    return height, width
+
+
+def _box_mask(annotation: Annotation, height: int, width: int) -> dict[str, Any]:
+    """The rectangle of an annotation's box as an RLE."""
+    x1, y1, x2, y2 = annotation.box or (0.0, 0.0, 0.0, 0.0)
+    return to_rle([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
+
+
+def _scored(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Results for one kind: without the other's geometry, and with the score that ranks it."""
+    dropped = "segmentation" if kind == "bbox" else "bbox"
+    return [
+        {k: v for k, v in r.items() if k != dropped}
+        | {"score": r["score"] if kind == "bbox" else r.get("mask_score", r["score"])}
+        for r in results
+    ]
+
+
+def _coco_eval(truth: COCO, scored: list[dict[str, Any]], kind: str, image_ids: list[int]) -> tuple[COCOeval, str]:
+    """Run COCOeval; return it and its table."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        if scored:
+            found = truth.loadRes(scored)
+        else:  # pycocotools' loadRes does not accept an empty list
+            found = COCO()
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
+        evaluation = COCOeval(truth, found, kind)
+        evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        log.truncate(0)
+        log.seek(0)
+        evaluation.summarize()
+    return evaluation, log.getvalue()
+
+
+def _per_class(evaluation: COCOeval, dataset: CocoDataset) -> dict[str, dict[str, float]]:
+    """AP, AP50, and at IoU 0.5 the best F1 with its precision and recall, for every class with ground truth."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class
+    recall_steps = evaluation.params.recThrs
+    order = list(evaluation.params.catIds)  # COCOeval sorts the ids
+    table = {}
+    for name, category_id in zip(dataset.class_names, dataset.category_ids, strict=True):
+        values = precision[:, :, order.index(category_id)]
+        if (values < 0).all():
+            continue
+        at_half = values[0]
+        f1 = 2 * at_half * recall_steps / np.maximum(at_half + recall_steps, 1e-9)
+        best = int(f1.argmax())
+        table[name] = {
+            "AP": float(values.mean()),
+            "AP50": float(at_half.mean()),
+            "precision": float(at_half[best]),
+            "recall": float(recall_steps[best]),
+        }
+    return table
+
+
+def per_class_table(metrics: dict[str, Any]) -> str:
+    """Return the "per_class" metrics as lines of text."""
+    lines = [f"{'class':<24}{'box AP':>8}{'mask AP':>9}{'AP50':>8}{'precision':>11}{'recall':>8}"]
+    boxes = metrics["per_class"]["bbox"]
+    for name, row in metrics["per_class"]["segm"].items():
+        values = [boxes.get(name, {}).get("AP", -1), row["AP"], row["AP50"], row["precision"], row["recall"]]
+        lines.append(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
+    return "\n".join(lines)

@@ -1,0 +1,6 @@
+"""Images in, detections out."""
+
+from inference.detections import Detections
+from inference.predictor import Predictor
+
+__all__ = ["Detections", "Predictor"]

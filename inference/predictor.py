@@ -1,0 +1,185 @@
+"""From images to detections.
+
+predictor = Predictor.from_weights("yolact_resnet50")
+detections = predictor(cv2.imread("street.jpg"))
+for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
+    print(detections.class_names[label], float(score), box.tolist())
+cv2.imwrite("out.jpg", detections.draw(image))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config, override
+from data.image import normalise, resize
+from inference.detections import Detections
+from inference.optimize import compile_network
+from inference.optimize import optimize as optimized
+from layers.detect import detect
+from layers.masks import maskness, soft_masks
+from layers.structures import Candidates, Predictions
+from utils.device import choose_device, choose_precision
+from utils.errors import UserError, nearest
+from weights import load_model
+from yolact import Yolact
+
+MAX_BATCH = 16  # images that go through the network at once
+
+
+class Predictor:
+    """Call it with an image, uint8 BGR [H, W, 3] as cv2 reads it, for Detections, or with a list for a list of them.
+
+    The model is copied, so changes to its weights after this have no effect.
+
+    Args:
+        model: a trained model.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
+        precision: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 where the hardware has it.
+        size: (height, width) of the network's input, or one number for both; by default the configuration's.
+        compile: compile the network. It takes seconds to minutes, here and for each further number of images in a
+            list, and needs a C++ compiler.
+        optimize: fold batch norm and use channels_last, see inference.optimize. Otherwise the model runs as written.
+        detection: any field of DetectionConfig, such as `score_threshold`, `top_k`, `nms` or `crop`, to override the
+            configuration's. At a score threshold of 0.05 the detections are those of the published evaluation, in
+            which the second class of an anchor may score less; at a higher one no detection scores less.
+
+    Raises:
+        UserError: for a device that is not there, or a setting that is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        model: Yolact,
+        device: str | torch.device = "auto",
+        precision: str | torch.dtype = "auto",
+        size: int | tuple[int, int] | None = None,
+        compile: bool = False,
+        optimize: bool = True,
+        **detection: Any,
+    ):
+        self.config = _with_detection(model.config, detection)
+        side = self.config.model.max_size if size is None else size
+        self.size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+        if min(self.size) < 32:
+            raise UserError(f"size {self.size[0]}x{self.size[1]}: the network needs at least 32 pixels a side")
+        self.device = choose_device(device)
+        self.dtype = choose_precision(precision, self.device) if optimize else torch.float32
+        if optimize:
+            self.model = optimized(model, self.device, self.dtype)
+        else:
+            self.model = copy.deepcopy(model).eval().to(self.device)
+        self.network: Callable[[Tensor], Predictions] = self.model
+        self.compile_seconds = 0.0
+        if compile:
+            self.network, self.compile_seconds = compile_network(self.model, self.size)
+        self.anchors = self.model.anchors(*self.size)
+
+    @classmethod
+    def from_weights(cls, path_or_name: str | Path, **options: Any) -> Predictor:
+        """Load a checkpoint, a released file or released weights by name; the options are those of the class."""
+        return cls(load_model(path_or_name), **options)
+
+    @overload
+    def __call__(self, images: np.ndarray) -> Detections: ...
+
+    @overload
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
+
+    def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> Detections | list[Detections]:
+        """Return the detections of an image, or of each image of a list; they may differ in size."""
+        if images is None or isinstance(images, (str, bytes)):
+            raise TypeError(f"expected an image as cv2.imread returns it, not {images!r}: does the file exist?")
+        if isinstance(images, np.ndarray):
+            return self([images])[0]
+        for image in images:
+            _check_image(image)
+        found: list[Detections] = []
+        for start in range(0, len(images), MAX_BATCH):
+            batch = images[start : start + MAX_BATCH]
+            with torch.inference_mode():
+                predictions = self.predict(torch.stack([self.preprocess(image) for image in batch]))
+                candidates = self.detect(predictions)
+                counts = (candidates.scores > 0).sum(dim=1).tolist()  # synchronises with the device
+            for i, image in enumerate(batch):
+                found.append(self.postprocess(candidates, predictions.prototypes, i, counts[i], image.shape[:2]))
+        return found
+
+    def preprocess(self, image: np.ndarray) -> Tensor:
+        """uint8 BGR [H, W, 3] -> normalised RGB [3, h, w] at the network's size, on the device."""
+        model = self.config.model
+        resized = resize(image, self.size, model.resize_uint8)
+        return torch.from_numpy(normalise(resized, model.mean, model.std)).to(self.device)
+
+    def predict(self, batch: Tensor) -> Predictions:
+        """[B, 3, h, w] normalised RGB -> the network's raw outputs."""
+        return self.network(batch.to(self.dtype, memory_format=torch.channels_last))
+
+    def detect(self, predictions: Predictions) -> Candidates:
+        """Raw outputs -> at most `top_k` slots per image."""
+        on_cpu = self.device.type == "cpu"
+        return detect(predictions, self.anchors, self.config.detection, drop_weak_anchors=on_cpu)
+
+    def postprocess(
+        self, candidates: Candidates, prototypes: Tensor, i: int, count: int, size: tuple[int, ...]
+    ) -> Detections:
+        """Return the detections of the i-th image, its first `count` slots, for an image of `size` (H, W)."""
+        # Clones, because tensors made in inference mode cannot be changed, and views would keep the whole batch.
+        boxes, scores, labels, coefficients = (field[i, :count].clone() for field in candidates)
+        height, width = size
+        limits = boxes.new_tensor((width, height, width, height))
+        found = Detections(
+            boxes=(boxes * limits).clamp(min=0).minimum(limits),
+            scores=scores,
+            mask_scores=scores.clone(),
+            labels=labels,
+            class_names=self.config.class_names,
+            category_ids=self.config.category_ids,
+            size=(height, width),
+            coefficients=coefficients,
+            prototypes=prototypes[i].clone(),
+            relative_boxes=boxes,
+            config=self.config.detection,
+        )
+        return self._rescore(found) if len(found) else found
+
+    @torch.no_grad()
+    def _rescore(self, found: Detections) -> Detections:
+        """Multiply scores by the quality of the masks: as YOLACT++ predicts it, and as maskness measures it."""
+        detection, network = self.config.detection, self.model.mask_iou
+        if network is None and not detection.maskness:
+            return found
+        soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes if detection.crop else None)
+        if network is not None:
+            found.mask_scores = found.mask_scores * network(soft).gather(1, found.labels[:, None])[:, 0]
+        if detection.maskness:
+            found.mask_scores = found.mask_scores * maskness(soft, detection.mask_threshold)
+        if detection.above_published:
+            # For display the threshold applies to the re-scored value, as in the authors' code.
+            found = found[found.mask_scores.argsort(descending=True)]
+            found = found[found.mask_scores >= detection.score_threshold]
+        return found
+
+
+def _with_detection(config: Config, detection: dict[str, Any]) -> Config:
+    """Return `config` with overrides of its detection section, and of nothing else."""
+    known = set(vars(config.detection))
+    for key in detection:
+        if key not in known:
+            options = sorted(known | {"device", "precision", "size", "compile", "optimize"})
+            raise UserError(f"unknown option {key!r}{nearest(key, options)}")
+    return override(config, **detection)
+
+
+def _check_image(image: Any) -> None:
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"expected images as cv2.imread returns them, not {type(image).__name__}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")

@@ -1,0 +1,251 @@
+"""Video in, video out: reading, network and writing overlap in bounded queues, and frames stay in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from data.image import write_image
+from inference.detections import Detections
+from inference.outputs import write_results
+from utils.errors import UserError
+from utils.files import atomic_write, write_error
+
+_END = None
+
+
+@dataclass
+class VideoReport:
+    """Statistics of a video. Latency is from reading a frame to writing its result, throughput over the whole time."""
+
+    frames: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    latencies: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        latency = 1000 * float(np.median(self.latencies)) if self.latencies else 0.0
+        rate = self.frames / self.seconds if self.seconds else 0.0
+        ending = ", interrupted" if self.interrupted else ""
+        return f"{self.frames} frames, {rate:.1f} frames/s, median latency {latency:.0f} ms{ending}"
+
+
+class VideoSource:
+    """Frames of a file or a camera, read ahead in a separate thread."""
+
+    def __init__(self, source: str, ahead: int = 4):
+        self.camera = source.isdigit()
+        if not (self.camera or "://" in source or Path(source).is_file()):
+            raise UserError(f"{source}: no such video")
+        self.capture = cv2.VideoCapture(int(source) if self.camera else source)
+        if not self.capture.isOpened():
+            raise UserError(f"{'camera ' * self.camera}{source}: cannot be opened as a video")
+        rate = self.capture.get(cv2.CAP_PROP_FPS)
+        self.fps = rate if 0 < rate < 1000 else 30.0
+        count = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.length = int(count) if count > 0 and not self.camera else None
+        self.queue: queue.Queue = queue.Queue(1 if self.camera else ahead)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        more = True
+        while more and not self.stop.is_set():
+            try:
+                more, frame = self.capture.read()
+            except cv2.error:
+                more = False
+            if more and self.camera and self.queue.full():  # of a camera only the newest frame matters
+                with contextlib.suppress(queue.Empty):
+                    self.queue.get_nowait()
+            _put(self.queue, (time.perf_counter(), frame) if more else _END, self.stop)
+
+    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        while True:
+            try:
+                item = self.queue.get(timeout=0.2)
+            except queue.Empty:
+                if self.stop.is_set():
+                    return
+                continue
+            if item is _END:
+                return
+            yield item
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.join(timeout=5)
+        if not self.thread.is_alive():  # releasing it during a read would crash
+            self.capture.release()
+
+
+def _put(items: queue.Queue, item: Any, stop: threading.Event) -> None:
+    """Put an item into a full queue, unless `stop` is set meanwhile."""
+    while not stop.is_set():
+        try:
+            items.put(item, timeout=0.2)
+            return
+        except queue.Full:
+            continue
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """Return the per-frame results of an earlier run in `folder`. No other program uses these names."""
+    endings = ("masks.png", "masks.json", "polygons.json", "prototypes.png", "frame.jpg")
+    return [path for ending in endings for path in folder.glob("[0-9]" * 6 + "." + ending)]
+
+
+class VideoWriter:
+    """Draws and encodes in a separate thread. `close` finishes the files and gives them their names."""
+
+    def __init__(self, output: Path, kinds: tuple[str, ...], name: str, fps: float, report: VideoReport):
+        self.output, self.kinds, self.name, self.fps, self.report = output, kinds, name, fps, report
+        self.per_frame = tuple(kind for kind in kinds if kind in ("masks", "polygons", "prototypes"))
+        self.path = output.with_name(output.name + ".mp4")
+        self.part = output.with_name(f".{output.name}.part.mp4")
+        self.encoder: cv2.VideoWriter | None = None
+        self.files = contextlib.ExitStack()
+        self.json: IO[bytes] | None = None
+        self.error: BaseException | None = None
+        self.queue: queue.Queue = queue.Queue(4)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            for left in frame_files(output) if self.per_frame else ():  # an earlier run may have had more of them
+                left.unlink()
+            if "json" in kinds:  # one line per detection, written as they come: a long video has millions
+                self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
+                self.json.write(b"[")
+        except OSError as error:
+            raise write_error(output, error) from None
+        self.thread.start()
+
+    def put(self, item: tuple[float, int, np.ndarray, Detections]) -> None:
+        while self.error is None:
+            try:
+                return self.queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+        raise self.error
+
+    def _run(self) -> None:
+        while (item := self.queue.get()) is not _END:
+            if self.error is None:
+                try:
+                    self._write(*item)
+                except BaseException as error:  # raised again in the main thread
+                    self.error = error
+
+    def _write(self, read_at: float, index: int, frame: np.ndarray, detections: Detections) -> None:
+        origin = {"video": self.name, "frame": index}
+        if "overlay" in self.kinds:
+            if self.encoder is None:
+                self.encoder = self._open(frame)
+            self.encoder.write(detections.draw(frame))
+        if self.json is not None:
+            for result in detections.to_coco(index):
+                self.json.write((b",\n" if self.json.tell() > 1 else b"\n") + json.dumps(origin | result).encode())
+        if self.per_frame:
+            path = self.output / f"{index:06d}"
+            if "polygons" in self.per_frame:  # LabelMe needs the frame to show them on
+                origin["file_name"] = str(path.with_suffix(".frame.jpg"))
+                write_image(path.with_suffix(".frame.jpg"), frame, mark=False)
+            write_results(frame, detections, path, self.per_frame, origin, ".jpg")
+        self.report.latencies.append(time.perf_counter() - read_at)
+
+    def _open(self, frame: np.ndarray) -> cv2.VideoWriter:
+        size = (frame.shape[1], frame.shape[0])
+        encoder = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
+        if not encoder.isOpened():
+            raise UserError(f"{self.path}: cannot be written as a video")
+        return encoder
+
+    def close(self) -> None:
+        """Finish the files, or raise the error that occurred while writing; then no file appears."""
+        self.queue.put(_END)
+        self.thread.join()
+        try:
+            with self.files:
+                if self.error is not None:
+                    raise self.error
+                if self.json is not None:
+                    self.json.write(b"\n]\n")
+                if self.encoder is not None:
+                    self._finish_video(self.encoder)
+        except OSError as error:
+            raise write_error(self.output, error) from None
+        finally:
+            self.part.unlink(missing_ok=True)
+
+    def _finish_video(self, encoder: cv2.VideoWriter) -> None:
+        """Close and rename the video. OpenCV does not report a full disk, so the file is opened to check it."""
+        encoder.release()
+        check = cv2.VideoCapture(str(self.part))
+        playable = check.isOpened()
+        check.release()
+        if not playable:
+            raise UserError(f"{self.path}: cannot be written completely; is the disk full?")
+        self.part.replace(self.path)
+
+
+def process_video(
+    predictor: Callable[[np.ndarray], Detections],
+    source: str,
+    output: Path,
+    kinds: tuple[str, ...],
+    max_frames: int | None = None,
+) -> VideoReport:
+    """Segment a video file, or a camera by its number, into `output` + .mp4, .json and a folder of per-frame files.
+
+    Ctrl-C ends it: the frames that were read are written and the files are closed. Raises UserError for a source that
+    cannot be opened, or has no frame.
+    """
+    if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
+        raise UserError(f"{source}: the result would replace the video itself; choose another --output")
+    report = VideoReport()
+    video = VideoSource(source)
+    try:
+        writer = VideoWriter(output, kinds, Path(source).name, video.fps, report)
+    except UserError:
+        video.close()
+        raise
+
+    def interrupt(*_: Any) -> None:
+        report.interrupted = True
+        video.stop.set()
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, interrupt) if in_main else None
+    started = time.perf_counter()
+    try:
+        for read_at, frame in tqdm(video, total=max_frames or video.length, desc="frames", disable=None):
+            writer.put((read_at, report.frames, frame, predictor(frame)))
+            report.frames += 1
+            if report.frames == max_frames:
+                break
+    except BaseException as error:
+        writer.error = writer.error or error
+    finally:
+        video.close()
+        try:
+            writer.close()
+        finally:
+            if in_main:
+                signal.signal(signal.SIGINT, before)
+    report.seconds = time.perf_counter() - started
+    if report.frames == 0 and not report.interrupted:
+        raise UserError(f"{source}: no frame could be read from this video")
+    return report

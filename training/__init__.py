@@ -1,0 +1,1 @@
+"""A training run: its settings, schedule, steps and log."""

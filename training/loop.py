@@ -1,0 +1,177 @@
+"""The loop of a run: steps, validations, checkpoints, and a clean end however it ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from data.coco import CocoDataset
+from data.loader import Batch
+from evaluation import evaluate
+from evaluation.evaluator import per_class_table
+from inference import Predictor
+from training.log import RunLog
+from training.schedule import Schedule
+from training.sheets import batch_sheet, comparison_sheet
+from training.trainer import Trainer
+from utils.distributed import Ranks
+from utils.errors import UserError
+
+LOG_SECONDS = 30  # between progress lines where there is no terminal
+
+
+def fit(
+    trainer: Trainer, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int
+) -> bool:
+    """Train to the end of the schedule, or until Ctrl-C or SIGTERM; return True if it was the end."""
+    ranks, unusable = trainer.ranks, UnusableImages(trainer.ranks, schedule.num_images)
+    with (
+        Interruption() as interruption,
+        RunLog(trainer.folder, trainer.step, trainer.settings.tensorboard, ranks.main) as log,
+        Progress(schedule.max_iter, trainer.step, ranks.main) as progress,
+    ):
+        while True:
+            if trainer.step > trainer.validated and (
+                trainer.step % val_interval == 0 or trainer.step == schedule.max_iter
+            ):
+                trainer.save("last.pth")  # so that a failing validation costs nothing
+                if val is not None:
+                    validate(trainer, val, log, progress)
+                trainer.validated = trainer.step
+                trainer.save("last.pth")
+            if trainer.step >= schedule.max_iter:
+                break
+            started, lr = time.perf_counter(), schedule.lr_at(trainer.step)
+            batch = next(batches).to(trainer.device)
+            unusable.check(batch, progress)
+            waited = time.perf_counter() - started
+            if trainer.step == 0:
+                log.image(0, "first_batch", batch_sheet(batch, trainer.model.config))
+            losses = trainer.train_step(batch, lr)
+            timing = {"seconds": round(time.perf_counter() - started, 4), "waited": round(waited, 4)}
+            where = {"epoch": round(trainer.step / schedule.per_epoch, 3), "time": round(time.time(), 1)}
+            rounded = {name: round(value, 4) for name, value in losses.items()}
+            log.line(trainer.step, {**where, "lr": lr, **timing, **rounded})
+            shown = {k: v for k, v in losses.items() if k != "mask_iou" or trainer.model.mask_iou is not None}
+            progress.step(trainer.step, shown, lr)
+            if ranks.any(bool(interruption)):
+                trainer.save("last.pth")
+                ranks.barrier()  # torchrun ends all processes when one of them has ended
+                break
+    if unusable.problems:
+        print(f"{len(unusable.problems)} images could not be used and were replaced by others")
+    finished = trainer.validated == schedule.max_iter
+    if not finished:
+        print(f"stopped at step {trainer.step}; continue with: python train.py --resume {trainer.folder}")
+    return finished
+
+
+def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress) -> None:
+    """Compute and log COCO metrics of the current model; keep it as `best.pth` if its mask AP is the best so far."""
+    model = trainer.ema_or_model()
+    # Batch norm statistics differ between processes, and the main process's are the ones that are saved.
+    trainer.ranks.broadcast(model.buffers())
+    predictor = Predictor(model, trainer.device, trainer.dtype)
+    metrics = evaluate(predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=trainer.ranks)
+    if metrics is not None:
+        for problem in metrics["problems"]:
+            progress.write(f"warning: {problem}; it counts as an image without detections")
+        log.image(trainer.step, "validation", comparison_sheet(predictor, val))
+        box, mask = metrics["bbox"], metrics["segm"]
+        progress.write(
+            f"step {trainer.step}: box AP {box['AP']:.3f} AP50 {box['AP50']:.3f}, "
+            f"mask AP {mask['AP']:.3f} AP50 {mask['AP50']:.3f}"
+        )
+        per_class = {name: row["AP"] for name, row in metrics["per_class"]["segm"].items()}
+        log.line(trainer.step, {"time": round(time.time(), 1), "bbox": box, "segm": mask, "class_AP": per_class})
+        trainer.table = metrics["table"] + per_class_table(metrics) * (len(val.class_names) > 1)
+        if mask["AP"] > trainer.best:
+            trainer.best = mask["AP"]
+            trainer.save("best.pth")
+    trainer.module.train()
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM, remembered until the current step is done. A second one, seconds later, acts at once."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+
+    def __bool__(self) -> bool:
+        return self.first > 0
+
+    def __call__(self, _number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        # torchrun forwards a signal that its processes have already received themselves.
+        if self.first and now > self.first + 2:
+            raise KeyboardInterrupt
+        self.first = self.first or now
+
+    def __enter__(self) -> Interruption:
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A progress bar in a terminal, and a line every half a minute in a log file."""
+
+    def __init__(self, total: int, step: int, main: bool):
+        self.terminal = sys.stderr.isatty()
+        disable = not (main and self.terminal)
+        self.bar = tqdm(total=total, initial=step, desc="training", dynamic_ncols=True, disable=disable)
+        self.total, self.first, self.main = total, step, main
+        self.started = self.printed = time.monotonic()
+
+    def step(self, step: int, losses: dict[str, float], lr: float) -> None:
+        """Show the losses after a step."""
+        text = " ".join(f"{name}={value:.2f}" for name, value in losses.items()) + f" lr={lr:.1e}"
+        self.bar.update()
+        self.bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        if self.main and not self.terminal and (now > self.printed + LOG_SECONDS or step == self.total):
+            self.printed = now
+            per_step = (now - self.started) / (step - self.first)
+            minutes = per_step * (self.total - step) / 60
+            print(f"step {step}/{self.total} {text} {per_step:.2f} s/step, {minutes:.0f} min left", file=sys.stderr)
+
+    def write(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        self.bar.write(text)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class UnusableImages:
+    """The images that a run had to replace by others: each is reported once, and too many of them end the run."""
+
+    def __init__(self, ranks: Ranks, num_images: int):
+        self.ranks, self.num_images = ranks, num_images
+        self.problems: set[str] = set()
+
+    def check(self, batch: Batch, progress: Progress) -> None:
+        """Raise UserError if more than 1 % of the images are unusable (one is tolerated), or ten in a row."""
+        if not self.ranks.any(bool(batch.problems)):
+            return
+        problem = ""
+        for problem in dict.fromkeys(self.ranks.all_gather(batch.problems)):
+            if problem not in self.problems:
+                progress.write(f"warning: {problem}; another image takes its place")
+            self.problems.add(problem)
+        if len(self.problems) > max(1, self.num_images // 100) or self.ranks.any(not len(batch.images)):
+            raise UserError(
+                f"{len(self.problems)} of {self.num_images} images cannot be used: python -m data.audit lists them; "
+                f"the last one: {problem}"
+            )

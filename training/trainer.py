@@ -1,0 +1,207 @@
+"""One training step, and the state of a run: everything that a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from data.loader import Batch
+from layers.loss import MultiBoxLoss
+from layers.structures import Target
+from training.schedule import build_optimizer, update_ema
+from training.settings import Settings
+from utils.device import autocast, choose_precision
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.files import write_error
+from weights.checkpoint import save_checkpoint
+from yolact import Yolact
+
+STATE = ("step", "best", "optimizer", "scaler", "random")  # of a run, in a checkpoint
+
+
+class TrainStep(nn.Module):
+    """Network and loss as one module, so that DDP wraps both: images and targets in, losses out."""
+
+    anchors: Tensor
+
+    def __init__(self, model: Yolact):
+        super().__init__()
+        self.model = model
+        self.loss = MultiBoxLoss(model.config.loss)
+        size = model.config.model.max_size
+        self.register_buffer("anchors", model.anchors(size, size), persistent=False)
+
+    def forward(
+        self,
+        images: Tensor,
+        targets: list[Target],
+        num_positives: Tensor | None = None,
+        num_images: int | None = None,
+    ) -> dict[str, Tensor]:
+        """images [B, 3, S, S] -> the terms of the loss; see MultiBoxLoss for the rest."""
+        predictions = self.model(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.loss(predictions, self.anchors, targets, self.model.mask_iou, num_positives, num_images)
+
+
+class Trainer:
+    """The state of a run, and where it is written.
+
+    With several processes each one has a part of the batch, and all take the same step: the one that a single process
+    would take with the whole batch. The same holds for `settings.accumulate` micro-batches. Only batch norm, where it
+    is trained, sees just the images that go through together.
+    """
+
+    def __init__(self, model: Yolact, settings: Settings, ranks: Ranks):
+        config = model.config.training
+        self.settings, self.folder, self.ranks, self.device = settings, settings.output_dir, ranks, ranks.device
+        self.dtype = choose_precision(settings.precision, self.device)
+        if config.sync_bn and ranks.size > 1:
+            if self.device.type != "cuda":
+                raise UserError("sync_bn=true needs GPUs: PyTorch synchronises batch norm only between them")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.to(memory_format=torch.channels_last).to(self.device)
+        self.step_module = TrainStep(model).to(self.device).train()
+        self.module: nn.Module = self.step_module
+        if ranks.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.module = DistributedDataParallel(self.step_module, device_ids=devices)
+        self.optimizer = build_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.ema = None
+        if config.ema:
+            self.ema = AveragedModel(model, multi_avg_fn=partial(update_ema, config.ema), use_buffers=True)
+        self.step = 0
+        self.best = -1.0  # mask AP
+        self.validated = 0  # the step of the last validation
+        self.table = ""  # COCOeval's, of the last validation
+        self._prepare_folder()
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.ranks.main:
+                # What this project was writing when a run was killed, and nothing else.
+                for name in ("last.pth", "best.pth", "log.jsonl", "run.json"):
+                    for left in self.folder.glob(f".{name}.*.part"):
+                        left.unlink()
+        except OSError as error:
+            raise write_error(self.folder, error) from None
+
+    @property
+    def batch_norm(self) -> str:
+        """What batch norm does in this run, in a word."""
+        config = self.model.config.training
+        if config.freeze_bn:
+            return "frozen"
+        return "synchronised" if config.sync_bn and self.ranks.size > 1 else "trained"
+
+    def train_step(self, batch: Batch, lr: float) -> dict[str, float]:
+        """Take one step of the optimiser; return the weighted losses and their sum, "total"."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.model.config.training.clip_grad or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not self.scaler.is_enabled():  # a scaler skips such a step and lowers its scale
+            self._check_finite(batch, losses | {"gradient": norm})
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+        values = self.ranks.sum(torch.stack([*losses.values()])) / self.ranks.size
+        named = dict(zip(losses, values.tolist(), strict=True))
+        return named | {"total": sum(named.values())}
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Accumulate the gradients of the batch, one micro-batch after the other; return its losses."""
+        parts = batch.split(self.settings.accumulate)
+        num_positives, num_images = None, len(batch.images)
+        if len(parts) > 1 or self.ranks.size > 1:
+            # Every part divides by the number of positives of the whole batch, so that the sums add up.
+            mine = self.step_module.loss.match(self.step_module.anchors, batch.targets).positive.sum()
+            num_positives = self.ranks.sum(mine).clamp(min=1) / self.ranks.size  # DDP averages the gradients
+        sums: dict[str, Tensor] = {}
+        for number, part in enumerate(parts, start=1):
+            postpone = number < len(parts) and isinstance(self.module, DistributedDataParallel)
+            with self.module.no_sync() if postpone else contextlib.nullcontext():  # type: ignore[operator]
+                with autocast(self.device, self.dtype):
+                    images = part.images.contiguous(memory_format=torch.channels_last)
+                    losses = self.module(images, part.targets, num_positives, num_images)
+                self._check_finite(part, losses)
+                self.scaler.scale(sum(losses.values(), torch.zeros((), device=self.device))).backward()
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        return sums
+
+    def _check_finite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        """Raise UserError in all processes if a loss is not finite in one of them."""
+        finite = bool(torch.isfinite(torch.stack([value.detach() for value in losses.values()])).all())
+        if not self.ranks.any(not finite):
+            return
+        if finite:
+            raise UserError(f"the loss is not finite at step {self.step} in another process")
+        path = self.folder / f"non_finite{f'_{self.ranks.rank}' * (not self.ranks.main)}.json"
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        report = {"step": self.step, "losses": {k: str(v) for k, v in values.items()}, "image_ids": batch.image_ids}
+        path.write_text(json.dumps(report, indent=1))
+        bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        raise UserError(
+            f"the loss is not finite at step {self.step} ({bad}); the batch's image ids are in {path}. "
+            "Check their annotations, or lower --lr"
+        )
+
+    def ema_or_model(self) -> Yolact:
+        """Return the model to validate and to predict with: the EMA if there is one."""
+        if self.ema is None:
+            return self.model
+        assert isinstance(self.ema.module, Yolact)
+        return self.ema.module
+
+    def save(self, name: str) -> None:
+        """Write the state as `name` into the run's folder; the main process does it for all."""
+        if not self.ranks.main:
+            return
+        training: dict[str, Any] = {
+            "step": self.step,
+            "best": self.best,
+            "validated": self.validated,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "args": self.settings.to_dict(),
+        }
+        if self.ema is not None:
+            training["raw"] = self.model.state_dict()
+            training["averaged"] = int(self.ema.n_averaged)
+        save_checkpoint(self.folder / name, self.ema_or_model(), training)
+
+    def load(self, training: dict[str, Any]) -> None:
+        """Continue from what `save` wrote. The model already has the checkpoint's weights, which are the EMA's."""
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(training["averaged"])
+            self.model.load_state_dict(training["raw"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        torch.set_rng_state(training["random"])
+        self.step, self.best = training["step"], training["best"]
+        self.validated = training.get("validated", self.step)  # the first files do not have it
+
+
+def check_resumable(training: dict[str, Any], uses_ema: bool, where: str) -> None:
+    """Raise UserError unless a checkpoint has the whole state of a run."""
+    needed = (*STATE, "args", *(("raw", "averaged") if uses_ema else ()))
+    missing = [key for key in needed if key not in training]
+    if missing:
+        raise UserError(f"{where}: its training state is incomplete ({', '.join(missing)}); use another checkpoint")

@@ -1,0 +1,114 @@
+"""torchrun and DDP: one process per device. In a single process, everything here does nothing.
+
+with join("auto") as ranks:       # reads the environment that torchrun sets
+    device = ranks.device
+    ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.device import choose_device
+from utils.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the group."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints, writes files and computes metrics for the group."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return `value` summed over the processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process. All processes get the same answer, so that all leave a loop."""
+        return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
+
+    def all_gather(self, items: list[T]) -> list[T]:
+        """Return the items of all processes, in every process."""
+        if self.size == 1:
+            return items
+        everyone: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everyone, items)
+        return [item for some in everyone for item in some]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Return the items of all processes in the main process, and nothing in the others."""
+        if self.size == 1:
+            return items
+        everyone: list[list[T]] | None = [[] for _ in range(self.size)] if self.main else None
+        dist.gather_object(items, everyone)
+        return [item for some in everyone or [] for item in some]
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite `tensors` with those of the main process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        """Wait until every process has reached this point."""
+        if self.size > 1:
+            self.sum(torch.zeros(()))
+
+
+def single(device: torch.device | None = None) -> Ranks:
+    """Return a group of this process alone."""
+    return Ranks(device or torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def join(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that torchrun started, or run alone if there is no torchrun.
+
+    Each process takes the GPU of its local rank. All but the first are silent on standard output. Raises UserError
+    if there are fewer GPUs than processes, or if the device type does not support several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks(choose_device(device))
+        return
+    chosen = choose_device(device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"several processes can share work on cuda or cpu only, not on {chosen}; give --device")
+    if chosen.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"process {local} of this machine has no GPU, there are {count}: lower --nproc_per_node")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    # Gradients travel over NCCL; counters and results, which are CPU tensors, over gloo without synchronising with
+    # the GPU. The timeout covers the main process computing metrics on the largest validation set.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    ranks = Ranks(chosen, dist.get_rank(), dist.get_world_size())
+    with contextlib.ExitStack() as stack:
+        if not ranks.main:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield ranks
+    # Not in a finally block: after an error it would wait for processes that have not failed.
+    dist.destroy_process_group()

@@ -1,0 +1,82 @@
+"""Mistakes that the user can fix, reported in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+
+class UserError(Exception):
+    """A mistake that only the user can fix: a wrong path, an unknown name, a broken file.
+
+    The message names the thing, says what is wrong with it and what to do. Scripts print it on one line and exit
+    with code 2. Every other exception is a bug and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" if a known name is close to `name`, otherwise the list of known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def shorten(names: Sequence[str], limit: int = 5) -> str:
+    """Join the first `limit` names and say how many more there are."""
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type for whole numbers from `minimum` on."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def positive_float(text: str) -> float:
+    """Argparse type for finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Argparse type for numbers from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that reports a mistake like every other one: a single line, exit code 2, no usage text."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message} (see --help)")
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its return value or 0, with 2 after a UserError, with 130 after Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,122 @@
+"""File -> model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from config import CONFIGS, Config, differences, from_dict
+from utils.errors import UserError, shorten
+from weights.checkpoint import check_values, check_version, read_checkpoint
+from weights.convert import Weights, convert, facts
+from weights.released import find_weights
+from yolact import Yolact
+
+
+def load_model(path_or_name: str | Path, config: Config | None = None) -> Yolact:
+    """Return the model in a file, in evaluation mode on the CPU.
+
+    Args:
+        path_or_name: an own checkpoint, a released file, or the name of released weights, which are downloaded once.
+        config: a configuration to use instead of the file's. It must give the weights the same meaning.
+
+    Raises:
+        UserError: if the file is missing, damaged, of an unknown format, or does not fit `config`.
+    """
+    path = find_weights(path_or_name)
+    weights = read_weights(path)
+    if config is None:
+        config = weights.config
+        if weights.ambiguous:
+            others = ", ".join(weights.ambiguous)
+            print(
+                f"{path}: these weights fit {others}; taking {config.name} with {config.num_classes} classes "
+                "(choose with --config)"
+            )
+    else:
+        config = _reconcile(config, weights, path)
+    model = Yolact(config)
+    _load_strictly(model, weights, path)
+    return model.eval()
+
+
+def load_weights(model: Yolact, path: str | Path) -> None:
+    """Load a file of any known layout into `model`, in place.
+
+    Raises UserError unless every entry finds its place and means the same in both configurations.
+    """
+    weights = read_weights(path)
+    _reconcile(model.config, weights, Path(path))
+    _load_strictly(model, weights, path)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Return the weights in a file of any known layout, in our names, with their configuration."""
+    return weights_from(read_checkpoint(path), path)
+
+
+def weights_from(content: dict[str, Any], path: str | Path) -> Weights:
+    """Return the weights in what `read_checkpoint` returned for the file at `path`."""
+    if "yolact" not in content:
+        return convert(content, str(path))
+    check_version(content, path)
+    if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path}: incomplete, it has no configuration or no weights")
+    try:
+        config = from_dict(content["config"])
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: its configuration cannot be used: {error}") from None
+    return Weights(check_values(content["model"], path), "own", config)
+
+
+def build_model(weights: Weights, path: str | Path) -> Yolact:
+    """Return a model with the weights and the configuration of a file."""
+    model = Yolact(weights.config)
+    _load_strictly(model, weights, path)
+    return model
+
+
+def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
+    """Return `config` with the classes of the file; UserError if it would give the weights another meaning."""
+    stored = weights.config
+    if weights.layout == "own":
+        different = differences(config.model, stored.model)
+        if different:
+            raise UserError(
+                f"{path}: was trained as {stored.name!r} with other {', '.join(different)} than configuration "
+                f"{config.name!r} has; without --config the file's own configuration is used"
+            )
+    elif facts(config) != facts(stored):
+        wrong = [f"{key} is {value}" for key, value in facts(stored).items() if facts(config)[key] != value]
+        raise _wrong_configuration(config, weights, path, f": their {', '.join(wrong)}")
+    elif config.num_classes == stored.num_classes:
+        return config
+    elif stored == CONFIGS[stored.name]:  # classes that are known by name
+        raise _wrong_configuration(config, weights, path, "")
+    return dataclasses.replace(config, class_names=stored.class_names, category_ids=stored.category_ids)
+
+
+def _wrong_configuration(config: Config, weights: Weights, path: str | Path, details: str) -> UserError:
+    stored = weights.config
+    return UserError(
+        f"{path}: does not fit configuration {config.name!r} with {config.num_classes} classes; these are weights of "
+        f"{stored.name!r} with {stored.num_classes} classes{details}"
+    )
+
+
+def _load_strictly(model: Yolact, weights: Weights, path: str | Path) -> None:
+    own = model.state_dict()
+    # Nothing here uses the batch counters, and files from before PyTorch 0.4.1 lack them.
+    state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights.state}
+    problems = []
+    for what, names in (
+        ("missing", [k for k in own if k not in state]),
+        ("left over", [k for k in state if k not in own]),
+        ("of another shape", [k for k in own if k in state and own[k].shape != state[k].shape]),
+    ):
+        if names:
+            problems.append(f"{len(names)} {what}: {shorten(names, 3)}")
+    if problems:
+        raise _wrong_configuration(model.config, weights, path, f" ({'; '.join(problems)})")
+    model.load_state_dict(state)

@@ -1,0 +1,139 @@
+"""The released weights: their names and addresses, and how they are downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import canonical_name
+from utils.errors import UserError, nearest
+from utils.files import atomic_write
+from weights.checkpoint import not_pytorch
+
+WEIGHTS_DIR = Path(__file__).resolve().parent
+BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
+
+_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/yolact/"
+_AUTHORS = "https://huggingface.co/dbolya/"
+
+
+@dataclass(frozen=True)
+class Released:
+    """One file that others published."""
+
+    config: str  # its name, and that of its configuration
+    url: str
+    source: str
+    mask_ap: str  # as published, on COCO
+    sha256: str = ""  # the first digits, if the publisher states them
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+
+def _mmdet(config: str, folder: str, file_name: str, mask_ap: str) -> Released:
+    digits = file_name.removesuffix(".pth").rsplit("-", 1)[-1]
+    return Released(config, f"{_MMDET}{folder}/{file_name}", "MMDetection", f"{mask_ap} (val2017)", digits)
+
+
+def _authors(config: str, mask_ap: str) -> Released:
+    url = f"{_AUTHORS}{config.replace('_', '-')}/resolve/main/{config}_54_800000.pth"
+    return Released(config, url, "the authors", f"{mask_ap} (test-dev)")
+
+
+RELEASED = {
+    entry.config: entry
+    for entry in (
+        _mmdet("yolact_r50", "yolact_r50_1x8_coco", "yolact_r50_1x8_coco_20200908-f38d58df.pth", "29.0"),
+        _mmdet("yolact_r50_8xb8", "yolact_r50_8x8_coco", "yolact_r50_8x8_coco_20200908-ca34f5db.pth", "28.4"),
+        _mmdet("yolact_r101", "yolact_r101_1x8_coco", "yolact_r101_1x8_coco_20200908-4cbe9101.pth", "30.4"),
+        _authors("yolact_resnet50", "28.2"),
+        _authors("yolact_darknet53", "28.7"),
+        _authors("yolact_base", "29.8"),
+        _authors("yolact_im700", "31.2"),
+        _authors("yolact_plus_resnet50", "34.1"),
+        _authors("yolact_plus_base", "34.6"),
+    )
+}
+
+
+def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
+    """Return the file that is meant.
+
+    A path is returned as it is, and a run's folder as its `best.pth` or else `last.pth`. The name of released weights
+    becomes their file in `folder`, which is downloaded if it is not there.
+    """
+    path = Path(path_or_name)
+    if path.is_dir():
+        return checkpoint_in(path)
+    if path.exists():
+        return path
+    given = str(path_or_name)
+    name = canonical_name(given)
+    if path.parent == Path("."):
+        local = [folder / given, folder / f"{given}.pth"]
+        if not path.suffix:  # a name also means the file of that configuration that was saved here by hand
+            local += [p for p in sorted(folder.glob("*.pth")) if canonical_name(p.name) == name]
+        for candidate in local:
+            if candidate.is_file():
+                return candidate
+        if name in RELEASED and given.removesuffix(".pth") in (name, RELEASED[name].file_name.removesuffix(".pth")):
+            return download(RELEASED[name], folder)
+    if path.suffix or path.parent != Path("."):
+        raise UserError(f"{path}: no such weights file")
+    raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{nearest(name, RELEASED)}")
+
+
+def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth")) -> Path:
+    """Return the first of a run's checkpoints that is there."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: this folder has no {' or '.join(names)}")
+
+
+def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0) -> Path:
+    """Return the file of `entry` in `folder`, downloading and checking it first if it is not there.
+
+    Raises UserError if that fails, with what to do by hand. Nothing incomplete is left behind.
+    """
+    target = folder / entry.file_name
+    if target.is_file():
+        return target
+    by_hand = f"; to do it by hand, save {entry.url} as {target}"
+    digest = hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as out, urllib.request.urlopen(entry.url, timeout=timeout) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file_name) as bar:
+                received = 0
+                while chunk := response.read(2**20):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    received += len(chunk)
+                    bar.update(len(chunk))
+            if size and received < size:
+                raise UserError(f"{entry.file_name}: the server stopped after {received} of {size} bytes{by_hand}")
+            if not digest.hexdigest().startswith(entry.sha256):
+                wrong = digest.hexdigest()[: len(entry.sha256)]
+                raise UserError(f"{entry.file_name}: SHA-256 starts with {wrong}, not {entry.sha256}{by_hand}")
+            # The authors' files have no checksum, and a login page also comes with status 200.
+            out.seek(0)
+            head = out.read(64)
+            problem = not_pytorch(head)
+            if problem:
+                raise UserError(f"{entry.file_name}: what {entry.url} sent is {problem}{by_hand}")
+            if head[:2] == b"PK" and zipfile.ZipFile(out).testzip() is not None:
+                raise UserError(f"{entry.file_name}: damaged on its way{by_hand}")
+    except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{entry.file_name}: cannot be downloaded ({reason}){by_hand}") from None
+    return target

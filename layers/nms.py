@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from layers.boxes import box_iou
+from utils.errors import UserError, nearest
 
 
 class NMSResult(NamedTuple):
@@ -121,3 +122,10 @@ NMS: dict[str, Callable[..., NMSResult]] = {
     "cluster_penalty": cluster_penalty_nms,
     "standard": standard_nms,
 }
+
+
+def find_nms(name: str) -> Callable[..., NMSResult]:
+    """Return the function called `name`, a key of NMS; UserError for an unknown name."""
+    if name not in NMS:
+        raise UserError(f"unknown nms {name!r}{nearest(name, NMS)}")
+    return NMS[name]

@@ -7,7 +7,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from conftest import make_dataset, run, train_args
+from conftest import make_dataset, photo, run, train_args
 from test_data import edit
 
 from config import get_config
@@ -198,3 +198,116 @@ def test_sheet_shows_the_truth(dataset):
     for x1, y1, x2, y2 in sample.boxes.round().astype(int):
         assert changed[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].mean() > 0.6
     assert not changed[:4, :4].any()
+
+
+def corners(content):
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+
+
+def relative(content):
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x / 128, y / 96, w / 128, h / 96]
+        annotation["segmentation"] = [[0.1, 0.1, 0.5, 0.1, 0.5, 0.55]]
+
+
+def boxes_only(content):
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
+def odd_boxes(content):
+    content["annotations"][0]["bbox"] = [float("nan"), 1, 2, 3]
+    content["annotations"][1]["bbox"] = [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "count", "is_error"),
+    [
+        (corners, "corner_box", 14, True),
+        (lambda c: [boxes_only(c), corners(c)], "corner_box", None, True),
+        (relative, "relative", 14, True),
+        (boxes_only, "detection_only", 14, True),
+        (odd_boxes, "bad_box", 2, False),
+        (lambda c: [a.update(id=1) for a in c["annotations"]], "same_id", 13, False),
+        (lambda c: [a.update(id=str(a["id"])) for a in c["annotations"]], "text_id", 14, False),
+        (lambda c: [a.update(id=a["id"] + 0.5) for a in c["annotations"]], "text_id", 14, False),
+        (lambda c: [a.update(area=a["area"] / 14) for a in c["annotations"]], "area", 14, False),
+    ],
+)
+def test_defects_of_data_sets_as_downloaded(dataset, change, kind, count, is_error):
+    """Each was "nothing is wrong" once."""
+    found = findings(edit(dataset, change))
+    assert kind in found
+    assert count is None or found[kind].count == count
+    assert found[kind].is_error == is_error
+    assert findings_are_complete(found[kind])
+
+
+def findings_are_complete(finding):
+    """A finding says how many, of how many, gives an example and what to do."""
+    return re.fullmatch(r"(error|warning): (all \d+|\d+ of \d+) .+: .+\. [A-Z].+", str(finding))
+
+
+def test_fractional_ids_of_images_are_refused(dataset):
+    path = edit(dataset, lambda c: c["images"][0].update(id=10.5))
+    out = run("data.audit", "--annotations", path, "--image_dir", path.parent / "images", code=2)
+    assert "image id 10.5 is not a whole number" in out
+
+
+def test_train_and_val_are_compared(tmp_path):
+    train, val = make_dataset(tmp_path / "train", 6, seed=1), make_dataset(tmp_path / "val", 6, seed=2)
+    shutil.copy(train.parent / "images/image_0.png", val.parent / "images/image_3.png")
+    near = photo(96, 128, seed=5)
+    cv2.imwrite(str(train.parent / "images/image_1.png"), near)
+    compressed = cv2.imdecode(cv2.imencode(".jpg", near, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
+    cv2.imwrite(str(val.parent / "images/image_4.png"), compressed)
+    edit(val, lambda c: c["categories"][1].update(name="plate"))
+    args = ["data.audit", "--annotations", train, "--image_dir", train.parent / "images", "--val_annotations", val,
+            "--val_images", val.parent / "images", "--output", tmp_path / "out"]  # fmt: skip
+    out = run(*args, code=1)
+    assert "image_3.png is image_0.png" in out
+    assert "image_4.png and image_1.png" in out
+    assert re.search(r"error: .* classes differ between the two files: plate, tile", out)
+    assert "1 of 6 images of the validation set look almost like" in out
+
+
+def test_the_basis_is_stated_and_earlier_audits_are_kept(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["data.audit", "--annotations", dataset, "--image_dir", dataset.parent / "images"]
+    assert "measured for yolact_lite at 320 px" in run(*args, "--config", "yolact_lite", "--set", "max_size=320")
+    run(*args)
+    assert (tmp_path / "audit/annotations/audit.json").is_file()
+    assert (tmp_path / "audit/annotations_2/sheet.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", "0 0.5 0.5 0.2 0.3\n1 0.1 0.2 0.3 0.4 0.5 0.6 0.7\n", "YOLO's text format"),
+        ("data.yaml", "train: images/train\nnames: [cat]\n", "YOLO's data.yaml"),
+        ("a.xml", "<annotation><folder>x</folder></annotation>", "Pascal VOC"),
+        ("a.json", '{"version": "5.0", "shapes": [], "imagePath": "a.jpg"}', "LabelMe"),
+        ("via.json", '{"a.jpg123": {"filename": "a.jpg", "regions": []}}', "VIA"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    out = run("data.audit", "--annotations", tmp_path / name, "--image_dir", tmp_path, code=2)
+    assert words in out
+    assert "COCO JSON" in out
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    (folder / f"b{(tmp_path / name).suffix}").write_text(content)
+    if name != "data.yaml":
+        assert "this is a folder" in run("data.audit", "--annotations", folder, "--image_dir", tmp_path, code=2)
+
+
+def test_a_folder_without_any_of_the_images_is_questioned(dataset, tmp_path):
+    out = run("data.audit", "--annotations", dataset, "--image_dir", tmp_path, code=2)
+    assert "is --image_dir right?" in out
+    args = train_args(dataset)
+    args[args.index("--train_images") + 1] = tmp_path
+    assert "is this the right folder?" in run(*args, code=2)

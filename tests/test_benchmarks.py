@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 
 import pytest
-from conftest import ROOT, spawn
+from conftest import spawn
 
 from benchmarks import compare, report
 from benchmarks.stages import benchmark, format_report, network_flops
 
 
-def test_readme_shows_the_figures_in_the_files():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert shown == report.section().strip(), "run python benchmarks/report.py"
+def test_figures_in_the_readmes_are_those_in_the_files():
+    for path, wanted in ((report.README, report.readme()), (report.TABLES, report.tables())):
+        assert path.read_text(encoding="utf-8") == wanted, "run python benchmarks/report.py"
 
 
 def test_operations_do_not_depend_on_how_they_are_computed(small_config):
@@ -32,7 +32,8 @@ def test_every_stage_is_timed(predictor, provide):
     result = benchmark(predictor, batch_size=2, provide=provide, image_size=(60, 80), repeats=3)
     stages = result["stages_ms"]
     assert set(stages) >= {"read", "backbone", "FPN", "prototypes", "head", "detect", "masks", "draw", "network"}
-    assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in stages.values())
+    parts = sum(stages[name]["median"] for name in ("backbone", "FPN", "prototypes", "head"))
+    assert parts == pytest.approx(stages["network"]["median"], rel=0.6)
     assert stages["image to masks"]["median"] > stages["network"]["median"] * 0.8
     assert 0 < result["share_of_peak"] < 2
     assert "image to masks" in format_report(result)
@@ -74,3 +75,15 @@ def test_costs_are_measured(tmp_path):
     assert [row["varied"] for row in result["rows"]] == ["size"] * 2 + ["batch_size", "detections"] + ["picture"] * 4
     assert all(row["image_to_masks_ms"] > 0 and row["memory_mib"] > 100 for row in result["rows"])
     assert "How cost grows" in report.scaling(result)
+
+
+def test_a_slow_stage_shows_where_it_is(predictor, monkeypatch):
+    """A stage that takes 30 ms longer takes 30 ms longer in the report, and no other one does."""
+    plain = benchmark(predictor, image_size=(60, 80), repeats=3)["stages_ms"]
+    preprocess = predictor.preprocess
+    monkeypatch.setattr(predictor, "preprocess", lambda image: time.sleep(0.03) or preprocess(image))
+    slow = benchmark(predictor, image_size=(60, 80), repeats=3)["stages_ms"]
+    more = {name: slow[name]["median"] - plain[name]["median"] for name in slow}
+    assert more["resize and normalise"] > 28
+    assert more["image to masks"] > 25
+    assert max(more[name] for name in ("backbone", "head", "network", "detect")) < 15

@@ -9,13 +9,16 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
+from conftest import run
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data.coco import CocoDataset
-from evaluation.evaluator import coco_metrics, evaluate
+from evaluation.evaluator import coco_metrics, evaluate, predict_dataset
 from inference import Predictor
+from utils.distributed import Ranks
 from utils.errors import UserError
 from yolact import Yolact
 
@@ -134,3 +137,88 @@ def test_the_whole_way_and_classes_that_do_not_fit(dataset, small_config, tmp_pa
     other = truth(tmp_path / "other", [(0, 1, OBJECT, 0)])
     with pytest.raises(UserError, match="disc"):
         evaluate(predictor, other)
+
+
+def changed(data, tmp_path, **fields):
+    """The same file with other values in its first annotation."""
+    content = json.loads(data.path.read_text())
+    content["annotations"][0] |= fields
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(content))
+    return CocoDataset(path, data.image_dir)
+
+
+def test_an_annotation_without_a_mask_is_an_object_for_boxes_and_a_region_to_ignore_for_masks(tmp_path):
+    data = truth(tmp_path / "d", [(0, 1, OTHER, 0), ONE])
+    other = changed(data, tmp_path, segmentation=None)
+    metrics = coco_metrics(other, [result(*HIT), result(0, 1, OTHER, 0.9)])
+    assert metrics["segm"]["AP"] == pytest.approx(1)  # the detection on its box is neither right nor wrong
+    assert metrics["bbox"]["AP"] == pytest.approx(1)
+    assert coco_metrics(other, [result(*HIT)])["segm"]["AP"] == pytest.approx(1)
+    assert coco_metrics(other, [result(*HIT)])["bbox"]["AP"] == pytest.approx(0.505, abs=2e-3)
+    assert "1 annotations have no usable mask" in metrics["notes"][0]
+
+
+@pytest.mark.parametrize("area", [None, "n/a", 0, 1, 9e8])
+def test_wrong_and_missing_areas_do_not_move_size_classes(tmp_path, area):
+    """An object of 30x30 pixels is small, whatever its stated area or its box says."""
+    data = truth(tmp_path / "d", [ONE])
+    other = changed(data, tmp_path, area=area, bbox=[0, 0, 100, 100])
+    metrics = coco_metrics(other, [result(*HIT)])
+    assert metrics["segm"]["APs"] == pytest.approx(1)
+    assert metrics["segm"]["APm"] == metrics["segm"]["APl"] == -1
+    assert any("stated areas" in note for note in metrics["notes"]) == (area in (0, 1, 9e8))
+
+
+def test_stated_areas_that_agree_are_kept(tmp_path):
+    """1100 is on the other side of COCO's limit of 32 x 32 = 1024 than the mask's 900, as a polygon's may be."""
+    other = changed(truth(tmp_path / "d", [ONE]), tmp_path, area=1100)
+    metrics = coco_metrics(other, [result(*HIT)])
+    assert (metrics["segm"]["APs"], metrics["segm"]["APm"]) == (-1, pytest.approx(1))
+
+
+def test_exact_copies_are_named_and_ap_is_given_without_them(tmp_path):
+    data = truth(tmp_path / "d", [ONE, TWO, ONE])
+    metrics = coco_metrics(data, [result(*HIT), result(1, 1, OTHER, 0.9)])
+    assert metrics["segm"]["AP"] == pytest.approx(by_hand(data, [result(*HIT), result(1, 1, OTHER, 0.9)], "segm")[0])
+    assert metrics["segm"]["AP"] < 0.7
+    assert metrics["without_copies"]["segm"]["AP"] == pytest.approx(1)
+    (note,) = metrics["notes"]
+    assert "truth.json: 1 annotations repeat another one" in note
+    assert "mask AP 1.000" in note
+    assert "without_copies" not in coco_metrics(truth(tmp_path / "e", [ONE]), [result(*HIT)])
+
+
+def test_an_image_without_a_size_that_cannot_be_read_does_not_end_the_evaluation(dataset, small_config):
+    """Sizes come from the images that were read; nothing is read a second time."""
+    content = json.loads(dataset.read_text())
+    for image in content["images"]:
+        del image["height"], image["width"]
+    dataset.write_text(json.dumps(content))
+    (dataset.parent / "images/image_2.png").write_bytes(b"broken")
+    data = CocoDataset(dataset, dataset.parent / "images")
+    predictor = Predictor(Yolact(small_config), "cpu", score_threshold=0.0, top_k=5)
+    metrics = evaluate(predictor, data, progress=False)
+    (problem,) = metrics["problems"]
+    assert "image_2.png: cannot be read as an image (image 16" in problem
+    assert metrics["bbox"]["AP"] >= 0
+
+
+def test_problems_of_every_process_reach_the_main_one(dataset, small_config, monkeypatch):
+    """Each process reads its own share; what it reports is gathered with its results."""
+    (dataset.parent / "images/image_2.png").write_bytes(b"broken")
+    data = CocoDataset(dataset, dataset.parent / "images")
+    predictor = Predictor(Yolact(small_config), "cpu", top_k=5)
+    monkeypatch.setattr(Ranks, "gather", lambda self, items: items)
+    ranks = [Ranks(torch.device("cpu"), rank, 2) for rank in range(2)]
+    shares = [predict_dataset(predictor, data, progress=False, ranks=r) for r in ranks]
+    assert [len(share.problems) for share in shares] == [1, 0]
+    assert sorted([*shares[0].sizes, *shares[1].sizes]) == sorted(set(data.image_ids) - {16})
+
+
+def test_evaluation_names_unreadable_images_and_exits_with_1(dataset, weights):
+    (dataset.parent / "images/image_2.png").write_bytes(b"broken")
+    args = ["--weights", weights, "--device", "cpu", "--annotations", dataset, "--image_dir", dataset.parent / "images"]
+    out = run("eval.py", *args, code=1)
+    assert "image_2.png: cannot be read as an image" in out
+    assert "counts as an image without detections" in out

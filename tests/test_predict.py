@@ -14,13 +14,16 @@ import torch
 from conftest import ROOT, photo, run, spawn
 from pycocotools import mask as rle
 
+import eval as eval_script
 from config import override
 from inference import Detections, Predictor
 from inference.outputs import instance_map, labelme, prototype_sheet, rings
 from layers.masks import soft_masks
 from layers.nms import NMS
+from layers.structures import Candidates
 from utils.errors import UserError
 from weights import load_model
+from weights.checkpoint import save_checkpoint
 
 
 def disc_detections(height=301, width=203, count=2):
@@ -201,7 +204,112 @@ def test_predictor_refuses(weights):
         Predictor(model, "cpu")(np.zeros((5, 5)))
 
 
+@pytest.mark.parametrize("threshold", [0.01, 0.6, 0.99])
+def test_the_threshold_of_the_configuration_counts(weights, threshold):
+    """It used to be ignored: 0.6 changed nothing, and 0.01 removed detections."""
+    model = load_model(weights)
+    plain = Predictor(model, "cpu", "fp32", top_k=1000)(photo())
+    model.config = override(model.config, score_threshold=threshold)
+    found = Predictor(model, "cpu", "fp32", top_k=1000)(photo())
+    given = Predictor(load_model(weights), "cpu", "fp32", top_k=1000, score_threshold=threshold)(photo())
+    assert torch.equal(found.scores, given.scores)
+    if threshold < 0.05:
+        assert len(found) >= len(plain)
+    else:
+        assert len(found) == int((plain.scores >= threshold).sum()) < len(plain)
+
+
+def test_detections_are_ordinary_objects(predictor):
+    found, other = predictor([photo(), photo(seed=1)])
+    found.boxes += 1  # tensors made in inference mode cannot be changed
+    found.prototypes.mul_(2)
+    assert found != other
+    assert found == found
+    assert len({found, other}) == 2
+    for value in (found.prototypes, found.boxes, found.scores, found.coefficients):
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size()  # nothing else is kept alive
+
+
+def test_boxes_outside_of_the_image_are_empty_and_not_inverted(predictor):
+    boxes = torch.tensor([[[1.2, 0.2, 1.5, 0.4], [-0.5, -0.5, -0.1, 1.4], [0.2, 0.2, 0.4, 0.4]]])
+    candidates = Candidates(boxes, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 3, 32))
+    found = predictor.postprocess(candidates, torch.rand(1, 24, 24, 32), 0, 3, (100, 200))
+    assert found.boxes.tolist() == [[200, 20, 200, 40], [0, 0, 0, 100], pytest.approx([40, 20, 80, 40])]
+    assert all(min(result["bbox"]) >= 0 for result in found.to_coco())
+
+
+def test_unknown_options_offer_the_nearest(weights):
+    with pytest.raises(UserError, match="unknown option 'score_treshold', did you mean 'score_threshold'"):
+        Predictor.from_weights(weights, device="cpu", score_treshold=0.3)
+    assert Predictor.from_weights(weights, device="cpu", size=64).size == (64, 64)
+    assert Predictor.from_weights(weights, device=torch.device("cpu"), precision=torch.float32).dtype == torch.float32
+
+
 # Files
+
+
+def outside_pixels(results):
+    """Pixels of the masks that lie outside of their boxes."""
+    total = 0
+    for result in results:
+        mask = rle.decode(result["segmentation"]).astype(bool)
+        x, y, w, h = result["bbox"]
+        rows, columns = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
+        inside = (columns >= x) & (columns < x + w) & (rows >= y) & (rows < y + h)
+        total += int((mask & ~inside).sum())
+    return total
+
+
+def test_masks_of_images_end_at_their_boxes_and_those_for_ap_are_the_published_ones(weights, dataset, tmp_path):
+    """Cropping at the prototypes' resolution leaks, which people take for a bug; AP keeps it."""
+    cv2.imwrite(str(tmp_path / "large.png"), photo(900, 1300))
+    common = ["eval.py", "--weights", weights, "--device", "cpu", "--precision", "fp32", "--image"]
+    run(*common, tmp_path / "large.png", "--output", tmp_path / "a", "--save", "json")
+    leaky = ["--set", "crop_after_resize=false", "--output", tmp_path / "b"]
+    run(*common, tmp_path / "large.png", *leaky, "--save", "json")
+    tight, leaking = (json.loads((tmp_path / name / "large.json").read_text()) for name in ("a", "b"))
+    assert len(tight) == len(leaking) > 0
+    assert outside_pixels(tight) == 0 < outside_pixels(leaking)
+    run("eval.py", "--weights", weights, "--device", "cpu", "--precision", "fp32", "--annotations", dataset,
+        "--image_dir", dataset.parent / "images", "--output", tmp_path / "ap.json")  # fmt: skip
+    published = Predictor(load_model(weights), "cpu", "fp32")
+    image = cv2.imread(str(dataset.parent / "images/image_0.png"))
+    wanted = [r["segmentation"] for r in published(image).to_coco()]
+    results = json.loads((tmp_path / "ap.results.json").read_text())
+    assert [r["segmentation"] for r in results if r["image_id"] == 10] == wanted
+
+
+def test_a_threshold_of_the_configuration_counts_for_images(weights, tmp_path):
+    """0.3 is for configurations that say nothing else; a flag counts in any case."""
+    model = load_model(weights)
+    model.config = override(model.config, score_threshold=0.6)
+    save_checkpoint(tmp_path / "strict.pth", model)
+    for name, flags, threshold in (
+        (weights, [], 0.3),
+        (tmp_path / "strict.pth", [], 0.6),
+        (tmp_path / "strict.pth", ["--score_threshold", "0.4"], 0.4),
+        (tmp_path / "strict.pth", ["--set", "score_threshold=0.2"], 0.2),
+    ):
+        args = eval_script.build_parser().parse_args(["--weights", str(name), *flags])
+        predictor = eval_script.build_predictor(args, "cpu", display=True)
+        assert predictor.config.detection.score_threshold == threshold
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_a_dangling_link_is_reported(weights, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.jpg"), photo())
+    (folder / "b.jpg").symlink_to(tmp_path / "gone.jpg")
+    out = run("eval.py", "--weights", weights, "--images", folder, "--output", tmp_path / "out", "--device", "cpu",
+              code=1)  # fmt: skip
+    assert "b.jpg: no such image, skipped" in out
+    assert "a.jpg: " in out
+
+
+@pytest.mark.parametrize(("text", "size"), [("640", (640, 640)), ("480x640", (480, 640)), (None, None)])
+def test_sizes(text, size):
+    assert eval_script.parse_size(text) == size
 
 
 def test_command_line_writes_every_kind(weights, tmp_path):

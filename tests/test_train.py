@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +15,12 @@ import pytest
 import torch
 from conftest import ROOT, make_dataset, run, spawn, train_args
 
+import train
 from config import from_dict
+from data.coco import CocoDataset
 from training.log import RunLog
 from training.trainer import Trainer
+from utils.distributed import single
 from utils.errors import UserError
 from weights import load_model
 from weights.checkpoint import read_checkpoint
@@ -166,6 +171,191 @@ def test_tensorboard_is_an_extra(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install tensorboard"):
         RunLog(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "-1"], "--lr: '-1' is not a finite number above 0"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--workers", "-3"], "--workers: '-3' is not a whole number of at least 0"),
+        (["--val_interval", "-5"], "--val_interval"),
+        (["--val_interval", "0"], "--val_interval"),
+        (["--seed", "-1"], "--seed"),
+        (["--batch_size", "2.5"], "--batch_size"),
+        (["--set", "lr=nan"], "lr: nan is out of range"),
+        (["--set", "lr=inf"], "lr: inf is out of range"),
+        (["--set", "max_size=inf"], "'max_size': 'inf' is not a value of type int"),
+        (["--set", "max_size=99999999"], "max_size"),
+        (["--set", "augment_expand=0.5"], "augment_expand"),
+        (["--set", "warmup_iters=-1"], "warmup_iters"),
+    ],
+)
+def test_values_out_of_range_get_one_line(dataset, tmp_path, flags, words):
+    out = run(*train_args(dataset, *flags, "--output_dir", tmp_path / "run"), code=2)
+    assert words in out
+    assert out.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_keeps_the_device(dataset, tmp_path, monkeypatch):
+    """A run that was started with --device cpu must not resume on a GPU because the machine has one."""
+    run(*train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path))
+    asked = []
+
+    @contextlib.contextmanager
+    def join(device):
+        asked.append(device)
+        yield single()
+
+    monkeypatch.setattr(train, "join", join)
+    run("train.py", "--resume", tmp_path, "--max_iter", "2")
+    run("train.py", "--resume", tmp_path / "last.pth", "--max_iter", "3", "--device", "auto")
+    assert asked == ["cpu", "auto"]
+
+
+def test_an_incomplete_state_is_not_resumed(dataset, tmp_path):
+    run(*train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path))
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    del content["training"]["optimizer"], content["training"]["raw"]
+    torch.save(content, tmp_path / "last.pth")
+    assert "incomplete (optimizer, raw)" in run("train.py", "--resume", tmp_path, code=2)
+    del content["training"]
+    torch.save(content, tmp_path / "last.pth")
+    assert "holds only weights" in run("train.py", "--resume", tmp_path, code=2)
+
+
+def test_a_damaged_log_is_repaired_when_resuming(dataset, tmp_path):
+    run(*train_args(dataset, "--batch_size", "2", "--max_iter", "2", "--output_dir", tmp_path))
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('\n{"step": 3, "to\n\0\0')
+    run("train.py", "--resume", tmp_path, "--max_iter", "3")
+    assert [line["step"] for line in lines(tmp_path) if "total" in line] == [1, 2, 3]
+
+
+def test_only_this_runs_unfinished_files_are_removed(dataset, tmp_path):
+    (tmp_path / ".last.pth.abc.part").touch()
+    (tmp_path / ".movie.mp4.abc.part").touch()
+    run(*train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path))
+    assert not (tmp_path / ".last.pth.abc.part").exists()
+    assert (tmp_path / ".movie.mp4.abc.part").exists()
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        out = run(*train_args(dataset, "--max_iter", "1", "--output_dir", folder), code=2)
+        assert f"{folder}: cannot be written" in out
+
+
+FAILING = """
+import sys
+from training.trainer import Trainer
+import train
+original = Trainer.train_step
+def step(self, batch, lr):
+    if self.step == 2:
+        raise RuntimeError("a bug")
+    return original(self, batch, lr)
+Trainer.train_step = step
+from utils.errors import run_main
+run_main(train.main)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_ends_the_run_and_its_workers(dataset, tmp_path, workers):
+    """Workers ignore SIGTERM, and Python's exit handler waits for them: a batch system would hold its GPU for ever."""
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "50", "--output_dir", tmp_path / "run")
+    args[args.index("--workers") + 1] = workers
+    started = time.time()
+    out = spawn("-c", FAILING, *args[1:], code=1, timeout=120, start_new_session=True)
+    assert time.time() - started < 60
+    assert "RuntimeError: a bug" in out
+
+
+def test_duplicates_are_dropped_and_counted(dataset, tmp_path):
+    content = json.loads(dataset.read_text())
+    content["annotations"] += [a | {"id": 100 + i} for i, a in enumerate(content["annotations"][:5])]
+    dataset.write_text(json.dumps(content))
+    out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path))
+    assert f"{dataset}: 5 annotations repeat another one of the same image; training drops them" in out
+    assert "error" not in out
+    assert len(CocoDataset(dataset, dataset.parent / "images")[0].boxes) == 2
+
+
+def test_errors_of_the_audit_stop_the_run_unless_they_are_ignored(dataset, tmp_path):
+    """What the audit calls an error, training does not silently accept."""
+    content = json.loads(dataset.read_text())
+    for annotation in content["annotations"][::2]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+    dataset.write_text(json.dumps(content))
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run")
+    out = run(*args, code=2)
+    assert "boxes are x1, y1, x2, y2" in out
+    assert "--ignore_audit" in out
+    run(*args, "--ignore_audit")
+
+
+def test_the_run_is_described_in_its_folder(dataset, tmp_path):
+    out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "3", "--output_dir", tmp_path))
+    assert "the run ends within the warm-up" in out
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config"]["max_size"] == 96
+    assert record["settings"]["max_iter"] == 3
+    assert record["command"].startswith("python ")
+    steps = [line for line in lines(tmp_path) if "total" in line]
+    assert [line["epoch"] for line in steps] == [0.5, 1.0, 1.5]
+    assert abs(steps[-1]["time"] - time.time()) < 60
+
+
+def test_progress_without_a_terminal_is_whole_lines(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.loop.LOG_SECONDS", 0)
+    out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "3", "--output_dir", tmp_path))
+    assert "\r" not in out
+    shown = [line for line in out.splitlines() if line.startswith("step ") and "total=" in line]
+    assert [line.split()[1] for line in shown] == ["1/3", "2/3", "3/3"]
+    assert all("min left" in line for line in shown)
+    assert "mask_iou" not in out  # this network does not have it
+
+
+def test_init_without_a_configuration_takes_the_files_own(dataset, weights, tmp_path):
+    """The good way to fine-tune bundled weights: their anchors and size come along."""
+    args = ["train.py", "--train_annotations", dataset, "--train_images", dataset.parent / "images", "--device", "cpu"]
+    args += ["--workers", "0", "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run"]
+    out = run(*args, "--init", weights)
+    assert "do not match" not in out
+    assert "differs" not in out
+    config = from_dict(torch.load(tmp_path / "run/last.pth", weights_only=True)["config"])
+    assert config.model == load_model(weights).config.model
+    assert "give --config" in run(*args, "--init", "imagenet", code=2)
+
+
+def test_init_weights_and_resume_take_a_folder_or_a_file(dataset, tmp_path):
+    images = dataset.parent / "images"
+    run(*train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run"))
+    for number, given in enumerate((tmp_path / "run", tmp_path / "run/last.pth")):
+        args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / f"init{number}")
+        args[args.index("none")] = given
+        assert "starting from" in run(*args)
+        run("eval.py", "--weights", given, "--annotations", dataset, "--image_dir", images, "--device", "cpu")
+        assert "resumed" in run("train.py", "--resume", given, "--max_iter", str(number + 2))
+
+
+def test_the_readmes_configuration_file_works(dataset, tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    (block,) = [text for text in blocks if "config = get_config(" in text]
+    (tmp_path / "mine.py").write_text(block)
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run")
+    args[args.index("--config") + 1] = tmp_path / "mine.py"
+    run(*args)
+    (tmp_path / "mine.py").write_text("x = 1")
+    out = run(*args, code=2)
+    assert "from config import get_config" in out
 
 
 @pytest.mark.slow

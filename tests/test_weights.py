@@ -4,16 +4,18 @@ import hashlib
 import http.server
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
 
-from config import get_config
+from config import differences, get_config, override, parse_overrides
 from utils.errors import UserError
 from utils.files import atomic_write
 from weights import load_model, load_weights, released
@@ -180,7 +182,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 FULL_DISK = """
 import resource, signal, sys
-from config import get_config
+from config import differences, get_config, override, parse_overrides
 from utils.errors import run_main
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
@@ -253,10 +255,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/missing.pth":
             self.send_error(404)
             return
+        pages = {"/page.pth": b"<html>Please sign in</html>", "/empty.pth": b""}
+        content = pages.get(self.path, self.content)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(self.content[: 3000 if self.path == "/short.pth" else None])
+        self.wfile.write(content[: 3000 if self.path == "/short.pth" else None])
 
     def log_message(self, *_) -> None: ...
 
@@ -318,3 +322,164 @@ def test_every_released_name_is_a_configuration_and_documented():
         assert item.url in table
         assert f"`{name}`" in table
         assert f"`{name}`" in readme
+
+
+def own_classes(name, count):
+    """The shapes of a released file, for another number of classes."""
+    shapes = {}
+    for key, shape in SHAPES[name].items():
+        if "conf_layer" in key:
+            shape = [3 * (count + 1), *shape[1:]]
+        if "semantic_seg_conv" in key:
+            shape = [count, *shape[1:]]
+        shapes[key] = shape
+    return shapes
+
+
+def test_twenty_own_classes_are_not_pascal(tmp_path, capsys):
+    """Pascal's names and anchors are taken if the file's name says so; otherwise the choice is printed."""
+    write(tmp_path / "mine.pth", "dbolya", own_classes("dbolya/yolact_resnet50_config", 20))
+    config = load_model(tmp_path / "mine.pth").config
+    assert config.class_names[:2] == ("class_1", "class_2")
+    assert config.model == get_config("yolact_resnet50").model
+    assert "these weights fit yolact_resnet50, yolact_resnet50_pascal" in capsys.readouterr().out
+    pascal = load_model(tmp_path / "mine.pth", get_config("yolact_resnet50_pascal")).config
+    assert pascal == get_config("yolact_resnet50_pascal")
+    write(tmp_path / "mine.pth", "dbolya", own_classes("dbolya/yolact_resnet50_config", 7))
+    assert load_model(tmp_path / "mine.pth").config.num_classes == 7
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "command"),
+    [
+        ({"aspect_ratios": (0.5, 1, 2)}, '--set "aspect_ratios=(1.0,0.5,2.0)"'),
+        ({"mean": (0, 0, 0)}, '--set "mean=(127.0,127.0,127.0)"'),
+        ({"anchor_sizes": ((9,), (16,), (32,), (64,), (96,))}, '--set "anchor_sizes=((8.0,),'),
+        ({"square_anchors": True}, "--set square_anchors=False"),
+    ],
+)
+def test_init_and_load_weights_name_what_differs(tmp_path, small_config, capsys, settings, command):
+    """Shapes fit, and the weights would mean something else."""
+    save_checkpoint(tmp_path / "source.pth", Yolact(small_config))
+    model = Yolact(override(small_config, **settings))
+    init_model(model, read_start(tmp_path / "source.pth"))
+    out = capsys.readouterr().out
+    assert f"differs in {next(iter(settings))}" in out
+    assert command in out
+    with pytest.raises(UserError, match=f"other {next(iter(settings))}"):
+        load_weights(model, tmp_path / "source.pth")
+    with pytest.raises(UserError, match=f"other {next(iter(settings))}"):
+        load_model(tmp_path / "source.pth", model.config)
+    larger = override(small_config, max_size=128)  # the same weights at another size
+    assert load_model(tmp_path / "source.pth", larger).config == larger
+
+
+def test_settings_that_init_prints_can_be_used(tmp_path, small_config, capsys):
+    save_checkpoint(tmp_path / "source.pth", Yolact(small_config))
+    init_model(Yolact(get_config("yolact_lite")), read_start(tmp_path / "source.pth"))
+    words = shlex.split(capsys.readouterr().out.split("to keep them: ")[1].splitlines()[0])
+    assert words[0] == "--set"
+    config = get_config("yolact_lite", **parse_overrides(words[1:]))
+    assert not differences(config.model, small_config.model)
+
+
+def rewritten(path, **changes):
+    content = torch.load(path, weights_only=True)
+    torch.save(content | changes, path)
+
+
+def test_versions_and_configurations_of_files_are_checked(tmp_path, small_config):
+    path = tmp_path / "w.pth"
+    save_checkpoint(path, Yolact(small_config))
+    config = torch.load(path, weights_only=True)["config"]
+    for version in (99, 0, "2", None):
+        rewritten(path, yolact=version)
+        with pytest.raises(UserError, match=r"w\.pth: has format .* this version reads 1 to 2"):
+            load_model(path)
+    for bad, words in (
+        ({"max_sizes": 3}, "unknown configuration key 'max_sizes'"),
+        ({"max_size": 0}, "max_size: 0 is out of range"),
+        ({"max_size": 10**9}, "max_size"),
+        ({"std": (0, 1, 1)}, "std"),
+        ({"score_threshold": float("nan")}, "score_threshold"),
+        ({"nms_threshold": 5}, "nms_threshold"),
+        ({"anchor_sizes": ((8,),)}, "anchor_sizes"),
+        ({"category_ids": (7, 7)}, "not unique"),
+    ):
+        rewritten(path, yolact=2, config=config | bad)
+        with pytest.raises(UserError, match=r"w\.pth: its configuration cannot be used") as error:
+            load_model(path)
+        assert words in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_files_of_format_1_still_load(tmp_path, small_config):
+    """Keys that have become constants are left out, whatever their values were."""
+    path = tmp_path / "w.pth"
+    save_checkpoint(path, Yolact(small_config))
+    content = torch.load(path, weights_only=True)
+    del content["config"]["nms"], content["config"]["crop"]
+    rewritten(path, yolact=1, config=content["config"] | {"momentum": 0.9, "mask_iou_weight": 5.0})
+    assert load_model(path).config == small_config
+
+
+def test_weights_that_cannot_be_right_are_refused(tmp_path, small_config):
+    path = tmp_path / "w.pth"
+    save_checkpoint(path, Yolact(small_config))
+    state = torch.load(path, weights_only=True)["model"]
+    value = state["semantic.weight"]
+    for bad, words in (
+        (torch.full_like(value, float("nan")), "not finite"),
+        (value.to(torch.complex64), "complex64"),
+        (value.long(), "int64"),
+        ("text", "is a str"),
+    ):
+        rewritten(path, model=state | {"semantic.weight": bad})
+        with pytest.raises(UserError, match=rf"semantic\.weight .*{words}"):
+            load_model(path)
+
+
+def test_damaged_bytes_are_noticed(tmp_path, small_config):
+    """PyTorch does not compare the checksums of its own format."""
+    path = tmp_path / "w.pth"
+    save_checkpoint(path, Yolact(small_config))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        data = bytearray(whole)
+        data[int(rng.integers(len(data) // 4, len(data) * 3 // 4))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="damaged or truncated"):
+            load_model(path)
+
+
+def test_a_page_instead_of_a_file_is_not_stored(server, tmp_path):
+    """With status 200 and without a checksum, as a login page comes."""
+    with pytest.raises(UserError, match="not a PyTorch weights file, it is a text file"):
+        released.download(entry(f"{server}/page.pth"), tmp_path)
+    with pytest.raises(UserError, match="the file is empty"):
+        released.download(entry(f"{server}/empty.pth"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions as on Unix")
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_new_files_have_the_permissions_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "file") as out:
+            out.write(b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, small_config):
+    with pytest.raises(UserError, match=r"no best\.pth or last\.pth"):
+        load_model(tmp_path)
+    save_checkpoint(tmp_path / "last.pth", Yolact(small_config))
+    assert released.find_weights(tmp_path) == tmp_path / "last.pth"
+    save_checkpoint(tmp_path / "best.pth", Yolact(small_config))
+    assert released.find_weights(tmp_path) == tmp_path / "best.pth"
+    assert read_start(tmp_path).config == small_config

@@ -57,7 +57,7 @@ def test_different_answers_stop_the_comparison():
 def test_our_side_of_the_comparison(weights):
     args = argparse.Namespace(device="cpu", weights=weights, configs=["yolact_lite"], batch_size=2)
     jobs = compare.our_jobs(args) | compare.our_training_step(args)
-    assert {"network float32", "picture float32 compiled", "training float32"} <= set(jobs)
+    assert {"network float32", "image float32 compiled", "training float32"} <= set(jobs)
     for name, job in jobs.items():
         answer = job()
         if name.startswith("training"):
@@ -72,7 +72,7 @@ def test_costs_are_measured(tmp_path):
     spawn("benchmarks/scaling.py", "--config", "yolact_lite", "--sizes", 64, 96, "--batches", 1, "--detections", 3,
         "--repeats", 2, "--output", out)  # fmt: skip
     result = json.loads(out.read_text())
-    assert [row["varied"] for row in result["rows"]] == ["size"] * 2 + ["batch_size", "detections"] + ["picture"] * 4
+    assert [row["varied"] for row in result["rows"]] == ["size"] * 2 + ["batch_size", "detections"] + ["image"] * 4
     assert all(row["image_to_masks_ms"] > 0 and row["memory_mib"] > 100 for row in result["rows"])
     assert "How cost grows" in report.scaling(result)
 

@@ -19,7 +19,7 @@ from yolact import Yolact
 
 # Steps of plain SGD are as close as the gradients are; batch norm trained in parts is another network.
 EXACT = ["--set", "freeze_bn=true", "optimizer=sgd", "ema=0.9", "warmup_iters=0", "clip_grad=0", "masks_to_train=3"]
-EXACT += ["--lr", "1e-3", "--max_iter", "3"]
+EXACT += ["--lr", "1e-3", "--precision", "fp32", "--max_iter", "3"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

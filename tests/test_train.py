@@ -415,5 +415,6 @@ def test_learns_eight_pictures_by_heart(tmp_path):
     assert len(rows) == 5
     assert rows[0]["mask_AP"] > 0.05
     for row in rows:
-        assert abs(row["box_difference"]) < 0.003, row
-        assert abs(row["mask_difference"]) < 0.003, row
+        limit = 0.002 if row["variant"].startswith("float32") else 0.01
+        assert abs(row["box_difference"]) < limit, row
+        assert abs(row["mask_difference"]) < limit, row

@@ -11,17 +11,16 @@ sections, so an override never names its section.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import math
 import re
 import runpy
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, nearest
+from utils.fields import LARGEST, check_field, convert, limited
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -39,23 +38,6 @@ PASCAL_CLASSES = tuple(
     "sheep,sofa,train,tvmonitor".split(",")
 )
 PASCAL_IDS = tuple(range(1, 21))
-
-# Largest value of a size or count: far above anything usable, and small enough that nothing overflows.
-LARGEST = 10**6
-
-
-def limited(
-    default: Any,
-    *,
-    minimum: float = 0,
-    above: float | None = None,
-    maximum: float = math.inf,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field with its limits, which apply to every number in it."""
-    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
-    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
@@ -217,7 +199,7 @@ def override(config: Config, /, **overrides: Any) -> Config:
         if key not in FIELDS:
             raise UserError(f"unknown configuration key {key!r}{nearest(key, FIELDS)}")
         section, hint = FIELDS[key]
-        changed.setdefault(section, {})[key] = _convert(key, value, hint)
+        changed.setdefault(section, {})[key] = convert(key, value, hint)
     if "training" in changed:
         changed["training"] = _with_length(config.training, changed["training"])
     values = {name: replace(getattr(config, name), **changed[name]) for name in SECTIONS if name in changed}
@@ -248,7 +230,7 @@ def check(config: Config) -> None:
     for section in SECTIONS:
         values = getattr(config, section)
         for item in dataclasses.fields(values):
-            _check_field(item, getattr(values, item.name))
+            check_field(item, getattr(values, item.name))
     model, training = config.model, config.training
     if not config.class_names or len(config.class_names) != len(config.category_ids):
         raise UserError(
@@ -263,66 +245,6 @@ def check(config: Config) -> None:
         raise UserError("anchor_sizes needs the same number of sides at every level, and aspect_ratios at least one")
     if not (training.max_iter or training.epochs):
         raise UserError("one of max_iter and epochs must be more than 0")
-
-
-def _check_field(item: dataclasses.Field[Any], value: Any) -> None:
-    limits = item.metadata
-    if not limits:
-        return
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"unknown {item.name} {value!r}{nearest(str(value), limits['choices'])}")
-    for number in _numbers(value):
-        low = limits["minimum"] if limits["above"] is None else limits["above"]
-        strict_low, below = limits["above"] is not None, limits["below"]
-        too_low = number <= low if strict_low else number < low
-        too_high = number > limits["maximum"] or (below is not None and number >= below)
-        if math.isnan(number) or too_low or too_high:
-            high = f" and less than {below:g}" if below is not None else f" and at most {limits['maximum']:g}"
-            low_words = f"more than {low:g}" if strict_low else f"at least {low:g}"
-            raise UserError(f"{item.name}: {number:g} is out of range, it must be {low_words}{high}")
-
-
-def _numbers(value: Any) -> list[float]:
-    """The numbers in a value, through nested tuples."""
-    if isinstance(value, tuple):
-        return [number for part in value for number in _numbers(part)]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint` (int, float, bool, str, or tuples of them); UserError if it does not fit."""
-    try:
-        if typing.get_origin(hint) is tuple:
-            return _convert_tuple(key, value, hint)
-        if hint is bool and isinstance(value, str):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
-        if isinstance(value, bool) != (hint is bool):
-            raise ValueError
-        if hint is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        if hint is str and not isinstance(value, str):
-            raise ValueError
-        if hint is int and isinstance(value, str) and value != (written := value.replace("_", "")):
-            value = written
-        return hint(value)
-    except (ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, MemoryError):
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
-        raise UserError(f"configuration key {key!r}: {shown} is not a value of type {wanted}") from None
-
-
-def _convert_tuple(key: str, value: Any, hint: Any) -> tuple[Any, ...]:
-    item, *rest = typing.get_args(hint)
-    if isinstance(value, str):  # "(16,), (32,)" or "person, dog"
-        nested = value.lstrip()[:1] in ("(", "[")
-        parts = [part.strip() for part in value.split(",") if part.strip()]
-        value = ast.literal_eval(value) if nested else parts
-    if not isinstance(value, (tuple, list)):
-        raise ValueError
-    value = tuple(_convert(key, part, item) for part in value)
-    if rest and rest[0] is not Ellipsis and len(value) != 1 + len(rest):
-        raise ValueError
-    return value
 
 
 _BASE = Config(name="yolact_base")

@@ -1,0 +1,104 @@
+"""What an audit can find: the kinds of problems, when each is an error, and how one is reported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+EXAMPLES = 5  # that a finding shows
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be wrong, what to do about it, and when it is an error.
+
+    It is an error if it concerns more than the share `limit` of what there is, and more than `tolerated` cases.
+    """
+
+    text: str
+    advice: str
+    limit: float = math.inf  # infinite: never more than a warning
+    of: str = "objects"  # images, annotations, objects: of those read; listed images and annotations, classes: of all
+    tolerated: int = 0
+
+
+KINDS = {
+    "missing": Kind("images are missing or outside the image folder", "check --image_dir and file_name", 0, "images"),
+    "unreadable": Kind(
+        "images are unreadable or not of the stated size", "repair or remove them", 0.01, "images", tolerated=1
+    ),
+    "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
+    "same_image": Kind("images are byte for byte the same as another", "remove the copies", of="images"),
+    "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
+    "same_id": Kind("annotation ids are used more than once", "nothing here needs them", of="listed annotations"),
+    "text_id": Kind("annotation ids are not whole numbers", "nothing here needs them", of="listed annotations"),
+    "unusable": Kind(
+        "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
+        "they are ignored", 0.5, "annotations",
+    ),
+    "no_mask": Kind(
+        "annotations have a box and no usable mask",
+        "training and mask AP ignore their regions; box AP counts them", 0.5, "annotations",
+    ),
+    "detection_only": Kind(
+        "annotations have no segmentation at all", "this is a detection data set, YOLACT needs masks", 0, "annotations"
+    ),
+    "bad_box": Kind("boxes are not four finite numbers", "the box of the mask is used instead", of="annotations"),
+    "corner_box": Kind(
+        "boxes are x1, y1, x2, y2", "COCO has x, y, width, height: convert them", 0.1, "annotations"
+    ),
+    "relative": Kind("annotations have coordinates of 0 to 1", "multiply them by the image size", 0.1, "annotations"),
+    "same_annotation": Kind(
+        "annotations repeat another of the same image", "training drops them; AP counts each one", of="annotations"
+    ),
+    "area": Kind(
+        "areas differ from the mask's by more than a factor of two",
+        "the mask's own is used for AP of small, medium and large objects", of="objects",
+    ),
+    "box_and_mask": Kind(
+        "objects have a box that is not their mask's (IoU under 0.5)",
+        "look for swapped x and y, or masks made for another image size", 0.1, "objects",
+    ),
+    "empty_mask": Kind(
+        "objects have a mask without a single pixel", "training ignores them, AP counts them as missed", 0.5
+    ),
+    "vanishing_mask": Kind(
+        "objects have a mask that vanishes at the prototypes' size", "raise max_size, or remove such objects"
+    ),
+    "tiny": Kind(
+        "objects are under 4 px wide or high at the network's size", "raise max_size, or cut images into tiles"
+    ),
+    "unused_class": Kind("classes have no object", "fine if other files have some", of="classes"),
+    "same_name": Kind("classes share their name with another", "give each a name of its own", of="classes"),
+    "no_object": Kind("images, and no object in any of them", "check image_id and segmentation", 0, "listed images"),
+    "other_classes": Kind("classes differ between the two files", "make their categories equal", 0, "classes"),
+    "shared_image": Kind(
+        "images of the validation set are also in the training set", "remove them, they inflate AP", 0.01, "val images"
+    ),
+    "near_copy": Kind(
+        "images of the validation set look almost like one of the training set",
+        "look at them: frames of one video belong into one set", of="val images",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Finding:
+    """How often a kind of problem occurs, with examples."""
+
+    kind: str
+    count: int
+    total: int
+    examples: list[str]
+
+    @property
+    def is_error(self) -> bool:
+        kind = KINDS[self.kind]
+        return self.count > kind.limit * self.total and self.count > kind.tolerated
+
+    def __str__(self) -> str:
+        kind = KINDS[self.kind]
+        examples = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
+        share = f"{self.count} of {self.total}" if self.total != self.count else f"all {self.total}"
+        level = "error" if self.is_error else "warning"
+        return f"{level}: {share} {kind.text}: {examples}. {kind.advice[0].upper()}{kind.advice[1:]}"

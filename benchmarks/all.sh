@@ -1,14 +1,16 @@
 #!/bin/sh
-# What README's section on speed shows of a device, measured again: benchmarks/all.sh DEVICE CLONE_OF_THE_ORIGINAL
-# (nms.py, precision.py and loader.py beside it need photos.) On a GPU a batch of 32 too, for its share of the peak.
+# Measure everything of benchmarks/README.md that needs no data set again: benchmarks/all.sh DEVICE CLONE_OF_THE_ORIGINAL
+# On a GPU also with a batch of 32, for its share of the peak.
 set -e
 device=$1 original=$2
 training=$([ "$device" = cuda ] && echo --training || true)
 python benchmarks/compare.py --original "$original" --device "$device" $training --output "benchmarks/compare_$device.json"
-python benchmarks/scaling.py --config yolact_lite --device "$device" --output "benchmarks/scaling_lite_$device.json"
+python benchmarks/scaling.py --config yolact_lite --device "$device" --precision fp32 --output "benchmarks/scaling_lite_$device.json"
 for config in yolact_lite yolact_resnet50; do
-    python eval.py --config $config --benchmark --device "$device" --output "benchmarks/stages_${config}_$device.json"
-    python eval.py --config $config --benchmark --device "$device" --compile --output "benchmarks/stages_${config}_${device}_compiled.json"
+    stages="python eval.py --config $config --benchmark --device $device --output benchmarks/stages_${config}_$device"
+    $stages.json --precision fp32
+    ${stages}_compiled.json --precision fp32 --compile
+    ${stages}_bf16.json --precision bf16
 done
 if [ "$device" = cuda ]; then
     for config in yolact_resnet50 yolact_base; do

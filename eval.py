@@ -25,7 +25,7 @@ from benchmarks.stages import benchmark, format_report
 from config import PUBLISHED_THRESHOLD, get_config, parse_overrides
 from data.audit import quick_audit
 from data.coco import CocoDataset
-from data.image import read_image
+from data.image import MAX_PIXELS, read_image
 from evaluation import evaluate
 from evaluation.evaluator import per_class_table, predict_dataset
 from inference import Predictor
@@ -63,6 +63,7 @@ def build_parser() -> ArgumentParser:
     task("--video", help="a video file or a camera's number, or in:out")
     task("--annotations", type=Path, help="COCO JSON to compute AP on")
     task("--image_dir", type=Path, help="the folder of its images")
+    task("--follow_links", action="store_true", help="accept links that lead out of the folder")
     task("--benchmark", action="store_true", help="time every stage")
     out = parser.add_argument_group("output").add_argument
     out("--output", type=Path, help="a folder, an image file for a single image, or a JSON file for AP and benchmark")
@@ -82,6 +83,7 @@ def build_parser() -> ArgumentParser:
     how("--maskness", action="store_true", help="rank masks by how confident their pixels are, too")
     how("--set", **several, metavar="key=value", help="any field of DetectionConfig in config.py")
     how("--batch_size", type=integer(1), default=1, help="for --benchmark")
+    how("--max_pixels", type=integer(1), default=MAX_PIXELS, help="refuse larger images (%(default)s pixels)")
     how("--max_images", type=integer(1), help="stop after this many images or frames")
     return parser
 
@@ -150,12 +152,15 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
 def segment_images(args: argparse.Namespace) -> int:
     """Segment all images of --image and --images; return 1 if some could not be read."""
     kinds = parse_kinds(args.save)
-    sources = find_images(args.image, args.images, args.output)[: args.max_images]
+    sources, problems = find_images(args.image, args.images, args.output)
+    sources = sources[: args.max_images]
     predictor = build_predictor(args, args.device, display=True)
+    for problem in problems:
+        print(f"{problem}, skipped", file=sys.stderr)
     unreadable = 0
     for number, source in enumerate(tqdm(sources, desc="segmenting", disable=None if len(sources) > 1 else True), 1):
         try:
-            image = read_image(source.path)
+            image = read_image(source.path, max_pixels=args.max_pixels)
         except UserError as error:
             tqdm.write(f"{error}, skipped", file=sys.stderr)
             unreadable += 1
@@ -166,7 +171,7 @@ def segment_images(args: argparse.Namespace) -> int:
         tqdm.write(f"{source.path}: {len(detections)} found -> {', '.join(map(str, written))}")
     if unreadable:
         print(f"{unreadable} of {len(sources)} images could not be read", file=sys.stderr)
-    return 1 if unreadable else 0
+    return 1 if unreadable or problems else 0
 
 
 def video_name(path: str) -> str:
@@ -175,7 +180,7 @@ def video_name(path: str) -> str:
 
 
 def segment_video(args: argparse.Namespace) -> int:
-    """Segment --video; return 130 if it was interrupted."""
+    """Segment --video; return 130 if it was interrupted, and 1 if its end could not be read."""
     kinds = parse_kinds(args.save)
     source, target = split_output(args.video)
     output = Path(args.output or target or "results")
@@ -190,14 +195,17 @@ def segment_video(args: argparse.Namespace) -> int:
     predictor = build_predictor(args, args.device, display=True)
     report = process_video(predictor, source, output, kinds, args.max_images)
     print(f"{source} -> {output}{'.mp4' * ('overlay' in kinds)}: {report}")
-    return 130 if report.interrupted else 0
+    if report.missing:
+        expected = report.frames + report.missing
+        print(f"{source}: {report.frames} of {expected} frames could be read, the file is damaged", file=sys.stderr)
+    return 130 if report.interrupted else 1 if report.missing else 0
 
 
 def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
     """Compute COCO metrics; for a file without annotations, such as test-dev's, write only the results."""
     if args.image_dir is None:
         raise UserError("--annotations needs --image_dir, the folder of the images")
-    dataset = CocoDataset(args.annotations, args.image_dir)
+    dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
     predictor = build_predictor(args, ranks.device)
     if not dataset.has_annotations:
         output = args.output or Path("results.json")

@@ -33,7 +33,7 @@ from evaluation.evaluator import check_classes
 from training.loop import fit
 from training.schedule import Schedule
 from training.settings import Settings
-from training.trainer import Trainer, check_resumable
+from training.trainer import Trainer, check_resumable, claim_folder
 from utils.device import PRECISIONS, keep_memory
 from utils.distributed import Ranks, join
 from utils.errors import ArgumentParser, UserError, integer, positive_float, run_main
@@ -79,6 +79,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="runs/CONFIG by default")
     parser.add_argument("--tensorboard", action="store_true", help="write event files too (pip install tensorboard)")
     parser.add_argument("--ignore_audit", action="store_true", help="train although the audit found errors")
+    parser.add_argument("--follow_links", action="store_true", help="accept links that lead out of the image folders")
     parser.add_argument("--seed", type=integer(0), help="of everything random (0)")
     parser.add_argument("--set", nargs="+", action="extend", metavar="key=value", help="override the configuration")
     return parser
@@ -113,7 +114,8 @@ def start_run(given: dict[str, Any]) -> int:
         config = override(config, class_names=train.class_names, category_ids=train.category_ids)
         model = Yolact(config)
         init_model(model, start)
-        return train_to_end(Trainer(model, settings, ranks), train, val)
+        with claim_folder(folder, ranks):
+            return train_to_end(Trainer(model, settings, ranks), train, val)
 
 
 def resume_run(resume: Path, given: dict[str, Any]) -> int:
@@ -132,20 +134,22 @@ def resume_run(resume: Path, given: dict[str, Any]) -> int:
     with join(settings.device) as ranks:
         train, val = load_data(settings, weights.config, ranks)
         check_classes(train, weights.config, "in the run")
-        trainer = Trainer(build_model(weights, path), settings, ranks)
-        trainer.load(training)
-        print(f"resumed {path} at step {trainer.step}")
-        return train_to_end(trainer, train, val)
+        with claim_folder(settings.output_dir, ranks):
+            trainer = Trainer(build_model(weights, path), settings, ranks)
+            trainer.load(training)
+            print(f"resumed {path} at step {trainer.step}")
+            return train_to_end(trainer, train, val)
 
 
 def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDataset, CocoDataset | None]:
     """Read and audit the data sets. Raises UserError if training on them would go wrong."""
     assert settings.train_annotations is not None
     assert settings.train_images is not None
-    train = CocoDataset(settings.train_annotations, settings.train_images)
+    train = CocoDataset(settings.train_annotations, settings.train_images, settings.follow_links)
     datasets = [train]
     if settings.val_annotations is not None:
-        datasets.append(CocoDataset(settings.val_annotations, settings.val_images or settings.train_images))
+        val_images = settings.val_images or settings.train_images
+        datasets.append(CocoDataset(settings.val_annotations, val_images, settings.follow_links))
         known = override(config, class_names=train.class_names, category_ids=train.category_ids)
         check_classes(datasets[-1], known, "in training")
     for dataset in datasets:

@@ -249,8 +249,13 @@ def _area(value: Any) -> float | None:
 
 def _numbers(values: Any) -> np.ndarray | None:
     """Finite numbers [n] of a list, through nested lists; None if it holds anything else."""
-    try:
-        out = np.asarray(values, np.float64).ravel()
-    except (TypeError, ValueError, OverflowError):
+    if not isinstance(values, (list, tuple)):
         return None
-    return out if isinstance(values, (list, tuple)) and np.isfinite(out).all() else None
+    try:
+        raw = np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return None
+    if raw.dtype.kind not in "iuf":  # text, booleans, and integers beyond 64 bits
+        return None
+    out = raw.astype(np.float64).ravel()
+    return out if np.isfinite(out).all() else None

@@ -172,7 +172,7 @@ def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageRepo
             report.digest = hashlib.sha256(path.read_bytes()).hexdigest()
             report.fingerprint = fingerprint(image)
     except UserError as error:
-        outside = "leads out of" in str(error)
+        outside = "out of the image folder" in str(error)
         report.problems.append(("missing" if outside else "unreadable", str(error)))
     annotations = dataset.annotations(index)
     report.annotations = len(annotations)
@@ -342,6 +342,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image_dir", type=Path, required=True, help="the folder of its images")
     parser.add_argument("--val_annotations", type=Path, help="COCO JSON of the validation set, to compare with")
     parser.add_argument("--val_images", type=Path, help="the folder of its images, by default --image_dir")
+    parser.add_argument("--follow_links", action="store_true", help="accept links that lead out of the image folder")
     parser.add_argument("--config", default="yolact_r50", help="whose input and prototype size objects are measured at")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="as in train.py")
     parser.add_argument("--output", type=Path, help="folder for audit.json and sheet.jpg, by default audit/NAME")
@@ -350,10 +351,12 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = build_parser().parse_args(argv)
-    dataset = CocoDataset(args.annotations, args.image_dir)
+    dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
     if not any(map(Path.is_file, (args.image_dir / dataset.file_name(i) for i in range(len(dataset))))):
         raise UserError(f"{args.image_dir}: none of the images of {dataset.path} is there; is --image_dir right?")
-    val = CocoDataset(args.val_annotations, args.val_images or args.image_dir) if args.val_annotations else None
+    val = None
+    if args.val_annotations:
+        val = CocoDataset(args.val_annotations, args.val_images or args.image_dir, args.follow_links)
     report = audit(dataset, get_config(args.config, **parse_overrides(args.set)), val=val, progress=True)
     print(report)
     output = args.output or default_output(args.annotations)

@@ -23,6 +23,7 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 LARGEST_SIDE = 10**6  # pixels; no image file is larger
+LONGEST_NAME = 255  # bytes, in Linux, macOS and Windows
 
 
 class PackedList(Generic[T]):
@@ -56,22 +57,27 @@ class CocoDataset(Dataset[Sample]):
     Args:
         annotations: the COCO JSON.
         image_dir: the folder that the file names are relative to.
+        follow_links: accept images that are links to files outside of the folder.
 
     Raises:
         UserError: if the file is missing or is not a COCO annotation file.
     """
 
-    def __init__(self, annotations: str | Path, image_dir: str | Path):
+    def __init__(self, annotations: str | Path, image_dir: str | Path, follow_links: bool = False):
         self.path = Path(annotations)
         self.image_dir = Path(image_dir)
+        self.follow_links = follow_links
         content = read_coco_json(self.path)
         if not self.image_dir.is_dir():
             raise UserError(f"{self.image_dir}: no such image folder")
+        self._root = self.image_dir.resolve()
         categories = content["categories"]
-        self.class_names = tuple(str(c.get("name", c["id"])) for c in categories)
+        self.class_names = tuple(_text(c.get("name", c["id"]), f"{self.path}: category name") for c in categories)
         self.category_ids = tuple(as_id(c["id"], f"{self.path}: category id") for c in categories)
         self.image_ids = array.array("q", (as_id(image["id"], f"{self.path}: image id") for image in content["images"]))
-        self._images = PackedList((str(i["file_name"]), _stated_size(i)) for i in content["images"])
+        self._images = PackedList(
+            (_text(i["file_name"], f"{self.path}: file_name", file=True), _stated_size(i)) for i in content["images"]
+        )
         self.has_annotations = "annotations" in content
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._check_ids()
@@ -132,11 +138,14 @@ class CocoDataset(Dataset[Sample]):
         return self._images[index][1]
 
     def image_path(self, index: int) -> Path:
-        """Return where an image lies. Names that lead out of the image folder are refused."""
+        """Return where an image lies. Names and links that lead out of the image folder are refused."""
         name = Path(self.file_name(index))
-        if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+        path = self.image_dir / name
+        if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{self.path}: file_name {str(name)!r} leads out of the image folder")
-        return self.image_dir / name
+        if not self.follow_links and not path.resolve().is_relative_to(self._root):
+            raise UserError(f"{path}: a link that leads out of the image folder; --follow_links accepts it")
+        return path
 
     def read_image(self, index: int) -> np.ndarray:
         """Read an image, uint8 BGR [H, W, 3]. Raises UserError if it cannot be read or is not of the stated size."""
@@ -202,6 +211,17 @@ class CocoDataset(Dataset[Sample]):
             segmentations,
             np.array(crowds, np.float32).reshape(-1, 4),
         )
+
+
+def _text(value: Any, where: str, file: bool = False) -> str:
+    """Return a name as text. Raises UserError for one that no file system or terminal can represent."""
+    text = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    printable = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    if not text or not printable:
+        raise UserError(f"{where} {value!a:.60} is not a usable text")
+    if file and any(len(part.encode()) > LONGEST_NAME for part in Path(text).parts):
+        raise UserError(f"{where} {text[:40]!r}... is longer than file systems allow")
+    return text
 
 
 def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:

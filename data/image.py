@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -19,18 +20,24 @@ from utils.files import write_bytes
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 MARK = b"made by YOLACT"  # a comment in the images that are written, which tells results from photos
+MAX_PIXELS = 200_000_000  # 600 MB as 8-bit colour; a small file can claim any size
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def read_image(path: str | Path, ignore_orientation: bool = False) -> np.ndarray:
+def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read an image file as uint8 BGR [H, W, 3], upright by its EXIF orientation unless that is to be ignored.
 
     Grey, palette, CMYK and transparent images become 8-bit colour. 16-bit images are scaled by the depth that the
     file states and floating-point ones from 0..1, never by their own brightness, so that two frames of one camera
     get the same factor.
 
+    Args:
+        path: the file.
+        ignore_orientation: return the pixels as they are stored.
+        max_pixels: refuse larger images before they are decoded.
+
     Raises:
-        UserError: if there is no such regular file, or it is truncated, damaged or of an unsupported kind.
+        UserError: if there is no such regular file, or it is truncated, damaged, too large or of an unsupported kind.
     """
     path = Path(path)
     if not path.is_file():  # also refuses devices and pipes, whose reading would not end
@@ -43,6 +50,9 @@ def read_image(path: str | Path, ignore_orientation: bool = False) -> np.ndarray
         raise UserError(f"{path}: the file is empty")
     if is_truncated(data):
         raise UserError(f"{path}: the end of the file is missing, copy it again")
+    height, width = declared_size(data)
+    if height * width > max_pixels:
+        raise UserError(f"{path}: {width}x{height} is more than {max_pixels / 1e6:g} million pixels (--max_pixels)")
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_IGNORE_ORIENTATION if ignore_orientation else 0)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -83,6 +93,37 @@ def _significant_bits(data: bytes) -> int | None:
     return None
 
 
+def declared_size(data: bytes) -> tuple[int, int]:
+    """Return height and width that the header of a JPEG, PNG, BMP, GIF or WebP file states, (0, 0) for other files.
+
+    OpenCV itself refuses more than 2^30 pixels, in any format.
+    """
+    if data.startswith(PNG_SIGNATURE) and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
+    elif data.startswith(b"\xff\xd8"):
+        height, width = _jpeg_size(data)
+    elif data.startswith(b"BM") and len(data) >= 26:
+        width, height = (abs(v) for v in struct.unpack("<ii", data[18:26]))
+    elif data.startswith((b"GIF87a", b"GIF89a")) and len(data) >= 10:
+        width, height = struct.unpack("<HH", data[6:10])
+    elif data[8:15] == b"WEBPVP8" and len(data) >= 30:
+        height, width = _webp_size(data)
+    else:
+        return 0, 0
+    return height, width
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Height and width of the three kinds of WebP: extended, lossless and lossy."""
+    if data[15:16] == b"X":
+        return 1 + int.from_bytes(data[27:30], "little"), 1 + int.from_bytes(data[24:27], "little")
+    if data[15:16] == b"L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + ((bits >> 14) & 0x3FFF), 1 + (bits & 0x3FFF)
+    width, height = struct.unpack("<HH", data[26:30])
+    return height & 0x3FFF, width & 0x3FFF
+
+
 def is_truncated(data: bytes) -> bool:
     """Whether the end of a JPEG, PNG or WebP file is missing. OpenCV fills such an image with grey without a word."""
     if data.startswith(b"\xff\xd8"):
@@ -94,19 +135,35 @@ def is_truncated(data: bytes) -> bool:
     return False
 
 
-def _first_scan(data: bytes) -> int:
-    """Where a JPEG's first scan begins. Segments before it may embed a preview with an end marker of its own."""
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield marker and position of a JPEG's segments up to its first scan.
+
+    They have to be walked: a segment may embed a preview with a size and an end marker of its own.
+    """
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
+        yield marker, position
         if marker == 0xDA:  # start of scan
-            return position
+            return
         # Fill bytes and markers without a length.
         alone = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
-        position += (
-            (1 if marker == 0xFF else 2) if alone else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        )
-    return position
+        step = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        position += (1 if marker == 0xFF else 2) if alone else step
+
+
+def _first_scan(data: bytes) -> int:
+    """Where a JPEG's first scan begins."""
+    return max((position for _, position in _jpeg_segments(data)), default=2)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Height and width in a JPEG's frame header."""
+    for marker, position in _jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and position + 9 <= len(data):
+            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
+            return height, width
+    return 0, 0
 
 
 def resize(image: np.ndarray, size: tuple[int, int], uint8: bool) -> np.ndarray:

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from utils.errors import UserError
 
 # Suffixes that an output folder does not have: whoever names one expects a file of that kind.
 NOT_IMAGES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv"}
+
+
+LONGEST_STEM = 190  # bytes; endings and the names of temporary files are added to it, and 255 is the limit
 
 
 @dataclass(frozen=True)
@@ -38,25 +42,41 @@ def split_output(text: str) -> tuple[str, str | None]:
     return text[:drive] + source, target
 
 
-def find_images(images: Iterable[str], folders: Iterable[str], output: Path | None) -> list[Source]:
+def find_images(images: Iterable[str], folders: Iterable[str], output: Path | None) -> tuple[list[Source], list[str]]:
     """Return the images that `--image` (paths, globs, `-` for a list on stdin) and `--images` (folders) mean.
 
     Results go to `output`, which is a folder, or a file for a single image; to the path after the colon of `in:out`;
     or to `results`. In a folder they keep the names of the images and of the folders they lie in. They replace results
-    of earlier runs, but neither each other nor any other image. Raises UserError if there is nothing to do.
+    of earlier runs, but neither each other nor any other image.
+
+    Returns:
+        The images, and messages about folders that have none.
+
+    Raises:
+        UserError: if there is nothing to do.
     """
     jobs: list[tuple[Path, Path, str | None]] = []  # image, its name within the output folder, the output given with it
     base = output or Path("results")
     missing: list[Path] = []
+    problems: list[str] = []
     for text in _with_stdin(images):
-        found, target = _expand(text)
+        try:
+            found, target = _expand(text)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         missing += [] if found else [Path(split_output(text)[0])]
         jobs += [(path, name, target) for path, name in found]
     for text in folders:
         folder, target = split_output(text)
-        jobs += [(path, path.relative_to(folder), target) for path in _images_in(Path(folder))]
+        try:
+            jobs += [(path, path.relative_to(folder), target) for path in _images_in(Path(folder))]
+        except UserError as error:
+            problems.append(str(error))
     if not jobs:
-        raise UserError(f"{missing[0]}: no such image" if missing else "no images: the list on standard input is empty")
+        if not problems:
+            problems = [f"{missing[0]}: no such image" if missing else "no images: the list on standard input is empty"]
+        raise UserError(problems[0])
     jobs += [(path, Path(path.name), None) for path in missing]  # reported when they are read
     jobs = list(dict.fromkeys(jobs))  # an image that is named twice is segmented once
     if output is not None and output.suffix.lower() in NOT_IMAGES and not output.is_dir():
@@ -79,7 +99,7 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
             source = Source(path, _free_name(path, wanted / name, suffix, taken), suffix)
         taken.add(source.output)
         sources.append(source)
-    return sources
+    return sources, problems
 
 
 def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
@@ -94,10 +114,18 @@ def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
 
     if target.parent.resolve() == path.parent.resolve() or foreign(target.with_suffix("")):
         target = target.with_name(f"{target.stem}.yolact{target.suffix}")
-    stem = target.name.removesuffix(target.suffix)
+    stem = _shortened(target.name.removesuffix(target.suffix))
     candidates = itertools.chain((stem, target.name.replace(".", "_")), (f"{stem}_{n}" for n in itertools.count(2)))
     outputs = (target.with_name(name) for name in candidates)
     return next(output for output in outputs if output not in taken and not foreign(output))
+
+
+def _shortened(stem: str) -> str:
+    """A name that leaves room for endings; a checksum keeps two long names apart."""
+    data = stem.encode("utf-8", "surrogateescape")
+    if len(data) <= LONGEST_STEM:
+        return stem
+    return f"{data[: LONGEST_STEM - 9].decode('utf-8', 'ignore')}_{zlib.crc32(data):08x}"
 
 
 def _with_stdin(images: Iterable[str]) -> list[str]:

@@ -33,6 +33,7 @@ class VideoReport:
     frames: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    missing: int = 0  # frames that the container counts and that could not be read
     latencies: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -246,6 +247,10 @@ def process_video(
             if in_main:
                 signal.signal(signal.SIGINT, before)
     report.seconds = time.perf_counter() - started
+    if video.length is not None and max_frames is None and not report.interrupted:
+        # Containers count a frame or two too many; more than that is a file that ends early.
+        short = video.length - report.frames
+        report.missing = short if short > max(2, video.length // 100) else 0
     if report.frames == 0 and not report.interrupted:
         raise UserError(f"{source}: no frame could be read from this video")
     return report

@@ -143,7 +143,7 @@ def test_names_never_collide(tmp_path):
     for name in ("a.jpg", "a.png", "a_png.bmp", "b/a.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "in" / name), photo(8, 8))
-    sources = find_images([], [str(tmp_path / "in")], tmp_path / "out")
+    sources, _ = find_images([], [str(tmp_path / "in")], tmp_path / "out")
     outputs = [s.output.relative_to(tmp_path / "out").as_posix() for s in sources]
     assert len(set(outputs)) == 4
     assert "b/a" in outputs
@@ -152,18 +152,18 @@ def test_names_never_collide(tmp_path):
             find_images(
                 [f"{tmp_path}/in/{e.split(':')[0]}:{tmp_path}/in/{e.split(':')[1]}" for e in explicit], [], None
             )
-    beside = find_images([], [str(tmp_path / "in")], tmp_path / "in")
+    beside, _ = find_images([], [str(tmp_path / "in")], tmp_path / "in")
     assert {s.output.name for s in beside} == {"a.yolact", "a_yolact_png", "a_png.yolact"}
-    twice = find_images([str(tmp_path / "in/a.jpg"), str(tmp_path / "in/b/a.jpg")], [], tmp_path / "out")
+    twice, _ = find_images([str(tmp_path / "in/a.jpg"), str(tmp_path / "in/b/a.jpg")], [], tmp_path / "out")
     assert len({s.output for s in twice}) == 2
-    assert len(find_images([str(tmp_path / "in/a.jpg")] * 2, [], None)) == 1
-    nested = find_images([str(tmp_path / "in")], [], tmp_path / "out")
+    assert len(find_images([str(tmp_path / "in/a.jpg")] * 2, [], None)[0]) == 1
+    nested, _ = find_images([str(tmp_path / "in")], [], tmp_path / "out")
     assert (tmp_path / "out/b/a") in {s.output for s in nested}
     with pytest.raises(UserError, match="name a folder, or an image"):
         find_images([str(tmp_path / "in/a.jpg")], [], tmp_path / "out.json")
     with pytest.raises(UserError, match="is one of the images"):
         find_images([f"{tmp_path}/in/a.jpg:{tmp_path}/in/a.png", f"{tmp_path}/in/a.png:{tmp_path}/x.png"], [], None)
-    assert len(find_images([], [str(tmp_path / "in")], tmp_path)) == 4  # a folder above the pictures
+    assert len(find_images([], [str(tmp_path / "in")], tmp_path)[0]) == 4  # a folder above the pictures
 
 
 def test_photos_are_never_replaced_and_results_are(tmp_path):
@@ -171,10 +171,10 @@ def test_photos_are_never_replaced_and_results_are(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / name), photo(8, 8))
     for _ in range(2):
-        sources = find_images([], [str(tmp_path / "in")], tmp_path / "out")
+        sources, _ = find_images([], [str(tmp_path / "in")], tmp_path / "out")
         assert [s.output.name for s in sources] == ["a.yolact", "b.yolact"]
         for source in sources:
             write_image(source.output.with_name(source.output.name + source.suffix), photo(9, 9))
     assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (8, 8, 3)
-    assert len(find_images([], [str(tmp_path / "out")], None)) == 2  # results are no pictures to segment
+    assert len(find_images([], [str(tmp_path / "out")], None)[0]) == 2  # results are no pictures to segment
     assert np.array_equal(cv2.imread(str(tmp_path / "out/b.yolact.png")), photo(9, 9))

@@ -18,11 +18,12 @@ from utils.files import write_bytes, write_error
 class RunLog(contextlib.AbstractContextManager["RunLog"]):
     """`folder/log.jsonl`, `folder/*.jpg`, and with `tensorboard` event files in the same folder.
 
-    A run that is resumed at `step` drops later lines, which it will write again. `writes` is False in all but the main
-    process. Raises UserError if TensorBoard is not installed, or the folder cannot be written.
+    A run that is resumed at `step` drops later lines, and validations after the step `validated`, because it will
+    write them again. `writes` is False in all but the main process. Raises UserError if TensorBoard is not installed,
+    or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False, writes: bool = True):
+    def __init__(self, folder: Path, step: int = 0, validated: int = 0, tensorboard: bool = False, writes: bool = True):
         self.folder = folder
         self.writes = writes
         self.board: Any = None
@@ -35,7 +36,7 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
         path = folder / "log.jsonl" if writes else Path(os.devnull)
         try:
             if writes and path.exists():
-                _drop_after(path, step)
+                _drop_after(path, step, validated)
             self.file = path.open("a", buffering=1, encoding="utf-8")  # by line: a killed run leaves complete ones
         except OSError as error:
             raise write_error(path, error) from None
@@ -68,10 +69,12 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
             self.board.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the complete lines of a log up to `step`."""
+def _drop_after(path: Path, step: int, validated: int) -> None:
+    """Keep the complete lines of a log up to `step`, and validations up to the step `validated`."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    kept = [
+        line for line in lines if line.endswith("\n") and _step_of(line) <= (validated if '"segm"' in line else step)
+    ]
     if kept != lines:
         write_bytes(path, "".join(kept).encode())
 

@@ -36,6 +36,7 @@ class Settings:
     output_dir: Path = Path("runs/run")
     tensorboard: bool = False
     ignore_audit: bool = False
+    follow_links: bool = False
     seed: int = 0
     set: tuple[str, ...] = ()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from training.settings import Settings
 from utils.device import autocast, choose_precision
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.files import write_error
+from utils.files import exclusive, write_error
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
@@ -84,18 +86,6 @@ class Trainer:
         self.best = -1.0  # mask AP
         self.validated = 0  # the step of the last validation
         self.table = ""  # COCOeval's, of the last validation
-        self._prepare_folder()
-
-    def _prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.ranks.main:
-                # What this project was writing when a run was killed, and nothing else.
-                for name in ("last.pth", "best.pth", "log.jsonl", "run.json"):
-                    for left in self.folder.glob(f".{name}.*.part"):
-                        left.unlink()
-        except OSError as error:
-            raise write_error(self.folder, error) from None
 
     @property
     def batch_norm(self) -> str:
@@ -188,7 +178,17 @@ class Trainer:
         save_checkpoint(self.folder / name, self.ema_or_model(), training)
 
     def load(self, training: dict[str, Any]) -> None:
-        """Continue from what `save` wrote. The model already has the checkpoint's weights, which are the EMA's."""
+        """Continue from what `save` wrote. The model already has the checkpoint's weights, which are the EMA's.
+
+        Raises UserError if the state is not that of this model and configuration.
+        """
+        try:
+            self._load(training)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.folder}: its training state is damaged ({reason[:100]})") from None
+
+    def _load(self, training: dict[str, Any]) -> None:
         if self.ema is not None:
             self.ema.n_averaged.fill_(training["averaged"])
             self.model.load_state_dict(training["raw"])
@@ -197,6 +197,27 @@ class Trainer:
         torch.set_rng_state(training["random"])
         self.step, self.best = training["step"], training["best"]
         self.validated = training.get("validated", self.step)  # the first files do not have it
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Create a run's folder and keep other runs out of it while the block lasts.
+
+    Removes what this project was writing there when an earlier run was killed, and nothing else. Raises UserError if
+    another process is training in the folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from None
+    if not ranks.main:
+        yield
+        return
+    with exclusive(folder / ".lock", f"{folder}: another process is training in it; choose another --output_dir"):
+        for name in ("last.pth", "best.pth", "log.jsonl", "run.json"):
+            for left in folder.glob(f".{name}.*.part"):
+                left.unlink()
+        yield
 
 
 def check_resumable(training: dict[str, Any], uses_ema: bool, where: str) -> None:

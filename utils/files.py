@@ -13,6 +13,11 @@ from typing import IO, Any
 
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
@@ -23,8 +28,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w+b") as out:
+        with open(temporary, "w+b") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
@@ -35,6 +41,30 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def exclusive(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file; UserError with `message` if another process holds it.
+
+    The system releases the lock when its process ends, however it ends. Where there is no `fcntl`, as on Windows,
+    nothing is locked.
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise write_error(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def write_error(path: str | Path, error: BaseException) -> UserError:

@@ -60,7 +60,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     problem = not_pytorch(head)
     if problem:
         raise UserError(f"{path}: {problem}")
-    damaged = UserError(f"{path}: damaged or truncated, download or copy it again")
+    damaged = UserError(f"{path}: damaged or truncated; delete it, and download or copy it again")
     try:
         # PyTorch does not compare the checksums that the format has.
         if head[:2] == b"PK" and zipfile.ZipFile(path).testzip() is not None:
@@ -106,6 +106,9 @@ def check_values(state: dict[str, Any], path: str | Path) -> State:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # Strides of 0 let a few bytes claim terabytes, which the next operation would allocate.
+            raise UserError(f"{path}: {name} claims {value.numel()} values and has fewer; the file is damaged")
         if name.endswith("num_batches_tracked"):
             checked[name] = value
             continue

@@ -85,28 +85,29 @@ def convert(content: dict[str, Any], source: str) -> Weights:
         state, layout = _rename(content["state_dict"], MMDET, None, source), "mmdet"
         if "head.box.bias" not in state:
             raise UserError(f"{source}: incomplete weights, 'bbox_head.conv_reg.bias' is missing")
+        state = check_values(state, source)
         state = {name: _background_first(name, value, state) for name, value in state.items()}
         names = _names_from_meta(content.get("meta") or {})
     elif any(str(name).startswith("prediction_layers.") for name in content):
-        state, layout, names = _rename(content, AUTHORS, AUTHORS_OLD, source), "authors", None
+        state, layout, names = check_values(_rename(content, AUTHORS, AUTHORS_OLD, source), source), "authors", None
     else:
         raise UserError(f"{source}: these are not the weights of a YOLACT (the authors', MMDetection's or ours)")
     config, ambiguous = _recognise(state, layout, names, source)
-    return Weights(check_values(state, source), layout, config, ambiguous)
+    return Weights(state, layout, config, ambiguous)
 
 
 def _rename(content: dict[str, Any], rules: tuple[tuple[str, str], ...], old: re.Pattern | None, source: str) -> State:
     state: State = {}
     unknown = []
     for name, value in content.items():
-        if old is not None and old.match(name):
+        if old is not None and old.match(str(name)):
             continue
         for pattern, replacement in rules:
-            if isinstance(value, Tensor) and (match := re.fullmatch(pattern, name)):
+            if isinstance(value, Tensor) and (match := re.fullmatch(pattern, str(name))):
                 state[match.expand(replacement)] = value
                 break
         else:
-            unknown.append(name)
+            unknown.append(str(name))
     if unknown:
         raise UserError(f"{source}: {len(unknown)} entries are not of a YOLACT: {shorten(unknown)}")
     return state

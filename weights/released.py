@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import time
 import urllib.request
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from config import canonical_name
 from utils.errors import UserError, nearest
 from utils.files import atomic_write
-from weights.checkpoint import not_pytorch
+from weights.checkpoint import read_checkpoint
+from weights.convert import convert
 
 WEIGHTS_DIR = Path(__file__).resolve().parent
 BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
+
+MIN_RATE = 1000  # bytes per second of a download, on average after a minute
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/yolact/"
 _AUTHORS = "https://huggingface.co/dbolya/"
@@ -99,10 +103,24 @@ def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth"
     raise UserError(f"{folder}: this folder has no {' or '.join(names)}")
 
 
-def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0) -> Path:
+class _HttpOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https only."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith(("http://", "https://")):
+            raise OSError(f"it redirects to {newurl.split(':')[0]}, only http and https are followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0, patience: float = 60.0) -> Path:
     """Return the file of `entry` in `folder`, downloading and checking it first if it is not there.
 
-    Raises UserError if that fails, with what to do by hand. Nothing incomplete is left behind.
+    Args:
+        timeout: seconds without any data before giving up.
+        patience: seconds after which the average must have reached MIN_RATE.
+
+    Raises:
+        UserError: if that fails, with what to do by hand. Nothing incomplete or wrong is left behind.
     """
     target = folder / entry.file_name
     if target.is_file():
@@ -111,29 +129,42 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0)
     digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as out, urllib.request.urlopen(entry.url, timeout=timeout) as response:
+        opener = urllib.request.build_opener(_HttpOnly)
+        with atomic_write(target) as out, opener.open(entry.url, timeout=timeout) as response:
+            received = _receive(response, out, digest, entry.file_name, patience)
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file_name) as bar:
-                received = 0
-                while chunk := response.read(2**20):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    received += len(chunk)
-                    bar.update(len(chunk))
             if size and received < size:
-                raise UserError(f"{entry.file_name}: the server stopped after {received} of {size} bytes{by_hand}")
+                raise UserError(f"the server stopped after {received} of {size} bytes")
             if not digest.hexdigest().startswith(entry.sha256):
-                wrong = digest.hexdigest()[: len(entry.sha256)]
-                raise UserError(f"{entry.file_name}: SHA-256 starts with {wrong}, not {entry.sha256}{by_hand}")
+                raise UserError(f"SHA-256 starts with {digest.hexdigest()[: len(entry.sha256)]}, not {entry.sha256}")
             # The authors' files have no checksum, and a login page also comes with status 200.
-            out.seek(0)
-            head = out.read(64)
-            problem = not_pytorch(head)
-            if problem:
-                raise UserError(f"{entry.file_name}: what {entry.url} sent is {problem}{by_hand}")
-            if head[:2] == b"PK" and zipfile.ZipFile(out).testzip() is not None:
-                raise UserError(f"{entry.file_name}: damaged on its way{by_hand}")
-    except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"{entry.file_name}: cannot be downloaded ({reason}){by_hand}") from None
+            out.flush()
+            temporary = Path(out.name)
+            try:
+                content = read_checkpoint(temporary)
+                if "yolact" not in content:
+                    convert(content, entry.file_name)
+            except UserError as error:
+                raise UserError(str(error).replace(f"{temporary}: ", "")) from None
+    except UserError as error:
+        raise UserError(f"{entry.file_name}: {error}{by_hand}".replace(f"{entry.file_name}: " * 2, "")) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)).splitlines()[:1]
+        raise UserError(f"{entry.file_name}: cannot be downloaded ({''.join(reason)}){by_hand}") from None
     return target
+
+
+def _receive(response: IO[bytes], out: IO[bytes], digest: Any, name: str, patience: float) -> int:
+    """Copy a response to a file and into a digest; return the number of bytes."""
+    size = int(getattr(response, "headers", {}).get("Content-Length") or 0)
+    received, started = 0, time.monotonic()
+    with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
+        while chunk := response.read1(2**20):  # type: ignore[attr-defined]
+            out.write(chunk)
+            digest.update(chunk)
+            received += len(chunk)
+            bar.update(len(chunk))
+            seconds = time.monotonic() - started
+            if seconds > patience and received < MIN_RATE * seconds:
+                raise UserError(f"the server is too slow, {received} bytes in {seconds:.0f} seconds")
+    return received

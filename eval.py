@@ -33,7 +33,7 @@ from inference.images import find_images, split_output
 from inference.outputs import parse_kinds, write_results
 from inference.video import frame_files, process_video
 from layers.nms import NMS
-from utils.device import PRECISIONS, keep_memory
+from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
 from utils.errors import ArgumentParser, UserError, fraction, integer, run_main
 from utils.files import write_json
@@ -251,7 +251,7 @@ def measure_speed(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    keep_memory()
+    configure_process()
     tasks = {
         "--image/--images": bool(args.image or args.images),
         "--video": args.video is not None,

@@ -34,7 +34,7 @@ from training.loop import fit
 from training.schedule import Schedule
 from training.settings import Settings
 from training.trainer import Trainer, check_resumable, claim_folder
-from utils.device import PRECISIONS, keep_memory
+from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
 from utils.errors import ArgumentParser, UserError, integer, positive_float, run_main
 from utils.files import write_json
@@ -87,7 +87,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(argv))
-    keep_memory()
+    configure_process()
     resume: Path | None = given.pop("resume", None)
     if resume is None:
         return start_run(given)

@@ -33,6 +33,7 @@ from data.findings import EXAMPLES, KINDS, Finding
 from data.image import write_image
 from data.sheets import truth_sheet
 from layers.anchors import prototype_size
+from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, run_main
 from utils.files import write_json
 
@@ -351,6 +352,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = build_parser().parse_args(argv)
+    configure_process()
     dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
     if not any(map(Path.is_file, (args.image_dir / dataset.file_name(i) for i in range(len(dataset))))):
         raise UserError(f"{args.image_dir}: none of the images of {dataset.path} is there; is --image_dir right?")

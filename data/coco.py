@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import json
+import os
 import pickle
 from collections import Counter
 from collections.abc import Iterable
@@ -70,7 +71,7 @@ class CocoDataset(Dataset[Sample]):
         content = read_coco_json(self.path)
         if not self.image_dir.is_dir():
             raise UserError(f"{self.image_dir}: no such image folder")
-        self._root = self.image_dir.resolve()
+        self._root = os.path.realpath(self.image_dir)
         categories = content["categories"]
         self.class_names = tuple(_text(c.get("name", c["id"]), f"{self.path}: category name") for c in categories)
         self.category_ids = tuple(as_id(c["id"], f"{self.path}: category id") for c in categories)
@@ -143,7 +144,7 @@ class CocoDataset(Dataset[Sample]):
         path = self.image_dir / name
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{self.path}: file_name {str(name)!r} leads out of the image folder")
-        if not self.follow_links and not path.resolve().is_relative_to(self._root):
+        if not self.follow_links and not Path(os.path.realpath(path)).is_relative_to(self._root):
             raise UserError(f"{path}: a link that leads out of the image folder; --follow_links accepts it")
         return path
 

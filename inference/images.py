@@ -85,14 +85,14 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
     if is_file and len(jobs) > 1:
         raise UserError(f"--output {output} is a file, but there are {len(jobs)} images; name a folder")
     taken: set[Path] = set()
-    inputs = {path.resolve() for path, _, _ in jobs}
+    inputs = {_real(path) for path, _, _ in jobs}
     sources = []
     for path, name, target in jobs:
         wanted = Path(target) if target else base
         if wanted.suffix.lower() in SUFFIXES and (target or is_file):
             source = Source(path, wanted.with_suffix(""), wanted.suffix)
-            if source.output in taken or wanted.resolve() in inputs:
-                what = "is one of the images" if wanted.resolve() in inputs else "is the result of two images"
+            if source.output in taken or _real(wanted) in inputs:
+                what = "is one of the images" if _real(wanted) in inputs else "is the result of two images"
                 raise UserError(f"{wanted}: {what}; choose another name")
         else:
             suffix = ".png" if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
@@ -112,12 +112,17 @@ def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
         file = output.with_name(output.name + suffix)
         return file.exists() and not is_result(file)
 
-    if target.parent.resolve() == path.parent.resolve() or foreign(target.with_suffix("")):
+    if _real(target.parent) == _real(path.parent) or foreign(target.with_suffix("")):
         target = target.with_name(f"{target.stem}.yolact{target.suffix}")
     stem = _shortened(target.name.removesuffix(target.suffix))
     candidates = itertools.chain((stem, target.name.replace(".", "_")), (f"{stem}_{n}" for n in itertools.count(2)))
     outputs = (target.with_name(name) for name in candidates)
     return next(output for output in outputs if output not in taken and not foreign(output))
+
+
+def _real(path: Path) -> str:
+    """The path without links. Unlike `Path.resolve` it accepts a link to itself, which is reported when it is read."""
+    return os.path.realpath(path)
 
 
 def _shortened(stem: str) -> str:

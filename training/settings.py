@@ -62,4 +62,7 @@ class Settings:
         values |= given
         for key in PATHS:
             values[key] = None if values.get(key) is None else Path(values[key])
-        return cls(**values | {"set": tuple(values.get("set") or ())})
+        try:
+            return cls(**values | {"set": tuple(values.get("set") or ())})
+        except TypeError as error:
+            raise UserError(f"{folder}: the settings of this run are damaged ({error})") from None

@@ -27,7 +27,16 @@ from utils.files import exclusive, write_error
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
-STATE = ("step", "best", "optimizer", "scaler", "random")  # of a run, in a checkpoint
+# What a checkpoint holds of a run; "validated" is missing in the oldest files.
+STATE: dict[str, Any] = {
+    "step": int,
+    "best": (int, float),
+    "optimizer": dict,
+    "scaler": dict,
+    "random": Tensor,
+    "args": dict,
+}
+EMA_STATE: dict[str, Any] = {"raw": dict, "averaged": int}
 
 
 class TrainStep(nn.Module):
@@ -196,7 +205,7 @@ class Trainer:
         self.scaler.load_state_dict(training["scaler"])
         torch.set_rng_state(training["random"])
         self.step, self.best = training["step"], training["best"]
-        self.validated = training.get("validated", self.step)  # the first files do not have it
+        self.validated = int(training.get("validated", self.step))
 
 
 @contextlib.contextmanager
@@ -221,8 +230,13 @@ def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def check_resumable(training: dict[str, Any], uses_ema: bool, where: str) -> None:
-    """Raise UserError unless a checkpoint has the whole state of a run."""
-    needed = (*STATE, "args", *(("raw", "averaged") if uses_ema else ()))
+    """Raise UserError unless a checkpoint has the whole state of a run, each part of the right type."""
+    needed = STATE | (EMA_STATE if uses_ema else {})
     missing = [key for key in needed if key not in training]
     if missing:
         raise UserError(f"{where}: its training state is incomplete ({', '.join(missing)}); use another checkpoint")
+    wrong = [key for key, kind in needed.items() if not isinstance(training[key], kind)]
+    if wrong or training["step"] < 0:
+        raise UserError(
+            f"{where}: its training state is damaged ({', '.join(wrong) or 'step'}); use another checkpoint"
+        )

@@ -7,6 +7,7 @@ import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import cv2
 import torch
 
 from utils.errors import UserError
@@ -27,6 +28,13 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def configure_process() -> None:
+    """Prepare the process of a script: memory that is reused, and no messages of OpenCV beside our own."""
+    keep_memory()
+    logging: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 and 5 have it in different places
+    logging.setLogLevel(0)
 
 
 def available_devices() -> list[str]:

@@ -95,8 +95,8 @@ class DetectionConfig:
     def strict(self) -> bool:
         """Whether `score_threshold` also applies to every single detection.
 
-        It does in MMDetection, and wherever more than the published threshold is asked for: a person who asks for
-        0.3 expects no 0.1. At the published threshold the authors' results are reproduced, which keep such classes.
+        It does in MMDetection, and for every threshold above the published one. At the published threshold the
+        authors' results are reproduced, in which the further classes of a selected anchor may score less.
         """
         return self.clip_boxes or self.above_published
 
@@ -243,8 +243,8 @@ def check(config: Config) -> None:
         raise UserError(f"anchor_sizes needs one entry for each of P3..P7, not {len(model.anchor_sizes)}")
     if len({len(sides) for sides in model.anchor_sizes}) > 1 or not (model.anchor_sizes[0] and model.aspect_ratios):
         raise UserError("anchor_sizes needs the same number of sides at every level, and aspect_ratios at least one")
-    if not (training.max_iter or training.epochs):
-        raise UserError("one of max_iter and epochs must be more than 0")
+    if bool(training.max_iter) == bool(training.epochs):
+        raise UserError("one of max_iter and epochs must be more than 0, and the other one 0")
 
 
 _BASE = Config(name="yolact_base")
@@ -423,7 +423,10 @@ def from_dict(values: dict[str, Any]) -> Config:
 
     Raises UserError for keys or values that are not of a configuration.
     """
-    return override(Config(name="stored"), **{key: v for key, v in values.items() if key not in _RETIRED})
+    values = {key: value for key, value in values.items() if key not in _RETIRED}
+    if values.get("epochs"):  # in the first files both could be set, and this one counted
+        values["max_iter"] = 0
+    return override(Config(name="stored"), **values)
 
 
 def retired(values: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ from weights.released import BUNDLED
 from yolact import Yolact
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif"}
-DISPLAY_THRESHOLD = 0.3  # for images and videos, where a person looks at the result
+DISPLAY_THRESHOLD = 0.3  # for images and videos
 
 
 def build_parser() -> ArgumentParser:
@@ -162,7 +162,8 @@ def segment_images(args: argparse.Namespace) -> int:
         try:
             image = read_image(source.path, max_pixels=args.max_pixels)
         except UserError as error:
-            tqdm.write(f"{error}, skipped", file=sys.stderr)
+            hint = " (--max_pixels raises it)" if "the limit of" in str(error) else ""
+            tqdm.write(f"{error}{hint}, skipped", file=sys.stderr)
             unreadable += 1
             continue
         detections = predictor(image)
@@ -197,8 +198,10 @@ def segment_video(args: argparse.Namespace) -> int:
     print(f"{source} -> {output}{'.mp4' * ('overlay' in kinds)}: {report}")
     if report.missing:
         expected = report.frames + report.missing
-        print(f"{source}: {report.frames} of {expected} frames could be read, the file is damaged", file=sys.stderr)
-    return 130 if report.interrupted else 1 if report.missing else 0
+        print(f"{source}: {report.frames} of {expected} frames could be read, the file may be damaged", file=sys.stderr)
+    # Matroska does not store the number of frames, so OpenCV's is an estimate.
+    damaged = report.missing and Path(source).suffix.lower() not in (".mkv", ".webm")
+    return 130 if report.interrupted else 1 if damaged else 0
 
 
 def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -241,7 +244,7 @@ def report_problems(problems: list[str]) -> int:
 
 def measure_speed(args: argparse.Namespace) -> int:
     """Time every stage."""
-    provide = 10 if args.weights is None else 0  # random weights find nothing
+    provide = 10 if args.weights is None and args.config is not None else 0  # random weights find nothing
     report = benchmark(build_predictor(args, args.device), args.batch_size, provide)
     print(format_report(report))
     if args.output is not None:

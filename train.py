@@ -17,6 +17,7 @@ step, `run.json` with the command and the configuration, `first_batch.jpg` (what
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -155,8 +156,10 @@ def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDat
     for dataset in datasets:
         dataset.check_images()
         errors = quick_audit(dataset, config) if ranks.main else []
+        problem = None
         if errors and not settings.ignore_audit:
-            raise UserError(f"{errors[0]} (--ignore_audit trains all the same)".removeprefix("error: "))
+            problem = UserError(f"{errors[0]} (--ignore_audit trains all the same)".removeprefix("error: "))
+        ranks.agree(problem)
     copies = train.count_copies()
     if copies:
         print(f"{train.path}: {copies} annotations repeat another one of the same image; training drops them")
@@ -173,6 +176,8 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
             "micro-batches each"
         )
     schedule = Schedule.build(config.training, len(train), batch_size, settings.lr, settings.epochs, settings.max_iter)
+    if trainer.step > schedule.max_iter:
+        raise UserError(f"{trainer.folder}: the run is at step {trainer.step}, beyond --max_iter {schedule.max_iter}")
     print(schedule)
     print(
         f"{config.name}: {config.num_classes} classes, {len(train)} images, {config.model.max_size} px, "
@@ -183,9 +188,7 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
     if together < batch_size and not config.training.freeze_bn:
         print(f"batch norm is trained on {together} images at a time; freeze_bn=true makes the split exact")
     if ranks.main:
-        command = shlex.join(["python", *sys.argv])
-        record = {"command": command, "settings": settings.to_dict(), "config": to_dict(config)}
-        write_json(trainer.folder / "run.json", record | {"torch": torch.__version__})
+        write_record(trainer)
     loader = TrainingLoader(
         train,
         config,
@@ -203,6 +206,18 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
     best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
     print(f"done: {trainer.folder / 'last.pth'}{best}")
     return 0
+
+
+def write_record(trainer: Trainer) -> None:
+    """Write the commands that started and resumed a run, and its configuration, as `run.json`."""
+    path = trainer.folder / "run.json"
+    try:
+        commands = json.loads(path.read_text(encoding="utf-8"))["commands"] if trainer.step else []
+    except (OSError, ValueError, KeyError, TypeError):
+        commands = []
+    commands = [*commands, shlex.join(["python", *sys.argv])]
+    settings, config = trainer.settings.to_dict(), to_dict(trainer.model.config)
+    write_json(path, {"commands": commands, "settings": settings, "config": config, "torch": torch.__version__})
 
 
 if __name__ == "__main__":

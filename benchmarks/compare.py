@@ -5,8 +5,8 @@ python benchmarks/compare.py --original ../yolact --device cuda --training --out
 
 Two things are timed: `network`, the network and its NMS on one input that is ready, and `image`, from a uint8 image
 of 480 x 640 in memory to its masks in memory. With --training also a training step, without reading and augmenting.
-The weights are random, with a background that leaves about 40 detections. That both find the same is checked first.
-The original runs from the folder given, unchanged, in a process of its own; on a CPU with its calls of `.cuda()` void.
+The weights are random, with a background that leaves about 40 detections. It first checks that both find the same.
+The original runs from the folder given, unchanged, in a separate process; on a CPU with `.cuda()` replaced by a no-op.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ INTRODUCTION = """# Measurements
 Written by `benchmarks/report.py` from the JSON files in this folder; each table names the command that made its file.
 Times are medians after warm-up. Machines differ and are shared, so compare within a table, not between tables.
 `benchmarks/all.sh DEVICE ../yolact` measures everything that needs no images again; `nms.py`, `precision.py` and
-`loader.py` need a data set, and `failures.py` makes the picture of the model card."""
+`loader.py` need a data set, and `failures.py` draws the image in the model card."""
 
 
 def main() -> int:
@@ -103,7 +103,7 @@ def comparison(kind: str) -> str:
         f"({height}x{width}), on {report['machine']}, PyTorch {report['torch']}. Both find {agreement}. The last "
         "column is the time as a multiple of the network's operations at this machine's measured peak of "
         f"{report['matmul_peak_gflops']} GFLOP/s (a large matrix product, in the fastest precision).\n\n"
-        + table(["configuration", "what", "variant", "ms", "times as fast", "of the floor"], rows)
+        + table(["configuration", "what", "variant", "ms", "times as fast", "times the floor"], rows)
         + f"\n\n`{report['command']}`"
     )
 
@@ -124,8 +124,8 @@ def stage_table(reports: list[Report], device: str) -> str:
     rows = [[stage, *(f"{r['stages_ms'][stage]['median']:.2f}" for r in reports)] for stage in reports[0]["stages_ms"]]
     rows.append(["frames/s, network", *(f"{r['network_fps']:.1f}" for r in reports)])
     rows.append(["frames/s, image to masks", *(f"{r['image_to_masks_fps']:.1f}" for r in reports)])
-    rows.append(["measured peak, GFLOP/s", *(f"{r['matmul_peak_gflops']:.0f}" for r in reports)])
-    rows.append(["share of it, network", *(f"{100 * r['share_of_peak']:.0f} %" for r in reports)])
+    rows.append(["large matrix product, GFLOP/s", *(f"{r['matmul_peak_gflops']:.0f}" for r in reports)])
+    rows.append(["network, share of that rate", *(f"{100 * r['share_of_peak']:.0f} %" for r in reports)])
     rows.append(["seconds to compile", *(f"{r['seconds_to_compile']:.0f}" for r in reports)])
     rows.append(["peak memory, MiB", *(f"{r['peak_memory_mib']:.0f}" for r in reports)])
     return (

@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
-    """engine.benchmark's report of one case."""
+    """The report of benchmarks.stages of one case."""
     from benchmarks.stages import benchmark
     from config import get_config
     from inference import Predictor

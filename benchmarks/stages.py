@@ -218,11 +218,11 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-def _peak_memory(device: torch.device) -> float:
+def _peak_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
-        return float("nan")
+        return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -245,7 +245,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"{report['gflop']:.1f} GFLOP a batch, {report['gflops_reached']:.0f} of "
         f"{report['matmul_peak_gflops']:.0f} GFLOP/s measured peak "
         f"({100 * report['share_of_peak']:.0f} %), memory copy {report['memory_copy_gb_s']:.1f} GB/s",
-        f"peak memory {report['peak_memory_mib']:.0f} MiB",
+        f"peak memory {report['peak_memory_mib'] or 0:.0f} MiB",
     ]
     if report["compiled"]:
         lines.append(f"compiled in {report['seconds_to_compile']:.0f} s; stages are timed uncompiled")

@@ -7,6 +7,7 @@ damaged run lengths or huge coordinates make it read foreign memory, hang or cra
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ class Sample:
 def as_id(value: Any, where: str) -> int:
     """Return an id as an int. Some files have ids as strings of digits. `where` names the entry in the error."""
     number = value
-    as_text = isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 20
+    as_text = isinstance(value, str) and len(value) < 20 and re.fullmatch(r"\s*-?[0-9]+\s*", value)
     if as_text or (isinstance(value, float) and value.is_integer()):
         number = int(value)
     if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= LARGEST_ID:
@@ -248,7 +249,7 @@ def _area(value: Any) -> float | None:
 
 
 def _numbers(values: Any) -> np.ndarray | None:
-    """Finite numbers [n] of a list, through nested lists; None if it holds anything else."""
+    """Finite numbers [n] of a list, through nested lists; None if it holds anything else, such as numbers as text."""
     if not isinstance(values, (list, tuple)):
         return None
     try:

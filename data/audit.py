@@ -122,7 +122,7 @@ def audit(
     problems["unused_class"] = [name for label, name in enumerate(dataset.class_names) if label not in used]
     problems["same_name"] = _repeated(list(dataset.class_names))
     if not used:
-        problems["no_object"] = [dataset.path.name] * len(dataset)
+        problems["no_object"] = [dataset.path.name]
     with_masks = any(a.get("segmentation") for some in listed for a in some)
     if any(listed) and not with_masks:
         problems["detection_only"] = problems.pop("no_mask", [])
@@ -134,6 +134,7 @@ def audit(
         "listed annotations": len(ids),
         "objects": objects,
         "classes": len(dataset.class_names),
+        "files": 1,
         "val images": 0 if val is None else len(val),
     }
     if val is not None:

@@ -180,7 +180,12 @@ class Distortion:
         image = image + np.float32(self.brightness)
         if self.contrast_first:
             image *= np.float32(self.contrast)
-        if self.saturation != 1 or self.hue:
+        if self.saturation != 1 and not self.hue:
+            # In HSV saturation scales the distance from the largest channel. Computed directly it also holds for
+            # the negative values that a lower brightness leaves.
+            largest = image.max(axis=2, keepdims=True)
+            image = largest + (image - largest) * np.float32(self.saturation)
+        elif self.hue:
             hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)  # of a float image: hue in degrees
             hsv[..., 0] = (hsv[..., 0] + np.float32(self.hue)) % 360
             hsv[..., 1] *= np.float32(self.saturation)

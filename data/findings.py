@@ -30,8 +30,8 @@ KINDS = {
     "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
     "same_image": Kind("images are byte for byte the same as another", "remove the copies", of="images"),
     "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
-    "same_id": Kind("annotation ids are used more than once", "nothing here needs them", of="listed annotations"),
-    "text_id": Kind("annotation ids are not whole numbers", "nothing here needs them", of="listed annotations"),
+    "same_id": Kind("annotation ids are used more than once", "they are not used here", of="listed annotations"),
+    "text_id": Kind("annotation ids are not whole numbers", "they are not used here", of="listed annotations"),
     "unusable": Kind(
         "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
         "they are ignored", 0.5, "annotations",
@@ -56,7 +56,7 @@ KINDS = {
         "the mask's own is used for AP of small, medium and large objects", of="objects",
     ),
     "box_and_mask": Kind(
-        "objects have a box that is not their mask's (IoU under 0.5)",
+        "objects have a box that does not match their mask (IoU under 0.5)",
         "look for swapped x and y, or masks made for another image size", 0.1, "objects",
     ),
     "empty_mask": Kind(
@@ -70,14 +70,14 @@ KINDS = {
     ),
     "unused_class": Kind("classes have no object", "fine if other files have some", of="classes"),
     "same_name": Kind("classes share their name with another", "give each a name of its own", of="classes"),
-    "no_object": Kind("images, and no object in any of them", "check image_id and segmentation", 0, "listed images"),
+    "no_object": Kind("files have no object in any image", "check image_id and segmentation", 0, "files"),
     "other_classes": Kind("classes differ between the two files", "make their categories equal", 0, "classes"),
     "shared_image": Kind(
         "images of the validation set are also in the training set", "remove them, they inflate AP", 0.01, "val images"
     ),
     "near_copy": Kind(
         "images of the validation set look almost like one of the training set",
-        "look at them: frames of one video belong into one set", of="val images",
+        "inspect them: frames of one video belong in one set", of="val images",
     ),
 }  # fmt: skip
 

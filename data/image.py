@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
         raise UserError(f"{path}: the end of the file is missing, copy it again")
     height, width = declared_size(data)
     if height * width > max_pixels:
-        raise UserError(f"{path}: {width}x{height} is more than {max_pixels / 1e6:g} million pixels (--max_pixels)")
+        raise UserError(f"{path}: {width}x{height} is more than the limit of {max_pixels:,} pixels")
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_IGNORE_ORIENTATION if ignore_orientation else 0)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -94,7 +95,7 @@ def _significant_bits(data: bytes) -> int | None:
 
 
 def declared_size(data: bytes) -> tuple[int, int]:
-    """Return height and width that the header of a JPEG, PNG, BMP, GIF or WebP file states, (0, 0) for other files.
+    """Return height and width in the header of a JPEG, PNG, BMP, GIF, TIFF or WebP file, (0, 0) for other files.
 
     OpenCV itself refuses more than 2^30 pixels, in any format.
     """
@@ -106,11 +107,27 @@ def declared_size(data: bytes) -> tuple[int, int]:
         width, height = (abs(v) for v in struct.unpack("<ii", data[18:26]))
     elif data.startswith((b"GIF87a", b"GIF89a")) and len(data) >= 10:
         width, height = struct.unpack("<HH", data[6:10])
+    elif data.startswith((b"II*\0", b"MM\0*")):
+        height, width = _tiff_size(data)
     elif data[8:15] == b"WEBPVP8" and len(data) >= 30:
         height, width = _webp_size(data)
     else:
         return 0, 0
     return height, width
+
+
+def _tiff_size(data: bytes) -> tuple[int, int]:
+    """Height and width in the first directory of a TIFF: entries of 12 bytes, sorted by tag."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+    start = int.from_bytes(data[4:8], order)
+    sides = {}
+    for i in range(int.from_bytes(data[start : start + 2], order)):
+        entry = data[start + 2 + 12 * i : start + 14 + 12 * i]
+        if len(entry) < 12:
+            break
+        length = 2 if int.from_bytes(entry[2:4], order) == 3 else 4  # SHORT or LONG
+        sides[int.from_bytes(entry[:2], order)] = int.from_bytes(entry[8 : 8 + length], order)
+    return sides.get(257, 0), sides.get(256, 0)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -190,7 +207,7 @@ def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
 def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Undo `normalise` for display: RGB float [3, H, W] -> uint8 BGR [H, W, 3]."""
     pixels = planes * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
-    return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0))
+    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0))
 
 
 def write_image(path: Path, image: np.ndarray, mark: bool = True) -> None:

@@ -121,7 +121,7 @@ def _start_worker(_worker: int) -> None:
         cv2.setNumThreads(1)  # the processes are the parallelism
     torch.set_num_threads(1)
     # Ctrl-C and a batch system's SIGTERM reach every process of a run. The main process finishes its step, saves and
-    # then ends the workers; they must not end before it. TrainingLoader.close ends them without a signal.
+    # then ends the workers; they must not end before it. TrainingLoader.__exit__ ends them without a signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -163,7 +163,13 @@ class TrainingLoader:
         cv2.setNumThreads(threads)
         return self._batches
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         shutdown = getattr(self._batches, "_shutdown_workers", None)  # of PyTorch's iterator over workers
         if shutdown is not None:
             shutdown()
+        # PyTorch raises this from a signal handler, wherever the main process is at that moment.
+        if isinstance(error, RuntimeError) and "killed by signal" in str(error):
+            raise UserError(
+                "a worker process was killed by the system, probably because memory ran out; lower --workers or "
+                "max_size"
+            ) from None

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from config import Config
-from data.annotation import Annotation, to_rle
+from data.annotation import Annotation, exact_copies, to_rle
 from data.coco import CocoDataset
 from inference import Predictor
 from utils.distributed import Ranks, single
@@ -161,7 +161,9 @@ class GroundTruth:
             size = dataset.stated_size(index) or sizes.get(image_id) or _size_on_disk(dataset, index)
             self.images.append({"id": image_id, "height": size[0], "width": size[1]})
             self.annotations.append(dataset.parsed(index, size))
-            self.unique.append(dataset.parsed(index, size, copies=False))
+            copies = exact_copies(dataset.annotations(index))
+            kept = [a for position, a in enumerate(self.annotations[-1]) if position not in copies]
+            self.unique.append(kept)
             self.num_copies += len(self.annotations[-1]) - len(self.unique[-1])
             self.wrong_areas += sum(annotation.area(*size)[1] for annotation in self.annotations[-1])
             self.without_mask += sum(annotation.segmentation is None for annotation in self.annotations[-1])

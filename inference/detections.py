@@ -63,10 +63,8 @@ class Detections:
             yield from chunk.cpu().numpy()
 
     def _chunks(self, budget: int) -> Iterator[Tensor]:
-        with torch.no_grad():
-            yield from assemble_masks(
-                self.prototypes, self.coefficients, self.relative_boxes, self.size, self.config, budget
-            )
+        prototypes, coefficients = self.prototypes.detach(), self.coefficients.detach()
+        return assemble_masks(prototypes, coefficients, self.relative_boxes, self.size, self.config, budget)
 
     def encode_masks(self) -> list[dict[str, Any]]:
         """Return each mask as a COCO run-length encoding, {"size": [H, W], "counts": text}."""

@@ -73,7 +73,11 @@ class Predictor:
         if min(self.size) < 32:
             raise UserError(f"size {self.size[0]}x{self.size[1]}: the network needs at least 32 pixels a side")
         self.device = choose_device(device)
-        self.dtype = choose_precision(precision, self.device) if optimize else torch.float32
+        self.dtype = choose_precision(precision, self.device)
+        if not optimize:
+            if precision not in ("auto", "fp32", torch.float32):
+                raise UserError(f"precision {precision} needs optimize=True; as written, the model is float32")
+            self.dtype = torch.float32
         if optimize:
             self.model = optimized(model, self.device, self.dtype)
         else:

@@ -237,6 +237,8 @@ def process_video(
             report.frames += 1
             if report.frames == max_frames:
                 break
+        if report.frames == 0 and not report.interrupted:
+            raise UserError(f"{source}: no frame could be read from this video")
     except BaseException as error:
         writer.error = writer.error or error
     finally:
@@ -251,6 +253,4 @@ def process_video(
         # Containers count a frame or two too many; more than that is a file that ends early.
         short = video.length - report.frames
         report.missing = short if short > max(2, video.length // 100) else 0
-    if report.frames == 0 and not report.interrupted:
-        raise UserError(f"{source}: no frame could be read from this video")
     return report

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from config import DetectionConfig
+from layers.anchors import feature_sizes
 from layers.boxes import decode
 from layers.nms import find_nms
 from layers.structures import Candidates, Predictions
@@ -59,10 +60,10 @@ def detect(
 def level_sizes(predictions: Predictions) -> list[int]:
     """Return how many of the anchors belong to P3, P4, ..., P7.
 
-    It follows from the prototypes, which have twice the size of P3: each further level halves it, rounding up.
+    It follows from the prototypes, which have twice the size of P3, whose stride is 8.
     """
     rows, columns = predictions.prototypes.shape[1] // 2, predictions.prototypes.shape[2] // 2
-    positions = [-(-rows // 2**i) * -(-columns // 2**i) for i in range(5)]
+    positions = [height * width for height, width in feature_sizes(8 * rows, 8 * columns)]
     per_position = predictions.boxes.shape[1] // sum(positions)
     return [count * per_position for count in positions]
 

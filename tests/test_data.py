@@ -8,11 +8,11 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from conftest import make_dataset, spawn
+from conftest import make_dataset, run, spawn
 from pycocotools import mask as rle
 
 from config import get_config, override
-from data.annotation import to_rle
+from data.annotation import normalise_segmentation, to_rle
 from data.augment import Augment, Distortion, Window, draw_mask, sample_crop
 from data.coco import CocoDataset, PackedList
 from data.copy_paste import copy_paste
@@ -208,6 +208,8 @@ def test_distortion_is_what_its_definition_says():
     image[0, 0] = (50, 100, 200)  # blue, green, red
     # Saturation scales the distance from the largest channel.
     assert np.allclose(Distortion(saturation=0.5).apply(image)[0, 0], (125, 150, 200), atol=1e-3)
+    dark = Distortion(brightness=-100, saturation=0.5).apply(image)[0, 0]
+    assert np.allclose(dark, (25, 50, 100), atol=1e-3)  # of (-50, 0, 100): negative values keep their meaning
     assert np.allclose(Distortion(contrast=0.5, contrast_first=False).apply(image), image / 2)
     # A third of the circle moves red to green, green to blue and blue to red.
     assert np.allclose(Distortion(hue=120).apply(image)[0, 0], (100, 200, 50), atol=1e-3)
@@ -390,3 +392,79 @@ def test_a_forked_worker_does_not_copy_the_index(tmp_path):
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert float(spawn("-c", GROWTH, tmp_path / "a.json", tmp_path)) < 15
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_links_may_not_leave_the_folder_unless_they_are_followed(dataset, tmp_path):
+    images = dataset.parent / "images"
+    (tmp_path / "outside.png").write_bytes((images / "image_0.png").read_bytes())
+    (images / "image_0.png").unlink()
+    (images / "image_0.png").symlink_to(tmp_path / "outside.png")
+    (images / "image_1.png").rename(images / "real.png")
+    (images / "image_1.png").symlink_to("real.png")  # stays inside
+    data = CocoDataset(dataset, images)
+    with pytest.raises(UserError, match=r"leads out of the image folder; --follow_links accepts it"):
+        data[0]
+    assert data[1].image.shape == (96, 128, 3)
+    assert CocoDataset(dataset, images, follow_links=True)[0].image.shape == (96, 128, 3)
+    args = ["data.audit", "--annotations", dataset, "--image_dir", images, "--output", tmp_path / "a"]
+    assert "missing or outside the image folder" in run(*args, code=1)
+    assert "nothing is wrong" in run(*args, "--follow_links")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["images"][0].update(file_name="a\0b.png"), "file_name 'a\\x00b.png' is not a usable text"),
+        (lambda c: c["images"][0].update(file_name="\ud800.png"), "file_name '\\ud800.png' is not a usable text"),
+        (lambda c: c["images"][0].update(file_name="x" * 300), "is longer than file systems allow"),
+        (lambda c: c["images"][0].update(file_name=["a"]), "file_name ['a'] is not a usable text"),
+        (lambda c: c["categories"][0].update(name="\udfff"), "category name '\\udfff' is not a usable text"),
+        (lambda c: c["categories"][0].update(name={}), "category name {} is not a usable text"),
+        (lambda c: c["images"][0].update(id=3.9), "image id 3.9 is not a whole number"),
+        (lambda c: c["images"][0].update(id=10**400), "is not a whole number"),
+        (lambda c: c["annotations"][0].update(category_id=float("nan")), "category_id nan is not a whole number"),
+        (lambda c: c["annotations"][0].update(image_id=float("inf")), "image_id inf is not a whole number"),
+    ],
+)
+def test_values_that_no_file_should_have_are_named(dataset, change, words):
+    """The message has the file, the field and the value; nothing reaches a library that would crash on it."""
+    with pytest.raises(UserError) as error:
+        CocoDataset(edit(dataset, change), dataset.parent / "images")
+    assert words in str(error.value)
+    assert str(dataset) in str(error.value)
+
+
+@pytest.mark.parametrize("height", [2**63, -5, float("inf"), float("nan"), "tall", 10**400, None])
+def test_unusable_sizes_are_read_from_the_image(dataset, height):
+    path = edit(dataset, lambda c: c["images"][0].update(height=height))
+    data = CocoDataset(path, path.parent / "images")
+    assert data.stated_size(0) is None
+    assert len(data[0].boxes) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "1" * 5000, '{"images": [' + "1" * 5000 + "]}", "\0", "{", '"\\ud800"']
+)
+def test_text_that_is_no_annotation_file_gets_one_line(dataset, text):
+    dataset.write_text(text)
+    with pytest.raises(UserError, match=r"not a JSON file|not a COCO annotation file|must be a list") as error:
+        CocoDataset(dataset, dataset.parent / "images")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": ["96", "128"], "counts": [12288]},
+        {"size": [96, 128], "counts": [True] * 12288},
+        [["1", "2", "3", "4", "5", "6"]],
+        [[10**400] * 6],
+        [[1, 2, 3, 4, 5, float("inf")]],
+        [[[[1, 2, 3]]], 5],
+        {"size": [96, 128], "counts": {"a": 1}},
+    ],
+)
+def test_strange_segmentations_are_no_mask(segmentation):
+    assert normalise_segmentation(segmentation, 96, 128) is None

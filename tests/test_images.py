@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import photo
 
-from data.image import denormalise, normalise, read_image, write_image
+from data.image import declared_size, denormalise, normalise, read_image, write_image
 from inference.images import find_images, split_output
 from utils.errors import UserError
 
@@ -178,3 +179,52 @@ def test_photos_are_never_replaced_and_results_are(tmp_path):
     assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (8, 8, 3)
     assert len(find_images([], [str(tmp_path / "out")], None)[0]) == 2  # results are no pictures to segment
     assert np.array_equal(cv2.imread(str(tmp_path / "out/b.yolact.png")), photo(9, 9))
+
+
+def png_header(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_small_file_cannot_claim_billions_of_pixels(tmp_path):
+    """A PNG of 109 KB took 5.4 GiB."""
+    (tmp_path / "bomb.png").write_bytes(png_header(30_000, 30_000))
+    with pytest.raises(UserError, match=r"bomb\.png: 30000x30000 is more than the limit of 200,000,000 pixels"):
+        read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp", ".tiff"])
+def test_declared_sizes_are_those_of_the_image(tmp_path, suffix):
+    for height, width in ((1, 1), (33, 70), (300, 7)):
+        path = tmp_path / f"a{suffix}"
+        cv2.imwrite(str(path), photo(height, width))
+        assert declared_size(path.read_bytes()) == (height, width)
+        with pytest.raises(UserError, match="more than the limit"):
+            read_image(path, max_pixels=height * width - 1)
+        assert read_image(path, max_pixels=height * width).shape[:2] == (height, width)
+
+
+def test_gif_and_lossless_webp_declare_their_size():
+    from PIL import Image
+
+    for kind, options in (("gif", {}), ("webp", {"lossless": True}), ("jpeg", {"progressive": True})):
+        stream = io.BytesIO()
+        Image.fromarray(photo(33, 70)).save(stream, kind, **options)
+        assert declared_size(stream.getvalue()) == (33, 70)
+
+
+def test_long_names_and_empty_folders_do_not_end_the_batch(tmp_path):
+    """A name of 255 bytes leaves no room for an ending; two of them that differ at the end stay apart."""
+    folder, empty = tmp_path / "in", tmp_path / "empty"
+    folder.mkdir()
+    empty.mkdir()
+    for letter in "ab":
+        cv2.imwrite(str(folder / ("x" * 250 + letter + ".png")), photo(8, 8))
+    sources, problems = find_images([str(empty)], [str(folder), str(empty), str(tmp_path / "none")], tmp_path / "out")
+    assert [len(s.output.name) <= 190 for s in sources] == [True, True]
+    assert len({s.output for s in sources}) == 2
+    assert len(problems) == 3
+    for source in sources:
+        write_image(source.output.with_name(source.output.name + ".prototypes.png"), photo(8, 8))

@@ -19,7 +19,7 @@ import train
 from config import from_dict
 from data.coco import CocoDataset
 from training.log import RunLog
-from training.trainer import Trainer
+from training.trainer import Trainer, claim_folder
 from utils.distributed import single
 from utils.errors import UserError
 from weights import load_model
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_gets_one_line(dataset, tmp_path):
 
 FAILING = """
 import sys
-from training.trainer import Trainer
+from training.trainer import Trainer, claim_folder
 import train
 original = Trainer.train_step
 def step(self, batch, lr):
@@ -306,7 +306,7 @@ def test_the_run_is_described_in_its_folder(dataset, tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["config"]["max_size"] == 96
     assert record["settings"]["max_iter"] == 3
-    assert record["command"].startswith("python ")
+    assert record["commands"][0].startswith("python ")
     steps = [line for line in lines(tmp_path) if "total" in line]
     assert [line["epoch"] for line in steps] == [0.5, 1.0, 1.5]
     assert abs(steps[-1]["time"] - time.time()) < 60
@@ -356,6 +356,62 @@ def test_the_readmes_configuration_file_works(dataset, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("x = 1")
     out = run(*args, code=2)
     assert "from config import get_config" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks as on Unix")
+def test_two_runs_do_not_share_a_folder(dataset, tmp_path):
+    """The lock ends with its process, so a killed run does not keep it."""
+    folder = tmp_path / "run"
+    args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", folder)
+    with claim_folder(folder, single()):
+        (folder / ".last.pth.other.part").touch()  # what the other run is writing
+        assert f"{folder}: another process is training in it" in spawn(*args, code=2)
+        assert (folder / ".last.pth.other.part").exists()
+    run(*args)
+    assert "done" in run("train.py", "--resume", folder, "--max_iter", "2")
+
+
+KILLED = """
+import os, signal, sys
+import data.loader
+original = data.loader.TrainingSet.__getitem__
+def item(self, key):
+    if key[0] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, key)
+data.loader.TrainingSet.__getitem__ = item
+import train
+from utils.errors import run_main
+run_main(train.main)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_killed_worker_is_explained(dataset, tmp_path):
+    """As the system's out-of-memory killer does it."""
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "50", "--output_dir", tmp_path / "run")
+    args[args.index("--workers") + 1] = 1
+    out = spawn("-c", KILLED, *args[1:], code=2, timeout=120)
+    assert "a worker process was killed by the system, probably because memory ran out" in out
+
+
+def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeypatch):
+    """A run that dies after the validation's line and before its checkpoint writes the line again."""
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--val_interval", "1", "--output_dir", tmp_path)
+    save = Trainer.save
+
+    def dies(self, name):
+        if name == "last.pth" and self.step == self.validated == 1:
+            raise KeyboardInterrupt
+        save(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", dies)
+        run(*args, code=130)
+    assert [line["step"] for line in lines(tmp_path) if "segm" in line] == [1]
+    run("train.py", "--resume", tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if "segm" in line] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path) if "total" in line] == [1, 2]
 
 
 @pytest.mark.slow

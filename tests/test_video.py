@@ -152,3 +152,21 @@ def test_beside_the_film_the_result_has_another_name(weights, film):
 def test_films_are_mp4(weights, film, tmp_path):
     out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out.avi", code=2)
     assert "name it out.mp4" in out
+
+
+def test_a_video_that_ends_early_is_reported(weights, film, tmp_path):
+    """The container counts twenty frames; the data of the last ones are gone."""
+    data = bytearray(film.read_bytes())
+    start = data.index(b"mdat") + 4
+    middle = start + (data.index(b"moov") - start) // 2 if data.index(b"moov") > start else len(data) // 2
+    data[middle : len(data) - 2000 if data.index(b"moov") < start else data.index(b"moov") - 4] = bytes(
+        len(data[middle : len(data) - 2000 if data.index(b"moov") < start else data.index(b"moov") - 4])
+    )
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(data)
+    args = ["eval.py", "--weights", weights, "--video", broken, "--output", tmp_path / "out/seg", "--device", "cpu"]
+    out = run(*args, "--save", "json", code=1)
+    assert "of 20 frames could be read, the file may be damaged" in out
+    frames_done = {r["frame"] for r in json.loads((tmp_path / "out/seg.json").read_text())}
+    assert 0 < len(frames_done) < 18  # what could be read is kept
+    assert "may be damaged" not in run(*args[:4], film, *args[5:], "--save", "json")

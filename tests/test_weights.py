@@ -483,3 +483,13 @@ def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, small_config):
     save_checkpoint(tmp_path / "best.pth", Yolact(small_config))
     assert released.find_weights(tmp_path) == tmp_path / "best.pth"
     assert read_start(tmp_path).config == small_config
+
+
+def test_a_tensor_that_claims_terabytes_is_refused_before_anything_is_allocated(tmp_path, small_config):
+    path = tmp_path / "w.pth"
+    save_checkpoint(path, Yolact(small_config))
+    state = torch.load(path, weights_only=True)["model"]
+    rewritten(path, model=state | {"semantic.weight": torch.zeros(1).expand(10**6, 10**6)})
+    assert path.stat().st_size < 30e6
+    with pytest.raises(UserError, match=r"semantic\.weight claims 1000000000000 values and has fewer"):
+        load_model(path)

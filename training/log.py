@@ -1,4 +1,4 @@
-"""What a run leaves to look at: one JSON line per step, images, and TensorBoard's event files if wanted."""
+"""What a run leaves to inspect: one JSON line per step, images, and TensorBoard's event files if wanted."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def fit(
             if trainer.step >= schedule.max_iter:
                 break
             started, lr = time.perf_counter(), schedule.lr_at(trainer.step)
-            batch = next_batch(batches).to(trainer.device)
+            batch = next(batches).to(trainer.device)
             unusable.check(batch, progress)
             waited = time.perf_counter() - started
             if trainer.step == 0:
@@ -69,18 +69,6 @@ def fit(
     if not finished:
         print(f"stopped at step {trainer.step}; continue with: python train.py --resume {trainer.folder}")
     return finished
-
-
-def next_batch(batches: Iterator[Batch]) -> Batch:
-    """Return the next batch. Raises UserError if the system has killed a worker process."""
-    try:
-        return next(batches)
-    except RuntimeError as error:
-        if "killed by signal" not in str(error):
-            raise
-        raise UserError(
-            "a worker process was killed by the system, probably because memory ran out; lower --workers or max_size"
-        ) from None
 
 
 def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from training.settings import Settings
 from utils.device import autocast, choose_precision
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.files import exclusive, write_error
+from utils.files import exclusive, write_error, write_json
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
@@ -154,7 +153,7 @@ class Trainer:
         path = self.folder / f"non_finite{f'_{self.ranks.rank}' * (not self.ranks.main)}.json"
         values = {name: float(value.detach()) for name, value in losses.items()}
         report = {"step": self.step, "losses": {k: str(v) for k, v in values.items()}, "image_ids": batch.image_ids}
-        path.write_text(json.dumps(report, indent=1))
+        write_json(path, report)
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         raise UserError(
             f"the loss is not finite at step {self.step} ({bad}); the batch's image ids are in {path}. "
@@ -170,8 +169,15 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Write the state as `name` into the run's folder; the main process does it for all."""
-        if not self.ranks.main:
-            return
+        problem = None
+        if self.ranks.main:
+            try:
+                self._write(name)
+            except UserError as error:
+                problem = error
+        self.ranks.agree(problem)
+
+    def _write(self, name: str) -> None:
         training: dict[str, Any] = {
             "step": self.step,
             "best": self.best,
@@ -215,17 +221,21 @@ def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
     Removes what this project was writing there when an earlier run was killed, and nothing else. Raises UserError if
     another process is training in the folder, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from None
-    if not ranks.main:
-        yield
-        return
-    with exclusive(folder / ".lock", f"{folder}: another process is training in it; choose another --output_dir"):
-        for name in ("last.pth", "best.pth", "log.jsonl", "run.json"):
-            for left in folder.glob(f".{name}.*.part"):
-                left.unlink()
+    busy = f"{folder}: another process is training in it; wait for it, or choose another --output_dir"
+    problem = None
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if ranks.main:
+                stack.enter_context(exclusive(folder / ".lock", busy))
+                for name in ("last.pth", "best.pth", "log.jsonl", "run.json", "first_batch.jpg", "validation.jpg"):
+                    for left in folder.glob(f".{name}.*.part"):
+                        left.unlink()
+        except OSError as error:
+            problem = write_error(folder, error)
+        except UserError as error:
+            problem = error
+        ranks.agree(problem)
         yield
 
 

@@ -64,6 +64,11 @@ class Ranks:
         dist.gather_object(items, everyone)
         return [item for some in everyone or [] for item in some]
 
+    def agree(self, error: UserError | None) -> None:
+        """Raise an error that only some processes have met in all of them, so that none waits for the others."""
+        if self.any(error is not None):
+            raise error or UserError("another process has reported an error")
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""
         if self.size > 1:

@@ -67,12 +67,11 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             raise ValueError
         if hint is str and not isinstance(value, str):
             raise ValueError
-        if hint is int and isinstance(value, str) and value != (written := value.replace("_", "")):
-            value = written
         return hint(value)
     except (ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, MemoryError):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        shown = " ".join(repr(value).split())  # on one line, whatever it is
+        shown = shown if len(shown) < 80 else f"{shown[:77]}..."
         raise UserError(f"configuration key {key!r}: {shown} is not a value of type {wanted}") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,19 +27,15 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     permissions that the user's umask gives.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(temporary, "w+b") as out:
+        with temporary.open("x+b") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
-        umask = os.umask(0)  # The mask can only be read by setting it.
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -59,8 +55,9 @@ def exclusive(path: Path, message: str) -> Iterator[None]:
         raise write_error(path, error) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A record lock, because a forked worker would inherit the other kind and keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(message) from None
         except OSError:  # a file system without locks
             pass

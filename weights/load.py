@@ -48,6 +48,8 @@ def load_weights(model: Yolact, path: str | Path) -> None:
     """
     weights = read_weights(path)
     _reconcile(model.config, weights, Path(path))
+    if weights.layout == "own" and weights.config.class_names != model.config.class_names:
+        raise UserError(f"{path}: its classes are not the model's; weights.transfer loads what matches")
     _load_strictly(model, weights, path)
 
 
@@ -91,6 +93,11 @@ def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
         wrong = [f"{key} is {value}" for key, value in facts(stored).items() if facts(config)[key] != value]
         raise _wrong_configuration(config, weights, path, f": their {', '.join(wrong)}")
     elif config.num_classes == stored.num_classes:
+        # Own classes mean own training with the authors' code, whose anchors only its owner knows.
+        fitting = [c for c in CONFIGS.values() if facts(c) == facts(stored) and c.num_classes == config.num_classes]
+        if fitting and all(differences(config.model, known.model) for known in fitting):
+            different = differences(config.model, fitting[0].model)
+            raise UserError(f"{path}: these are weights of {fitting[0].name!r}, with other {', '.join(different)}")
         return config
     elif stored == CONFIGS[stored.name]:  # classes that are known by name
         raise _wrong_configuration(config, weights, path, "")

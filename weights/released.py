@@ -147,7 +147,7 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
             except UserError as error:
                 raise UserError(str(error).replace(f"{temporary}: ", "")) from None
     except UserError as error:
-        raise UserError(f"{entry.file_name}: {error}{by_hand}".replace(f"{entry.file_name}: " * 2, "")) from None
+        raise UserError(f"{entry.file_name}: {str(error).removeprefix(f'{entry.file_name}: ')}{by_hand}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).splitlines()[:1]
         raise UserError(f"{entry.file_name}: cannot be downloaded ({''.join(reason)}){by_hand}") from None

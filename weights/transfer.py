@@ -71,7 +71,7 @@ def init_model(model: Yolact, start: Start) -> None:
 def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
     """Load the matching weights and describe what does not match."""
     config, other = model.config, weights.config
-    own = model.state_dict()
+    own = model.state_dict()  # the tensors of the model themselves
     common = [name for name in config.class_names if name in other.class_names]
     fresh = []
     with torch.no_grad():
@@ -85,7 +85,6 @@ def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
                 value.copy_(theirs)
             elif not name.endswith("num_batches_tracked"):
                 fresh.append(name)
-    model.load_state_dict(own)
     lines = [f"starting from {path} ({other.name}, {other.num_classes} classes)"]
     different = differences(config.model, other.model)
     if different:

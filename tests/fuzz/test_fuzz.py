@@ -41,6 +41,7 @@ def test_damaged_input(kind, tmp_path, pytestconfig):
     assert int(last.split()[1]) < MEMORY
 
 
+@contextlib.contextmanager
 def serve(answer):
     """A server that answers each connection with `answer(connection)`; its address."""
 
@@ -50,10 +51,13 @@ def serve(answer):
             with contextlib.suppress(OSError):  # the client has gone
                 answer(self.request)
 
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_address[1]}/w.pth"
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/w.pth"
+        finally:
+            server.shutdown()
 
 
 def drip(connection):
@@ -96,9 +100,9 @@ ANSWERS = {
 @pytest.mark.parametrize("name", ANSWERS)
 def test_bad_downloads(name, tmp_path):
     answer = ANSWERS[name]
-    server, url = serve(answer if callable(answer) else lambda connection: connection.sendall(answer))
+    respond = answer if callable(answer) else lambda connection: connection.sendall(answer)
     started = time.time()
-    with server, pytest.raises(UserError) as error:
+    with serve(respond) as url, pytest.raises(UserError) as error:
         released.download(released.Released("yolact_r50", url, "a test", "0"), tmp_path, timeout=2, patience=1)
     assert time.time() - started < 20
     assert str(error.value).startswith("w.pth: ")

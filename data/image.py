@@ -78,19 +78,23 @@ def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:
     raise UserError(f"{path}: images with {image.dtype} pixels are not supported, save it as 8 or 16 bit")
 
 
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, position and length of a PNG's chunks, as long as they lie within the file."""
+    position = len(PNG_SIGNATURE)
+    while position + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if position + 12 + length > len(data):
+            return
+        yield kind, position + 8, length
+        position += 12 + length
+
+
 def _significant_bits(data: bytes) -> int | None:
     """The bit depth that a PNG's sBIT chunk states: a 12-bit camera's 16-bit file says 12 there."""
-    if not data.startswith(PNG_SIGNATURE):
-        return None
-    position = len(PNG_SIGNATURE)
-    while position + 8 <= len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        if kind == b"sBIT" and length:
-            bits = data[position + 8]
-            return bits if 1 <= bits <= 16 else None
-        if kind == b"IDAT":
-            return None
-        position += 12 + length
+    if data.startswith(PNG_SIGNATURE):
+        for kind, position, length in _png_chunks(data):
+            if kind == b"sBIT" and length and 1 <= data[position] <= 16:
+                return data[position]
     return None
 
 
@@ -146,7 +150,8 @@ def is_truncated(data: bytes) -> bool:
     if data.startswith(b"\xff\xd8"):
         return data.find(b"\xff\xd9", _first_scan(data)) < 0
     if data.startswith(PNG_SIGNATURE):
-        return data.rfind(b"IEND") < 0
+        # The chunks are walked, because OpenCV allocates whatever length a damaged one states.
+        return all(kind != b"IEND" for kind, _, _ in _png_chunks(data))
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) < int.from_bytes(data[4:8], "little") + 8
     return False

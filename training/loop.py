@@ -78,7 +78,8 @@ def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress
     trainer.ranks.broadcast(model.buffers())
     predictor = Predictor(model, trainer.device, trainer.dtype)
     metrics = evaluate(predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=trainer.ranks)
-    if metrics is not None:
+    improved = False
+    if metrics is not None:  # in the main process
         for problem in metrics["problems"]:
             progress.write(f"warning: {problem}; it counts as an image without detections")
         log.image(trainer.step, "validation", comparison_sheet(predictor, val))
@@ -90,9 +91,10 @@ def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress
         per_class = {name: row["AP"] for name, row in metrics["per_class"]["segm"].items()}
         log.line(trainer.step, {"time": round(time.time(), 1), "bbox": box, "segm": mask, "class_AP": per_class})
         trainer.table = metrics["table"] + per_class_table(metrics) * (len(val.class_names) > 1)
-        if mask["AP"] > trainer.best:
-            trainer.best = mask["AP"]
-            trainer.save("best.pth")
+        improved = mask["AP"] > trainer.best
+        trainer.best = max(trainer.best, mask["AP"])
+    if trainer.ranks.any(improved):
+        trainer.save("best.pth")
     trainer.module.train()
 
 

@@ -40,26 +40,24 @@ def integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def positive_float(text: str) -> float:
-    """Argparse type for finite numbers above 0."""
+def _number(text: str, accepts: Callable[[float], bool], words: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    if not (math.isfinite(value) and accepts(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
     return value
+
+
+def positive_float(text: str) -> float:
+    """Argparse type for finite numbers above 0."""
+    return _number(text, lambda value: value > 0, "a finite number above 0")
 
 
 def fraction(text: str) -> float:
     """Argparse type for numbers from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 class ArgumentParser(argparse.ArgumentParser):

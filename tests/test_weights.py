@@ -200,7 +200,7 @@ def test_full_disk_leaves_the_previous_file(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(path)]
     done = subprocess.run(command, cwd=FIXTURES.parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert "cannot be written, the disk or quota is full" in done.stderr.splitlines()[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
     assert load_model(path).config == get_config("yolact_lite")
 
@@ -452,6 +452,17 @@ def test_damaged_bytes_are_noticed(tmp_path, small_config):
         path.write_bytes(data)
         with pytest.raises(UserError, match="damaged or truncated"):
             load_model(path)
+
+
+def test_own_files_carry_a_digest(tmp_path, small_config):
+    """A value that was changed and written with correct checksums is noticed too."""
+    path = tmp_path / "w.pth"
+    save_checkpoint(path, Yolact(small_config))
+    state = torch.load(path, weights_only=True)["model"]
+    state["semantic.weight"][0, 0] += 1e-3
+    rewritten(path, model=state)
+    with pytest.raises(UserError, match="its weights are not those that were saved"):
+        load_model(path)
 
 
 def test_a_page_instead_of_a_file_is_not_stored(server, tmp_path):

@@ -1,12 +1,13 @@
 """The files: own ones are written whole or not at all, and nothing in any file is executed.
 
-An own file is `{"yolact": 2, "config": {...}, "model": state_dict, "training": {...}}`. The configuration with the
-class names is inside, so one file is enough to predict, and `training` is what resuming needs. Format 1 differs in
-configuration keys that have become constants.
+An own file is `{"yolact": 2, "config": {...}, "model": state_dict, "digest": ..., "training": {...}}`. The
+configuration with the class names is inside, so one file is enough to predict, and `training` is what resuming needs.
+Format 1 has no digest, and configuration keys that have become constants.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import zipfile
@@ -41,6 +42,7 @@ def save_checkpoint(
     if half:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     content: dict[str, Any] = {"yolact": FORMAT, "config": to_dict(model.config), "model": state}
+    content["digest"] = state_digest(state)
     if training is not None:
         content["training"] = training
     try:
@@ -98,6 +100,15 @@ def check_version(content: dict[str, Any], path: str | Path) -> None:
     version = content["yolact"]
     if not isinstance(version, int) or not 1 <= version <= FORMAT:
         raise UserError(f"{path}: has format {version!r}, this version reads 1 to {FORMAT}; update the project")
+
+
+def state_digest(state: State) -> str:
+    """Return the SHA-256 of names and values. A file carries it, to show that its weights are those that were saved."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_values(state: dict[str, Any], path: str | Path) -> State:

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import CONFIGS, Config, differences, from_dict
 from utils.errors import UserError, shorten
-from weights.checkpoint import check_values, check_version, read_checkpoint
+from weights.checkpoint import check_values, check_version, read_checkpoint, state_digest
 from weights.convert import Weights, convert, facts
 from weights.released import find_weights
 from yolact import Yolact
@@ -69,7 +69,10 @@ def weights_from(content: dict[str, Any], path: str | Path) -> Weights:
         config = from_dict(content["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its configuration cannot be used: {error}") from None
-    return Weights(check_values(content["model"], path), "own", config)
+    state = check_values(content["model"], path)
+    if content.get("digest") not in (None, state_digest(content["model"])):  # files of format 1 have none
+        raise UserError(f"{path}: damaged, its weights are not those that were saved; use another copy")
+    return Weights(state, "own", config)
 
 
 def build_model(weights: Weights, path: str | Path) -> Yolact:

@@ -385,11 +385,11 @@ def _config_from_file(path: Path) -> Config:
     return config
 
 
-def parse_overrides(pairs: list[str]) -> dict[str, str]:
+def parse_overrides(pairs: list[str], example: str = "max_size=400") -> dict[str, str]:
     """Split `["lr=2e-3", "ema=0"]` into `{"lr": "2e-3", "ema": "0"}`, for --set."""
     for pair in pairs:
         if "=" not in pair:
-            raise UserError(f"--set {pair}: expected key=value, for instance --set max_size=400")
+            raise UserError(f"--set {pair}: expected key=value, for instance --set {example}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.stages import benchmark, format_report
-from config import PUBLISHED_THRESHOLD, get_config, parse_overrides
+from config import PUBLISHED_THRESHOLD, DetectionConfig, get_config, parse_overrides
 from data.audit import quick_audit
 from data.coco import CocoDataset
 from data.image import MAX_PIXELS, read_image
@@ -35,13 +35,14 @@ from inference.video import frame_files, process_video
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
-from utils.errors import ArgumentParser, UserError, fraction, integer, run_main
+from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, run_main
 from utils.files import write_json
 from weights import load_model
 from weights.released import BUNDLED
 from yolact import Yolact
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif"}
+DETECTION_KEYS = tuple(vars(DetectionConfig()))
 DISPLAY_THRESHOLD = 0.3  # for images and videos
 
 
@@ -122,7 +123,10 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
     configuration say otherwise. For AP the configuration's own values reproduce published numbers.
     """
     model = build_model(args)
-    detection: dict[str, Any] = dict(parse_overrides(args.set))
+    detection: dict[str, Any] = dict(parse_overrides(args.set, "nms_threshold=0.6"))
+    unknown = [key for key in detection if key not in vars(model.config.detection)]
+    if unknown:
+        raise UserError(f"--set {unknown[0]}: not a field of DetectionConfig{nearest(unknown[0], DETECTION_KEYS)}")
     if display:
         detection.setdefault("crop_after_resize", True)
         if model.config.detection.score_threshold == PUBLISHED_THRESHOLD:

@@ -71,7 +71,7 @@ KINDS = {
     "unused_class": Kind("classes have no object", "fine if other files have some", of="classes"),
     "same_name": Kind("classes share their name with another", "give each a name of its own", of="classes"),
     "no_object": Kind("files have no object in any image", "check image_id and segmentation", 0, "files"),
-    "other_classes": Kind("classes differ between the two files", "make their categories equal", 0, "classes"),
+    "other_classes": Kind("classes are in one file only", "make their categories equal", 0, "classes of both files"),
     "shared_image": Kind(
         "images of the validation set are also in the training set", "remove them, they inflate AP", 0.01, "val images"
     ),

@@ -268,7 +268,9 @@ def _compare(
     only = set(train.class_names) ^ set(val.class_names)
     problems["other_classes"] = sorted(only)
     if not only and train.class_names != val.class_names:
-        problems["other_classes"] = [f"their order differs: {', '.join(train.class_names)} and {', '.join(val.class_names)}"]
+        problems["other_classes"] = [
+            f"their order differs: {', '.join(train.class_names)} and {', '.join(val.class_names)}"
+        ]
     others = _inspect_all(val, range(len(val)), config, progress)
     names = {report.digest: train.file_name(i) for i, report in enumerate(reports) if report.digest}
     known = [(i, report.fingerprint) for i, report in enumerate(reports) if report.fingerprint is not None]

@@ -49,8 +49,8 @@ class ConvNorm(nn.Sequential):
 class DeformConv2d(nn.Conv2d):
     """A 3x3 modulated deformable convolution (DCNv2, Zhu et al. 2019) that predicts its own offsets and weights.
 
-    It is computed in float32 whatever the precision of the rest: torchvision's CPU kernel has no bfloat16, and an
-    offset rounded to bfloat16 would be off by up to a pixel.
+    It is computed in float32 whatever the precision of the rest: torchvision's CPU kernel has no bfloat16, which also
+    has too few digits for positions.
     """
 
     keep_float32: ClassVar[bool] = True

@@ -213,6 +213,7 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.image_dir is None:
         raise UserError("--annotations needs --image_dir, the folder of the images")
     dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
+    dataset.check_folder()
     predictor = build_predictor(args, ranks.device)
     if not dataset.has_annotations:
         output = args.output or Path("results.json")

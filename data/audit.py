@@ -118,7 +118,8 @@ def audit(
     problems["same_image"] = _same_images([names[i] for i in indices], reports)
     problems["orphan"] = [f"annotation {orphan['id']} of image {orphan['image_id']}" for orphan in dataset.orphans]
     problems["same_id"] = [str(key) for key, n in Counter(map(str, ids)).items() for _ in range(n - 1)]
-    problems["text_id"] = [repr(key) for key in ids if not isinstance(key, int)]
+    odd_ids = [f"annotation id {key!r}" for key in ids if not isinstance(key, (int, str))]
+    problems["text_id"] = dataset.text_ids + odd_ids
     problems["unused_class"] = [name for label, name in enumerate(dataset.class_names) if label not in used]
     problems["same_name"] = _repeated(list(dataset.class_names))
     if not used:
@@ -135,6 +136,7 @@ def audit(
         "objects": objects,
         "classes": len(dataset.class_names),
         "files": 1,
+        "ids": len(dataset) + len(dataset.class_names) + 3 * len(ids),
         "classes of both files": len(set(dataset.class_names) | set(() if val is None else val.class_names)),
         "val images": 0 if val is None else len(val),
     }
@@ -358,8 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = build_parser().parse_args(argv)
     configure_process()
     dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
-    if not any(map(Path.is_file, (args.image_dir / dataset.file_name(i) for i in range(len(dataset))))):
-        raise UserError(f"{args.image_dir}: none of the images of {dataset.path} is there; is --image_dir right?")
+    dataset.check_folder()
     val = None
     if args.val_annotations:
         val = CocoDataset(args.val_annotations, args.val_images or args.image_dir, args.follow_links)

@@ -80,6 +80,7 @@ class CocoDataset(Dataset[Sample]):
             (_text(i["file_name"], f"{self.path}: file_name", file=True), _stated_size(i)) for i in content["images"]
         )
         self.has_annotations = "annotations" in content
+        self.text_ids = _text_ids(content)
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._check_ids()
         self.orphans: list[dict[str, Any]] = []  # annotations of images that are not listed
@@ -122,11 +123,18 @@ class CocoDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def check_folder(self) -> None:
+        """Raise UserError if not a single image of the file is in the folder."""
+        if not any((self.image_dir / self.file_name(index)).is_file() for index in range(len(self))):
+            raise UserError(
+                f"{self.image_dir}: none of the images of {self.path} is there, such as {self.file_name(0)}; is it the "
+                "right folder?"
+            )
+
     def check_images(self) -> None:
         """Raise UserError unless every image of the file is present."""
+        self.check_folder()
         missing = [path for path in map(self.image_path, range(len(self))) if not path.is_file()]
-        if len(missing) == len(self):
-            raise UserError(f"{self.image_dir}: none of the images of {self.path} is there; is this the right folder?")
         if missing:
             raise UserError(f"{self.path}: {len(missing)} of {len(self)} images are missing, the first is {missing[0]}")
 
@@ -212,6 +220,18 @@ class CocoDataset(Dataset[Sample]):
             segmentations,
             np.array(crowds, np.float32).reshape(-1, 4),
         )
+
+
+def _text_ids(content: dict[str, Any]) -> list[str]:
+    """The ids in a file that are text instead of numbers. They are understood here, and not by every other tool."""
+    fields = {"images": ("id",), "categories": ("id",), "annotations": ("id", "image_id", "category_id")}
+    return [
+        f"{key} of {section} {entry[key]!r}"
+        for section, keys in fields.items()
+        for entry in content.get(section, [])
+        for key in keys
+        if isinstance(entry.get(key), str)
+    ]
 
 
 def _text(value: Any, where: str, file: bool = False) -> str:

@@ -31,7 +31,7 @@ KINDS = {
     "same_image": Kind("images are byte for byte the same as another", "remove the copies", of="images"),
     "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
     "same_id": Kind("annotation ids are used more than once", "they are not used here", of="listed annotations"),
-    "text_id": Kind("annotation ids are not whole numbers", "they are not used here", of="listed annotations"),
+    "text_id": Kind("ids are not whole numbers", "write them as numbers, other tools need it", of="ids"),
     "unusable": Kind(
         "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
         "they are ignored", 0.5, "annotations",

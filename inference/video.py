@@ -158,7 +158,9 @@ class VideoWriter:
             self.encoder.write(detections.draw(frame))
         if self.json is not None:
             for result in detections.to_coco(index):
-                self.json.write((b",\n" if self.json.tell() > 1 else b"\n") + json.dumps(origin | result).encode())
+                self.json.write(
+                    (b",\n" if self.json.tell() > 1 else b"\n") + json.dumps(origin | result, allow_nan=False).encode()
+                )
         if self.per_frame:
             path = self.output / f"{index:06d}"
             if "polygons" in self.per_frame:  # LabelMe needs the frame to show them on

@@ -74,7 +74,7 @@ def assemble_masks(
     """Yield the masks of one image as bool chunks [n, H, W], each computed in about `budget` bytes.
 
     Soft masks are cropped to their boxes at the prototypes' resolution, upsampled and then thresholded. This order
-    gave the published numbers, and lets a mask exceed its box by up to one prototype pixel, which is 1/138 of the
+    gave the published numbers, and lets a mask exceed its box by up to two prototype pixels, which is 2/138 of the
     image. `config.crop_after_resize` also crops the upsampled masks, so that no pixel lies outside a box.
 
     Args:

@@ -90,7 +90,7 @@ def test_size_of_objects_counts_at_the_networks_input(dataset):
 def test_photos_that_are_broken_missing_or_copies(dataset):
     images = dataset.parent / "images"
     (images / "image_0.png").unlink()
-    (images / "image_1.png").write_bytes(b"no picture")
+    (images / "image_1.png").write_bytes(b"no image")
     shutil.copy(images / "image_2.png", images / "image_3.png")
     found = findings(dataset)
     assert found["missing"].count == found["unreadable"].count == 1
@@ -234,6 +234,7 @@ def odd_boxes(content):
         (lambda c: [a.update(id=1) for a in c["annotations"]], "same_id", 13, False),
         (lambda c: [a.update(id=str(a["id"])) for a in c["annotations"]], "text_id", 14, False),
         (lambda c: [a.update(id=a["id"] + 0.5) for a in c["annotations"]], "text_id", 14, False),
+        (lambda c: [i.update(id=str(i["id"])) for i in c["images"]], "text_id", 8, False),
         (lambda c: [a.update(area=a["area"] / 14) for a in c["annotations"]], "area", 14, False),
     ],
 )
@@ -307,7 +308,10 @@ def test_other_formats_are_named(tmp_path, name, content, words):
 
 def test_a_folder_without_any_of_the_images_is_questioned(dataset, tmp_path):
     out = run("data.audit", "--annotations", dataset, "--image_dir", tmp_path, code=2)
-    assert "is --image_dir right?" in out
+    assert "none of the images of" in out
+    assert "is it the right folder?" in out
+    common = ["--annotations", dataset, "--image_dir", tmp_path, "--device", "cpu"]
+    assert "is it the right folder?" in run("eval.py", *common, code=2)
     args = train_args(dataset)
     args[args.index("--train_images") + 1] = tmp_path
-    assert "is this the right folder?" in run(*args, code=2)
+    assert "is it the right folder?" in run(*args, code=2)

@@ -142,7 +142,7 @@ def test_missing_things(dataset, tmp_path):
     (tmp_path / "text.json").write_text("hello")
     with pytest.raises(UserError, match="not a JSON file"):
         CocoDataset(tmp_path / "text.json", tmp_path)
-    (dataset.parent / "images" / "image_0.png").write_bytes(b"no picture")
+    (dataset.parent / "images" / "image_0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot be read"):
         CocoDataset(dataset, dataset.parent / "images")[0]
 

@@ -1,4 +1,4 @@
-"""Pictures in, and where their results go."""
+"""Images in, and where their results go."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inference.images import find_images, split_output
 from utils.errors import UserError
 
 
-def test_every_kind_of_picture_is_read(tmp_path):
+def test_every_kind_of_image_is_read(tmp_path):
     from PIL import Image
 
     color = photo(40, 60)
@@ -164,7 +164,7 @@ def test_names_never_collide(tmp_path):
         find_images([str(tmp_path / "in/a.jpg")], [], tmp_path / "out.json")
     with pytest.raises(UserError, match="is one of the images"):
         find_images([f"{tmp_path}/in/a.jpg:{tmp_path}/in/a.png", f"{tmp_path}/in/a.png:{tmp_path}/x.png"], [], None)
-    assert len(find_images([], [str(tmp_path / "in")], tmp_path)[0]) == 4  # a folder above the pictures
+    assert len(find_images([], [str(tmp_path / "in")], tmp_path)[0]) == 4  # a folder above the images
 
 
 def test_photos_are_never_replaced_and_results_are(tmp_path):
@@ -177,7 +177,7 @@ def test_photos_are_never_replaced_and_results_are(tmp_path):
         for source in sources:
             write_image(source.output.with_name(source.output.name + source.suffix), photo(9, 9))
     assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (8, 8, 3)
-    assert len(find_images([], [str(tmp_path / "out")], None)[0]) == 2  # results are no pictures to segment
+    assert len(find_images([], [str(tmp_path / "out")], None)[0]) == 2  # results are not segmented
     assert np.array_equal(cv2.imread(str(tmp_path / "out/b.yolact.png")), photo(9, 9))
 
 

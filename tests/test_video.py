@@ -19,8 +19,8 @@ from utils.errors import UserError
 
 
 @pytest.fixture
-def film(tmp_path):
-    path = tmp_path / "film.mp4"
+def clip(tmp_path):
+    path = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12.5, (128, 96))
     for i in range(20):
         frame = np.full((96, 128, 3), 12 * i, np.uint8)  # brighter and brighter: order can be checked
@@ -37,8 +37,8 @@ def frames(path):
     return out, capture.get(cv2.CAP_PROP_FPS)
 
 
-def test_video_keeps_length_rate_and_order(weights, film, tmp_path):
-    out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out/seg", "--device", "cpu",
+def test_video_keeps_length_rate_and_order(weights, clip, tmp_path):
+    out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "out/seg", "--device", "cpu",
               "--save", "overlay,json,masks", "--score_threshold", 1)  # fmt: skip
     assert "20 frames" in out
     assert "latency" in out
@@ -50,7 +50,7 @@ def test_video_keeps_length_rate_and_order(weights, film, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_interrupted_video_is_playable(predictor, film, tmp_path):
+def test_interrupted_video_is_playable(predictor, clip, tmp_path):
     calls = []
 
     def slow(frame):
@@ -59,20 +59,20 @@ def test_interrupted_video_is_playable(predictor, film, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return predictor(frame)
 
-    report = process_video(slow, str(film), tmp_path / "cut", ("overlay", "json"))
+    report = process_video(slow, str(clip), tmp_path / "cut", ("overlay", "json"))
     assert report.interrupted
     written, _ = frames(tmp_path / "cut.mp4")
     assert 5 <= len(written) == report.frames < 20
     results = json.loads((tmp_path / "cut.json").read_text())
     assert {r["frame"] for r in results} == set(range(report.frames))
-    assert results[0]["video"] == "film.mp4"
+    assert results[0]["video"] == "clip.mp4"
 
 
-def test_video_does_not_replace_itself(predictor, film):
-    before = film.read_bytes()
+def test_video_does_not_replace_itself(predictor, clip):
+    before = clip.read_bytes()
     with pytest.raises(UserError, match="replace the video itself"):
-        process_video(predictor, str(film), film.with_suffix(""), ("overlay",))
-    assert film.read_bytes() == before
+        process_video(predictor, str(clip), clip.with_suffix(""), ("overlay",))
+    assert clip.read_bytes() == before
 
 
 FULL_DISK = """
@@ -87,8 +87,8 @@ run_main(script.main)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
 @pytest.mark.parametrize("kind", ["overlay", "json"])
-def test_full_disk_leaves_no_broken_film(weights, film, tmp_path, kind):
-    args = ["--weights", weights, "--video", film, "--output", tmp_path / "out/film", "--save", kind, "--device", "cpu"]
+def test_full_disk_leaves_no_broken_video(weights, clip, tmp_path, kind):
+    args = ["--weights", weights, "--video", clip, "--output", tmp_path / "out/clip", "--save", kind, "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -98,65 +98,65 @@ def test_full_disk_leaves_no_broken_film(weights, film, tmp_path, kind):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_errors_while_writing_reach_the_caller(predictor, film, tmp_path, monkeypatch):
+def test_errors_while_writing_reach_the_caller(predictor, clip, tmp_path, monkeypatch):
     def fail(*_):
         raise UserError("disk full")
 
     monkeypatch.setattr(video.VideoWriter, "_finish_video", fail)
     with pytest.raises(UserError, match="disk full"):
-        process_video(predictor, str(film), tmp_path / "x", ("overlay", "json"))
-    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
+        process_video(predictor, str(clip), tmp_path / "x", ("overlay", "json"))
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
     monkeypatch.setattr(video, "write_results", fail)
     with pytest.raises(UserError, match="disk full"):
-        process_video(predictor, str(film), tmp_path / "x", ("masks",))
+        process_video(predictor, str(clip), tmp_path / "x", ("masks",))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        process_video(predictor, str(film), tmp_path / "file" / "x", ("json",))
+        process_video(predictor, str(clip), tmp_path / "file" / "x", ("json",))
 
 
 def test_broken_video(predictor, tmp_path):
-    (tmp_path / "bad.mp4").write_bytes(b"no film at all")
+    (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match="cannot be opened"):
         process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
 
 
-def test_the_same_command_again_replaces_its_results(weights, film, tmp_path):
-    args = ["eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out", "--save", "masks"]
+def test_the_same_command_again_replaces_its_results(weights, clip, tmp_path):
+    args = ["eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "out", "--save", "masks"]
     run(*args, "--max_images", 3, "--device", "cpu")
     run(*args, "--max_images", 2, "--device", "cpu")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["000000.masks.png", "000001.masks.png"]
 
 
-def test_a_persons_own_frames_stay(weights, film, tmp_path):
+def test_a_persons_own_frames_stay(weights, clip, tmp_path):
     """Stills numbered as ours are, in the folder that is named for the results."""
     own = tmp_path / "stills"
     own.mkdir()
     for i in range(4):
         (own / f"{i:06d}.jpg").write_bytes(b"mine")
-    args = ["eval.py", "--weights", weights, "--video", film, "--output", own, "--device", "cpu", "--max_images", 2]
+    args = ["eval.py", "--weights", weights, "--video", clip, "--output", own, "--device", "cpu", "--max_images", 2]
     for _ in range(2):
         run(*args, "--save", "overlay,masks,polygons")
     assert [(own / f"{i:06d}.jpg").read_bytes() for i in range(4)] == [b"mine"] * 4
-    assert (own / "film.mp4").exists()
-    assert len(list((own / "film").glob("*.frame.jpg"))) == 2
+    assert (own / "clip.mp4").exists()
+    assert len(list((own / "clip").glob("*.frame.jpg"))) == 2
 
 
-def test_beside_the_film_the_result_has_another_name(weights, film):
-    before = film.read_bytes()
-    spawn(ROOT / "eval.py", "--weights", weights, "--video", film.name, "--output", ".", "--max_images", 2,
-        "--device", "cpu", cwd=film.parent)  # fmt: skip
-    assert film.read_bytes() == before
-    assert (film.parent / "film.yolact.mp4").exists()
+def test_beside_the_video_the_result_has_another_name(weights, clip):
+    before = clip.read_bytes()
+    spawn(ROOT / "eval.py", "--weights", weights, "--video", clip.name, "--output", ".", "--max_images", 2,
+        "--device", "cpu", cwd=clip.parent)  # fmt: skip
+    assert clip.read_bytes() == before
+    assert (clip.parent / "clip.yolact.mp4").exists()
 
 
-def test_films_are_mp4(weights, film, tmp_path):
-    out = run("eval.py", "--weights", weights, "--video", film, "--output", tmp_path / "out.avi", code=2)
+def test_videos_are_mp4(weights, clip, tmp_path):
+    out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "out.avi", code=2)
     assert "name it out.mp4" in out
 
 
-def test_a_video_that_ends_early_is_reported(weights, film, tmp_path):
+def test_a_video_that_ends_early_is_reported(weights, clip, tmp_path):
     """The container counts twenty frames; the data of the last ones are gone."""
-    data = bytearray(film.read_bytes())
+    data = bytearray(clip.read_bytes())
     start = data.index(b"mdat") + 4
     middle = start + (data.index(b"moov") - start) // 2 if data.index(b"moov") > start else len(data) // 2
     data[middle : len(data) - 2000 if data.index(b"moov") < start else data.index(b"moov") - 4] = bytes(
@@ -169,4 +169,4 @@ def test_a_video_that_ends_early_is_reported(weights, film, tmp_path):
     assert "of 20 frames could be read, the file may be damaged" in out
     frames_done = {r["frame"] for r in json.loads((tmp_path / "out/seg.json").read_text())}
     assert 0 < len(frames_done) < 18  # what could be read is kept
-    assert "may be damaged" not in run(*args[:4], film, *args[5:], "--save", "json")
+    assert "may be damaged" not in run(*args[:4], clip, *args[5:], "--save", "json")

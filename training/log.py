@@ -44,7 +44,7 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
     def line(self, step: int, values: dict[str, Any]) -> None:
         """Write one line of numbers, or of dictionaries of numbers."""
         try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         except OSError as error:
             raise write_error(self.file.name, error) from None
         if self.board is None:

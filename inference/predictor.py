@@ -24,7 +24,7 @@ from inference.detections import Detections
 from inference.optimize import compile_network
 from inference.optimize import optimize as optimized
 from layers.detect import detect
-from layers.masks import maskness, soft_masks
+from layers.masks import mask_scores, soft_masks
 from layers.nms import find_nms
 from layers.structures import Candidates, Predictions
 from utils.device import choose_device, choose_precision
@@ -163,10 +163,7 @@ class Predictor:
         if network is None and not detection.maskness:
             return found
         soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes if detection.crop else None)
-        if network is not None:
-            found.mask_scores = found.mask_scores * network(soft).gather(1, found.labels[:, None])[:, 0]
-        if detection.maskness:
-            found.mask_scores = found.mask_scores * maskness(soft, detection.mask_threshold)
+        found.mask_scores = mask_scores(found.scores, found.labels, soft, detection, network)
         if detection.above_published:
             # For display the threshold applies to the re-scored value, as in the authors' code.
             found = found[found.mask_scores.argsort(descending=True)]

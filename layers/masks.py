@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -12,55 +12,90 @@ from torch import Tensor
 from config import DetectionConfig
 
 MASK_BUDGET = 256 * 2**20  # bytes for one chunk of masks
+MaskIoU = Callable[[Tensor], Tensor]
 
 
 def mask_logits(prototypes: Tensor, coefficients: Tensor) -> Tensor:
-    """Prototypes [h, w, K] and coefficients [N, K] -> mask logits [N, h, w], always float32 (equation 1)."""
-    height, width, count = prototypes.shape
-    return (coefficients.float() @ prototypes.float().reshape(-1, count).T).view(-1, height, width)
+    """Return the mask logits [..., N, h, w], always float32 (equation 1).
 
-
-def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> tuple[Tensor, Tensor]:
-    """Boxes [N, 4] in corner form, relative -> low and high corners [N, 2] in pixels, widened by `padding` pixels.
-
-    Corners in the wrong order are swapped. The pixels p of a box are those with low <= p < high.
+    Args:
+        prototypes: [..., h, w, K]; the leading dimensions, if any, are those of a batch.
+        coefficients: [..., N, K].
     """
-    scale = boxes.new_tensor((width, height))
-    low = torch.minimum(boxes[:, :2], boxes[:, 2:]) * scale - padding
-    high = torch.maximum(boxes[:, :2], boxes[:, 2:]) * scale + padding
-    return low, high
+    height, width = prototypes.shape[-3:-1]
+    planes = prototypes.float().flatten(-3, -2).transpose(-2, -1)
+    return (coefficients.float() @ planes).unflatten(-1, (height, width))
+
+
+def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> Tensor:
+    """Scale relative boxes [..., N, 4] in corner form to pixels, and widen them by `padding` pixels on each side.
+
+    Corners in the wrong order are swapped. The pixels p of a box are those with x1 <= p < x2 and y1 <= p < y2.
+    """
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    low = torch.minimum(x1, x2) * width - padding, torch.minimum(y1, y2) * height - padding
+    high = torch.maximum(x1, x2) * width + padding, torch.maximum(y1, y2) * height + padding
+    return torch.stack((*low, *high), dim=-1)
 
 
 def crop_window(boxes: Tensor, height: int, width: int, padding: int = 1) -> Tensor:
-    """Return [N, height, width] bool, true for the pixels inside each box, see `crop_limits`.
+    """Return a bool tensor [..., N, height, width] that is true for the pixels inside each box, see `crop_limits`.
 
-    The authors pad by one pixel, so that a box thinner than a prototype pixel still has some.
+    The authors pad by one pixel, so that a box thinner than a prototype pixel still covers some.
     """
-    low, high = crop_limits(boxes, height, width, padding)
+    x1, y1, x2, y2 = crop_limits(boxes, height, width, padding)[..., None].unbind(-2)
     x = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
     y = torch.arange(height, device=boxes.device, dtype=boxes.dtype)
-    columns = (x >= low[:, :1]) & (x < high[:, :1])
-    rows = (y >= low[:, 1:]) & (y < high[:, 1:])
-    return rows[:, :, None] & columns[:, None, :]
+    columns, rows = (x >= x1) & (x < x2), (y >= y1) & (y < y2)
+    return rows[..., :, None] & columns[..., None, :]
 
 
 def soft_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = None) -> Tensor:
-    """Return soft masks [N, h, w] of values 0..1 at the prototypes' resolution.
+    """Return soft masks [..., N, h, w] with values in 0..1 at the prototypes' resolution.
 
-    With `boxes` [N, 4] (corner form, relative) each mask is 0 outside its box.
+    Args:
+        prototypes: [..., h, w, K].
+        coefficients: [..., N, K].
+        boxes: [..., N, 4], relative and in corner form. If given, each mask is 0 outside its box.
     """
     masks = mask_logits(prototypes, coefficients).sigmoid()
-    return masks if boxes is None else masks * crop_window(boxes, *prototypes.shape[:2])
+    return masks if boxes is None else masks * crop_window(boxes, *masks.shape[-2:])
 
 
 def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
-    """Soft masks [N, h, w] -> [N], 0..1: the mean of each over its pixels above `threshold`, 0 if there are none.
+    """Return the mean of each soft mask over its pixels above `threshold`, or 0 if there are none.
 
-    Wang et al., SOLO: A Simple Framework for Instance Segmentation (2021). A mask with confident pixels is more often
-    a good one, which the class score does not express.
+    A mask with confident pixels is more often a good one, which the class score does not express (Wang et al.,
+    "SOLO: A Simple Framework for Instance Segmentation", 2021).
+
+    Args:
+        masks: [..., N, h, w] with values in 0..1.
+
+    Returns:
+        [..., N] with values in 0..1.
     """
     inside = masks > threshold
-    return (masks * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
+    return (masks * inside).sum(dim=(-2, -1)) / inside.sum(dim=(-2, -1)).clamp(min=1)
+
+
+def mask_scores(
+    scores: Tensor, labels: Tensor, masks: Tensor, config: DetectionConfig, mask_iou: MaskIoU | None
+) -> Tensor:
+    """Multiply class scores by the quality of the masks, as YOLACT++ predicts it and as `maskness` measures it.
+
+    Args:
+        scores: [..., N] class scores.
+        labels: [..., N] with values in 0..C-1.
+        masks: [..., N, h, w] soft masks, cropped to their boxes.
+        mask_iou: the mask re-scoring network, from masks [M, h, w] to IoUs [M, C], or None.
+
+    Returns:
+        [..., N], the scores that rank the masks.
+    """
+    if mask_iou is not None:
+        predicted = mask_iou(masks.flatten(0, -3))
+        scores = scores * predicted.gather(1, labels.reshape(-1, 1)).view_as(scores)
+    return scores * maskness(masks, config.mask_threshold) if config.maskness else scores
 
 
 def assemble_masks(
@@ -111,11 +146,11 @@ def _upsample_windows(
     height, width = prototypes.shape[:2]
     rows, columns = (_upsampling_matrix(n, m) for n, m in zip((height, width), size, strict=True))
     columns = columns.T.contiguous()
-    limits = boxes.new_tensor((width, height))
-    low, high = (x.ceil().clamp(min=0).minimum(limits).int() for x in crop_limits(boxes, height, width))
+    bounds = boxes.new_tensor((width, height, width, height))
+    windows = crop_limits(boxes, height, width).ceil().clamp(min=0).minimum(bounds).int()
     masks = torch.zeros((len(boxes), *size), dtype=torch.bool)
     logits = mask_logits(prototypes, coefficients)
-    for mask, logit, (x1, y1), (x2, y2) in zip(masks, logits, low.tolist(), high.tolist(), strict=True):
+    for mask, logit, (x1, y1, x2, y2) in zip(masks, logits, windows.tolist(), strict=True):
         top, bottom = _reach(y1, y2, size[0] / height, size[0])
         left, right = _reach(x1, x2, size[1] / width, size[1])
         soft = logit[y1:y2, x1:x2].sigmoid()

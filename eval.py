@@ -31,11 +31,12 @@ from evaluation.evaluator import per_class_table, predict_dataset
 from inference import Predictor
 from inference.images import find_images, split_output
 from inference.outputs import parse_kinds, write_results
+from inference.runtime import ExportedNetwork, is_exported
 from inference.video import frame_files, process_video
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
-from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, run_main
+from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, parse_size, run_main
 from utils.files import write_json
 from weights import load_model
 from weights.released import BUNDLED
@@ -51,7 +52,11 @@ def build_parser() -> ArgumentParser:
         description="Segment images and videos with YOLACT, compute AP, measure speed.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--weights", "--trained_model", help="a file, a run's folder, or a released name (see weights/README.md)")
+    add(
+        "--weights",
+        "--trained_model",
+        help="a file, a run's folder, a released name (see weights/README.md), or an exported model",
+    )
     add("--config", help="a name of config.py or a .py file; by default the configuration in the weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", default="auto", choices=["auto", *PRECISIONS])
@@ -89,18 +94,12 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Parse "480x640" or "640" into (height, width)."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"--size {text}: expected HxW or one number, for instance 480x640 or 640")
-    return int(sides[0]), int(sides[-1])
-
-
-def build_model(args: argparse.Namespace) -> Yolact:
+def build_model(args: argparse.Namespace) -> Yolact | ExportedNetwork:
     """Return the model that --weights and --config mean."""
+    if args.weights is not None and is_exported(args.weights):
+        if args.config:
+            raise UserError(f"--config: {args.weights} is exported and has its own configuration")
+        return ExportedNetwork(args.weights)
     config = get_config(args.config) if args.config else None
     if args.weights is not None:
         return load_model(args.weights, config)

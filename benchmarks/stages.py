@@ -60,7 +60,8 @@ def benchmark(
                 for stage, seconds in measured.items():
                     times[stage].append(1000 * seconds)
     stages = {stage: dict(zip(("p10", "median", "p90"), np.percentile(v, (10, 50, 90)).tolist(), strict=True))
-              for stage, v in times.items()}  # fmt: skip
+              for stage, v in times.items() if v}  # fmt: skip
+    # An exported network runs as a whole, so it has no rows for its parts.
     memory = _peak_memory(predictor.device)  # before the probes below take theirs
     flops = network_flops(predictor.config, predictor.size, batch_size)
     peak = matmul_peak(predictor.device, predictor.dtype)
@@ -99,12 +100,13 @@ def _one_pass(
     model, images = predictor.model, [image] * batch_size
     clock.time("read", lambda: cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     batch = clock.time("resize and normalise", lambda: torch.stack([predictor.preprocess(x) for x in images]))
-    # Part by part, and then as a whole, uninterrupted: the parts may not add up to it.
-    inputs = batch.to(predictor.dtype, memory_format=torch.channels_last)
-    features = clock.time("backbone", lambda: model.backbone(inputs))
-    levels = clock.time("FPN", lambda: model.fpn(features))
-    clock.time("prototypes", lambda: model.protonet(levels[0]))
-    clock.time("head", lambda: [torch.cat(x, dim=1) for x in zip(*map(model.head, levels), strict=True)])
+    if isinstance(model, Yolact):
+        # Part by part, and then as a whole, uninterrupted: the parts may not add up to it.
+        inputs = batch.to(predictor.dtype, memory_format=torch.channels_last)
+        features = clock.time("backbone", lambda: model.backbone(inputs))
+        levels = clock.time("FPN", lambda: model.fpn(features))
+        clock.time("prototypes", lambda: model.protonet(levels[0]))
+        clock.time("head", lambda: [torch.cat(x, dim=1) for x in zip(*map(model.head, levels), strict=True)])
     predictions: Predictions = clock.time("network", lambda: predictor.predict(batch))
     candidates = clock.time("detect", lambda: predictor.detect(predictions))
 

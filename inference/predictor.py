@@ -23,6 +23,7 @@ from data.image import normalise, resize
 from inference.detections import Detections
 from inference.optimize import compile_network
 from inference.optimize import optimize as optimized
+from inference.runtime import ExportedNetwork, is_exported
 from layers.detect import detect
 from layers.masks import mask_scores, soft_masks
 from layers.nms import find_nms
@@ -41,7 +42,7 @@ class Predictor:
     The model is copied, so changes to its weights after this have no effect.
 
     Args:
-        model: a trained model.
+        model: a trained model, or an `ExportedNetwork`, for which `size`, `compile` and `optimize` are fixed.
         device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
         precision: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 where the hardware has it.
         size: (height, width) of the network's input, or one number for both; by default the configuration's.
@@ -58,7 +59,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Yolact,
+        model: Yolact | ExportedNetwork,
         device: str | torch.device = "auto",
         precision: str | torch.dtype = "auto",
         size: int | tuple[int, int] | None = None,
@@ -68,30 +69,67 @@ class Predictor:
     ):
         self.config = _with_detection(model.config, detection)
         find_nms(self.config.detection.nms)  # an unknown name is an error now, and not at the first image
-        side = self.config.model.max_size if size is None else size
-        self.size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+        self.compile_seconds = 0.0
+        self.model: Yolact | ExportedNetwork
+        self.network: Callable[[Tensor], Predictions]
+        self.mask_iou: Callable[[Tensor], Tensor] | None
+        if isinstance(model, ExportedNetwork):
+            if compile or not optimize:
+                raise UserError(f"{model.path}: compile and optimize are for PyTorch models, this one is exported")
+            self._start_exported(model, device, precision, size)
+        else:
+            prepared = self._start_pytorch(model, device, precision, size, optimize)
+            if compile:
+                self.network, self.compile_seconds = compile_network(prepared, self.size)
+        self.anchors = self.model.anchors(*self.size)
+
+    def _start_pytorch(
+        self,
+        model: Yolact,
+        device: str | torch.device,
+        precision: str | torch.dtype,
+        size: int | tuple[int, int] | None,
+        optimize: bool,
+    ) -> Yolact:
+        self.size = _size(self.config.model.max_size if size is None else size)
         if min(self.size) < 32:
             raise UserError(f"size {self.size[0]}x{self.size[1]}: the network needs at least 32 pixels a side")
         self.device = choose_device(device)
         self.dtype = choose_precision(precision, self.device)
-        if not optimize:
+        if optimize:
+            prepared = optimized(model, self.device, self.dtype)
+        else:
             if precision not in ("auto", "fp32", torch.float32):
                 raise UserError(f"precision {precision} needs optimize=True; as written, the model is float32")
             self.dtype = torch.float32
-        if optimize:
-            self.model = optimized(model, self.device, self.dtype)
-        else:
-            self.model = copy.deepcopy(model).eval().to(self.device)
-        self.network: Callable[[Tensor], Predictions] = self.model
-        self.compile_seconds = 0.0
-        if compile:
-            self.network, self.compile_seconds = compile_network(self.model, self.size)
-        self.anchors = self.model.anchors(*self.size)
+            prepared = copy.deepcopy(model).eval().to(self.device)
+        self.model, self.network, self.mask_iou = prepared, prepared, prepared.mask_iou
+        return prepared
+
+    def _start_exported(
+        self,
+        model: ExportedNetwork,
+        device: str | torch.device,
+        precision: str | torch.dtype,
+        size: int | tuple[int, int] | None,
+    ) -> None:
+        if str(device) not in ("auto", "cpu"):
+            raise UserError(f"{model.path}: exported models run on the CPU here, not on {device}")
+        if size is not None and _size(size) != model.size:
+            height, width = model.size
+            raise UserError(f"{model.path}: was exported for {height}x{width}; export it again with another --size")
+        self.size, self.device, self.dtype, self.model = model.size, torch.device("cpu"), torch.float32, model
+        self.network = model.start(precision)
+        self.mask_iou = model.start_mask_iou(precision)
 
     @classmethod
     def from_weights(cls, path_or_name: str | Path, **options: Any) -> Predictor:
-        """Load a checkpoint, a released file or released weights by name; the options are those of the class."""
-        return cls(load_model(path_or_name), **options)
+        """Load a checkpoint, released weights by file or name, or an exported .onnx or .xml file.
+
+        The options are those of the class.
+        """
+        model = ExportedNetwork(path_or_name) if is_exported(path_or_name) else load_model(path_or_name)
+        return cls(model, **options)
 
     @overload
     def __call__(self, images: np.ndarray) -> Detections: ...
@@ -159,16 +197,21 @@ class Predictor:
     @torch.no_grad()
     def _rescore(self, found: Detections) -> Detections:
         """Multiply scores by the quality of the masks: as YOLACT++ predicts it, and as maskness measures it."""
-        detection, network = self.config.detection, self.model.mask_iou
-        if network is None and not detection.maskness:
+        detection = self.config.detection
+        if self.mask_iou is None and not detection.maskness:
             return found
         soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes if detection.crop else None)
-        found.mask_scores = mask_scores(found.scores, found.labels, soft, detection, network)
+        found.mask_scores = mask_scores(found.scores, found.labels, soft, detection, self.mask_iou)
         if detection.above_published:
             # For display the threshold applies to the re-scored value, as in the authors' code.
             found = found[found.mask_scores.argsort(descending=True)]
             found = found[found.mask_scores >= detection.score_threshold]
         return found
+
+
+def _size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _with_detection(config: Config, detection: dict[str, Any]) -> Config:

@@ -60,6 +60,16 @@ def fraction(text: str) -> float:
     return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Parse "480x640" or "640" into (height, width)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--size {text}: expected HxW or one number, for instance 480x640 or 640")
+    return int(sides[0]), int(sides[-1])
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that reports a mistake like every other one: a single line, exit code 2, no usage text."""
 

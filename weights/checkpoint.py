@@ -57,6 +57,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such weights file'}")
+    if path.suffix in (".onnx", ".xml"):
+        raise UserError(f"{path}: exported models can be run but not loaded as weights; give the .pth it was made from")
     with path.open("rb") as file:
         head = file.read(64)
     problem = not_pytorch(head)

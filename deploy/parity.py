@@ -1,0 +1,149 @@
+"""The check that every export ends with: an exported file against `Predictor`, on real images in the target runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from config import DetectionConfig
+from inference.detections import Detections
+from inference.predictor import Predictor
+from inference.runtime import RAW, ExportedNetwork
+from yolact import Yolact
+
+MIN_SCORE = 0.1  # weaker detections come and go with the last digits
+SCALES = (1.0, 0.5, 1.5)  # every image is also checked at other sizes, where others' exports broke without a word
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export may differ by."""
+
+    raw: float  # largest difference of an output, relative to the output's largest value
+    iou: float  # least IoU of the boxes, and of the masks, of a pair
+    score: float  # largest difference of the scores of a pair
+    matched: float  # share of the detections that must have a partner
+
+
+# float16 stands for the weights alone. int8 changes detections; AP on a data set says what that costs.
+TOLERANCES = {
+    "fp32": Tolerance(raw=1e-3, iou=0.9, score=0.05, matched=1.0),
+    "fp16": Tolerance(raw=2e-2, iou=0.9, score=0.05, matched=1.0),
+    "int8": Tolerance(raw=float("inf"), iou=0.6, score=0.4, matched=0.7),
+}
+
+
+def check_export(
+    network: ExportedNetwork, model: Yolact, detection: DetectionConfig, images: Sequence[np.ndarray]
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare an exported file, run in its runtime in float32, with the model it was made from.
+
+    Args:
+        network: the file.
+        model: the model.
+        detection: the settings that were baked into the file.
+        images: uint8 BGR [H, W, 3].
+
+    Returns:
+        The measured differences, and what is beyond the tolerance, one sentence each.
+    """
+    tolerance = TOLERANCES[network.precision]
+    predictor = Predictor(model, device="cpu", precision="fp32", size=network.size, **vars(detection))
+    report: dict[str, Any] = {"precision": network.precision, "size": list(network.size), "images": len(images)}
+    problems = []
+    report["raw_difference"] = differences = _raw_differences(network, predictor, images)
+    for name, value in differences.items():
+        if not value <= tolerance.raw:  # also catches NaN
+            problems.append(f"{name} differs by {value:.1e} of its largest value, more than {tolerance.raw:.0e}")
+    if network.raw:
+        return report, problems
+    pairs = _Pairs(tolerance.iou)
+    graph = network.start_graph("fp32")
+    for image in _at_sizes(images):
+        pairs.add(predictor(image), _run_graph(graph, image))
+    report |= pairs.summary()
+    if report["matched"] < tolerance.matched * report["detections"]:
+        problems.append(f"only {report['matched']} of {report['detections']} detections are the same")
+    if report["largest_score_difference"] > tolerance.score:
+        problems.append(f"scores differ by up to {report['largest_score_difference']:.2f}")
+    if report["detections"] and report["lowest_mask_iou"] < tolerance.iou - (network.precision == "int8"):
+        problems.append(f"a mask has an IoU of {report['lowest_mask_iou']:.2f} only")
+    return report, problems
+
+
+def _at_sizes(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    for image in images:
+        for scale in SCALES:
+            yield image if scale == 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+
+
+def _raw_differences(network: ExportedNetwork, predictor: Predictor, images: Sequence[np.ndarray]) -> dict[str, float]:
+    """The largest difference of each raw output, relative to its largest value, over all images."""
+    run, worst = network.start("fp32"), dict.fromkeys(RAW, 0.0)
+    for image in images:
+        batch = predictor.preprocess(image)[None]
+        with torch.inference_mode():
+            expected, found = predictor.predict(batch), run(batch)
+        for name, a, b in zip(RAW, expected, found, strict=False):
+            assert isinstance(a, Tensor)
+            assert isinstance(b, Tensor)
+            difference = float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
+            worst[name] = difference if difference != difference else max(worst[name], difference)
+    return worst
+
+
+def _run_graph(graph: Any, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the whole graph on one image; return the used slots of boxes, scores, labels and masks."""
+    boxes, scores, labels, masks, count, *_ = graph(np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2)))
+    used = int(count[0])
+    return tuple(torch.from_numpy(values[0, :used]) for values in (boxes, scores, labels, masks))  # type: ignore[return-value]
+
+
+class _Pairs:
+    """Pairs each detection with the best of the same class on the other side, and keeps what differs."""
+
+    def __init__(self, min_iou: float):
+        self.min_iou = min_iou
+        self.total = self.matched = 0
+        self.scores: list[float] = []
+        self.boxes: list[float] = []
+        self.masks: list[float] = []
+
+    def add(self, expected: Detections, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        boxes, scores, labels, masks = found
+        overlaps = box_iou(expected.boxes, boxes.clone())
+        overlaps = overlaps.masked_fill(expected.labels[:, None] != labels, 0.0)
+        # Those of the export without a partner count too.
+        self._count(overlaps, expected.scores)
+        self._count(overlaps.T, scores)
+        for i, score in enumerate(expected.scores.tolist()):
+            if score < MIN_SCORE or not len(boxes) or overlaps[i].max() < self.min_iou:
+                continue
+            j = int(overlaps[i].argmax())
+            self.scores.append(abs(score - float(scores[j])))
+            self.boxes.append(float(overlaps[i, j]))
+            a, b = expected.masks[i], masks[j]
+            self.masks.append(float((a & b).sum() / (a | b).sum().clamp(min=1)) if (a | b).any() else 1.0)
+
+    def _count(self, overlaps: Tensor, scores: Tensor) -> None:
+        strong = scores >= MIN_SCORE
+        self.total += int(strong.sum())
+        if overlaps.shape[1]:
+            self.matched += int((overlaps[strong].amax(dim=1) >= self.min_iou).sum())
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "detections": self.total,
+            "matched": self.matched,
+            "largest_score_difference": max(self.scores, default=0.0),
+            "lowest_box_iou": min(self.boxes, default=1.0),
+            "lowest_mask_iou": min(self.masks, default=1.0),
+            "mean_mask_iou": sum(self.masks) / len(self.masks) if self.masks else 1.0,
+        }

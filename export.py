@@ -1,0 +1,164 @@
+"""Export a model for ONNX Runtime, OpenVINO and other runtimes, and check the file against the original.
+
+python export.py --weights yolact_r50 --output model.onnx
+python export.py --weights runs/mine --output model.xml --size 480x640
+python export.py --weights runs/mine --output model.xml --int8 --calibration images
+python export.py --weights runs/mine --output raw.onnx --raw        # the network alone, for TensorRT and NPUs
+
+The packages come with: pip install -r requirements-export.txt
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import DetectionConfig, override, parse_overrides
+from data.image import normalise, read_image, resize
+from deploy.onnx_export import describe, to_onnx, write_onnx
+from deploy.openvino_export import quantise, to_openvino, write_openvino
+from deploy.parity import check_export
+from inference.images import find_images
+from inference.runtime import ExportedNetwork
+from layers.nms import NMS
+from utils.device import configure_process
+from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, parse_size, run_main
+from utils.files import write_error, write_json
+from weights import load_model
+from weights.released import BUNDLED
+from yolact import Yolact
+
+CHECK_IMAGES = [Path(__file__).parent / "data/demo" / name for name in ("astronaut.jpg", "camera.jpg")]
+MAX_CALIBRATION = 300  # more images cost time and do not change the ranges
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Export a model to ONNX or OpenVINO, and check the file.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--weights", default=str(BUNDLED), help="a file, a run's folder, or a released name; the bundled ones")
+    add("--output", type=Path, required=True, help="model.onnx, or model.xml for OpenVINO")
+    add("--size", help="the network's input as HxW or one number, to which images are resized")
+    add("--raw", action="store_true", help="the network alone: normalised image in, raw outputs out")
+    add("--int8", action="store_true", help="quantise the network to int8 (OpenVINO)")
+    add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred photos are enough")
+    add("--float_boxes", action="store_true", help="with --int8, keep the last layer of the box branch in float")
+    add("--check", nargs="+", default=[], help="images to check the export on; by default two that are included")
+    add("--score_threshold", type=fraction, help="drop detections below it; by default the configuration's, for AP")
+    add("--top_k", type=integer(1), help="detections per image: 100, or what the configuration says")
+    add("--nms", choices=list(NMS), help="fast, or what the configuration says")
+    add("--set", nargs="+", action="extend", default=[], metavar="key=value", help="any field of DetectionConfig")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    configure_process()
+    to_ir = args.output.suffix == ".xml"
+    if args.output.suffix not in (".onnx", ".xml"):
+        raise UserError(f"--output {args.output}: the suffix must be .onnx, or .xml for OpenVINO")
+    if args.int8 and not (to_ir and args.calibration):
+        raise UserError("--int8 needs --output MODEL.xml and --calibration IMAGES")
+    if args.calibration and not args.int8:
+        raise UserError("--calibration is for --int8")
+    model = load_model(args.weights)
+    side = model.config.model.max_size
+    size = parse_size(args.size) or (side, side)
+    detection = choose_detection(model, args)
+    images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
+
+    precision = "int8" if args.int8 else "fp16" if to_ir else "fp32"
+    proto = to_onnx(model, size, detection, args.raw)
+    converted = None
+    if to_ir:
+        converted = to_openvino(proto, describe(model, size, detection, args.raw, precision))
+    if args.int8:
+        paths = list_images(args.calibration)[:MAX_CALIBRATION]
+        print(f"calibrating on {len(paths)} images")
+        batches = list(calibration(paths, model, size, args.raw))
+        converted = quantise(converted, batches, len(batches), args.float_boxes)
+
+    with scratch_folder(args.output) as folder:
+        draft = Path(folder) / args.output.name
+        if converted is None:
+            write_onnx(proto, draft)
+        else:
+            write_openvino(converted, draft)
+        report, problems = check_export(ExportedNetwork(draft), model, detection, images)
+        if problems:
+            raise UserError(f"{args.output}: not written, it differs from the model: {'; '.join(problems)}")
+        for path in sorted(Path(folder).iterdir()):  # .bin before .xml
+            os.replace(path, args.output.with_name(path.name))
+    write_json(args.output.with_name(f"{args.output.name}.parity.json"), report)
+    print(summary(args.output, report))
+    return 0
+
+
+def choose_detection(model: Yolact, args: Any) -> DetectionConfig:
+    """Return the detection settings that are baked into the file."""
+    values: dict[str, Any] = dict(parse_overrides(args.set, "nms_threshold=0.6"))
+    for key in values:
+        if key not in vars(model.config.detection):
+            raise UserError(f"--set {key}: not a field of DetectionConfig{nearest(key, vars(model.config.detection))}")
+    flags = {"score_threshold": args.score_threshold, "top_k": args.top_k, "nms": args.nms}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return override(model.config, **values).detection
+
+
+def list_images(paths: Sequence[str]) -> list[Path]:
+    """Return the images that paths, folders and globs mean, sorted."""
+    if not paths:
+        return []
+    folders = [path for path in paths if Path(path).is_dir()]
+    sources, problems = find_images([path for path in paths if path not in folders], folders, None)
+    if problems:
+        raise UserError(problems[0])
+    return [source.path for source in sources]
+
+
+def calibration(paths: Sequence[Path], model: Yolact, size: tuple[int, int], raw: bool) -> Iterator[np.ndarray]:
+    """Yield images as the exported graph takes them, at the network's size. Unreadable ones are named and skipped."""
+    settings = model.config.model
+    for path in paths:
+        try:
+            image = resize(read_image(path), size, uint8=not raw or settings.resize_uint8)
+        except UserError as error:
+            print(f"{error}, skipped", file=sys.stderr)
+            continue
+        if raw:
+            yield normalise(image, settings.mean, settings.std)[None]
+        else:
+            yield np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2))
+
+
+def scratch_folder(output: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder beside the output, where the files wait for their check; it is removed afterwards."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent)
+    except OSError as error:
+        raise write_error(output, error) from None
+
+
+def summary(output: Path, report: dict[str, Any]) -> str:
+    """Return what was written and what the check found."""
+    worst = max(report["raw_difference"].values())
+    height, width = report["size"]
+    text = f"{output}: {report['precision']}, {height}x{width} input; raw outputs differ by {worst:.1e}"
+    if "detections" in report:
+        text += (
+            f"; {report['matched']} of {report['detections']} detections the same on {report['images']} images at "
+            f"three sizes, lowest mask IoU {report['lowest_mask_iou']:.3f}"
+        )
+        if not report["detections"]:
+            text += " (nothing was found on them; --check takes your own images)"
+    return text
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,236 @@
+"""The same network run by ONNX Runtime or OpenVINO, from a file that export.py wrote.
+
+The file holds the whole way from an image to masks. `Predictor` takes the network out of it and keeps its own code
+for the rest, so that every option of detection works as with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config, from_dict
+from layers.anchors import make_anchors
+from layers.structures import Predictions
+from utils.device import PRECISIONS, choose_precision
+from utils.errors import UserError
+
+SUFFIXES = (".onnx", ".xml")
+INSTALL = "pip install -r requirements-export.txt"
+
+# Names inside an exported file. The whole graph goes from IMAGE to detections, the network alone from NORMALISED to
+# RAW, and the mask re-scoring network of YOLACT++ from SOFT_MASKS to MASK_IOUS.
+IMAGE, NORMALISED = "image", "normalised"
+RAW = ("raw_boxes", "raw_logits", "raw_coefficients", "prototypes")
+SOFT_MASKS, MASK_IOUS = "soft_masks", "mask_ious"
+METADATA = "yolact"  # the key under which the description of the model is stored, as JSON
+VERSION = 1  # of the description
+
+Call = Callable[..., list[np.ndarray]]  # arrays in, arrays out
+
+
+class Runtime(Protocol):
+    """A file opened by ONNX Runtime or OpenVINO."""
+
+    def description(self) -> str:
+        """Return the JSON text stored under METADATA, or "" if there is none."""
+        ...
+
+    def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
+        """Compile the part of the graph between `inputs` and `outputs`; all of it where both are empty."""
+        ...
+
+
+class OnnxRuntime:
+    """An ONNX file on the CPU, always in float32 unless the file itself says otherwise."""
+
+    def __init__(self, path: Path):
+        with needs("onnx", "onnxruntime"):
+            import onnx
+        self.path = path
+        with _unreadable(path, "an ONNX model"):
+            self.model = onnx.load(path)
+            onnx.checker.check_model(self.model)
+
+    def description(self) -> str:
+        return next((entry.value for entry in self.model.metadata_props if entry.key == METADATA), "")
+
+    def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
+        import onnx.utils
+        import onnxruntime
+
+        if precision == "bf16":
+            raise UserError(f"{self.path}: ONNX Runtime computes in float32 on a CPU; bf16 needs an OpenVINO export")
+        model = self.model
+        if inputs:
+            model = onnx.utils.Extractor(model).extract_model(list(inputs), list(outputs))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors only
+        with _unreadable(self.path, "a model for ONNX Runtime"):
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        names = [value.name for value in session.get_inputs()]
+        return lambda *arrays: session.run(list(outputs) or None, dict(zip(names, arrays, strict=True)))
+
+
+class OpenVino:
+    """An OpenVINO IR file, .xml with its .bin, on the CPU."""
+
+    def __init__(self, path: Path):
+        with needs("openvino"):
+            import openvino
+        self.path = path
+        if not path.with_suffix(".bin").is_file():
+            raise UserError(f"{path}: the weights are missing, copy {path.with_suffix('.bin').name} beside it")
+        self.core = openvino.Core()
+        with _unreadable(path, "an OpenVINO model"):
+            self.model = self.core.read_model(path)
+
+    def description(self) -> str:
+        return str(self.model.get_rt_info([METADATA]).value) if self.model.has_rt_info([METADATA]) else ""
+
+    def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
+        model = self._part(inputs, outputs) if inputs else self.model
+        hints = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        }
+        with _unreadable(self.path, "a model for OpenVINO"):
+            request = self.core.compile_model(model, "CPU", hints).create_infer_request()
+
+        def call(*arrays: np.ndarray) -> list[np.ndarray]:
+            request.infer(list(arrays), share_inputs=True)
+            # Copies, because the request writes its next results into the same memory.
+            return [request.get_output_tensor(i).data.copy() for i in range(len(request.model_outputs))]
+
+        return call
+
+    def _part(self, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+        """Return a model of the graph between named values; the graph in the file stays as it is."""
+        import openvino
+        from openvino import opset13
+
+        model = self.model.clone()
+        values = {name: port for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
+        parameters = []
+        for name in inputs:
+            port = values[name]
+            shape = port.get_partial_shape()
+            parameter = opset13.parameter(shape, port.get_element_type())
+            for target in port.get_target_inputs():
+                target.replace_source_output(parameter.output(0))
+            parameters.append(parameter)
+        return openvino.Model([values[name] for name in outputs], parameters)
+
+
+class ExportedNetwork:
+    """A network in an exported file, in the place of a `Yolact` in `Predictor`.
+
+    Args:
+        path: an .onnx file, or an .xml file with its .bin beside it.
+
+    Raises:
+        UserError: if the file is missing, damaged or not of export.py, or a package is not installed.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file")
+        self.runtime: Runtime = OnnxRuntime(self.path) if self.path.suffix == ".onnx" else OpenVino(self.path)
+        description = _read_description(self.runtime.description(), self.path)
+        self.config: Config = from_dict(description["config"])
+        self.size: tuple[int, int] = (description["size"][0], description["size"][1])
+        self.precision: str = description["precision"]  # of the weights in the file: fp32, fp16 or int8
+        self.raw: bool = description["raw"]
+
+    def start(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Predictions]:
+        """Compile the network; return it as a function from [B, 3, h, w] normalised RGB to Predictions.
+
+        Raises UserError for a precision that the runtime or the processor does not have.
+        """
+        run = self.runtime.start((NORMALISED,), RAW, self.computed_in(precision))
+
+        def network(images: Tensor) -> Predictions:
+            boxes, logits, coefficients, prototypes = map(torch.from_numpy, run(images.contiguous().numpy()))
+            return Predictions(boxes, logits, coefficients, prototypes, semantic=None)
+
+        return network
+
+    def start_mask_iou(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Tensor] | None:
+        """Compile the mask re-scoring network, from soft masks [N, h, w] to IoUs [N, C]; None for most models."""
+        if not self.config.model.mask_iou:
+            return None
+        if self.raw:
+            raise UserError(f"{self.path}: a raw export lacks the mask re-scoring network; export without --raw")
+        run = self.runtime.start((SOFT_MASKS,), (MASK_IOUS,), self.computed_in(precision))
+        return lambda masks: torch.from_numpy(run(masks.contiguous().numpy())[0])
+
+    def start_graph(self, precision: str | torch.dtype = "auto") -> Call:
+        """Compile everything in the file, as a program that knows nothing of this project would run it."""
+        return self.runtime.start((), (), self.computed_in(precision))
+
+    def computed_in(self, precision: str | torch.dtype) -> str:
+        """Return "fp32" or "bf16", in which the floating-point part of the network is computed."""
+        if precision == "auto" and isinstance(self.runtime, OnnxRuntime):
+            return "fp32"  # the only one that its CPU kernels have
+        dtype = choose_precision(precision, torch.device("cpu"))
+        return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+    def anchors(self, height: int, width: int) -> Tensor:
+        """See `Yolact.anchors`."""
+        model = self.config.model
+        return make_anchors(height, width, model.anchor_sizes, model.aspect_ratios, model.square_anchors)
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a path has the suffix of an exported model."""
+    return Path(path).suffix in SUFFIXES
+
+
+@contextlib.contextmanager
+def needs(*packages: str) -> Iterator[None]:
+    """Report an optional package that is missing in one line that names the installation."""
+    try:
+        for package in packages:
+            __import__(package)
+        yield
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; {INSTALL}") from None
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path, kind: str) -> Iterator[None]:
+    """Report whatever a runtime raises about a file in one line. Their exceptions have no common class."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path}: cannot be used as {kind} ({reason[:160]}); export it again") from None
+
+
+def _read_description(text: str, path: Path) -> dict[str, Any]:
+    """Parse what `deploy.graph.describe` wrote."""
+    if not text:
+        raise UserError(f"{path}: not written by export.py, it does not say what model it is")
+    try:
+        values = json.loads(text)
+        if values["version"] != VERSION:
+            raise UserError(f"{path}: has version {values['version']} of the description, not {VERSION}; export again")
+        for key in ("config", "size", "precision", "raw"):
+            values[key]
+        return values
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its description is damaged ({error}); export it again") from None

@@ -60,6 +60,7 @@ def build_parser() -> ArgumentParser:
     add("--config", help="a name of config.py or a .py file; by default the configuration in the weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", default="auto", choices=["auto", *PRECISIONS])
+    add("--threads", type=integer(1), help="processor threads; by default one for each core")
     add("--compile", action="store_true", help="torch.compile the network, which takes time at the start")
     add("--no_optimize", action="store_true", help="run the model as it is written, in float32")
     task = parser.add_argument_group("task").add_argument
@@ -139,7 +140,7 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
         "maskness": args.maskness or None,
     }
     detection |= {key: value for key, value in flags.items() if value is not None}
-    if args.compile:
+    if args.compile and isinstance(model, Yolact):
         print("compiling the network, which takes a while", file=sys.stderr)
     return Predictor(
         model,
@@ -258,7 +259,7 @@ def measure_speed(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    configure_process()
+    configure_process(args.threads)
     tasks = {
         "--image/--images": bool(args.image or args.images),
         "--video": args.video is not None,

@@ -47,7 +47,6 @@ def build_parser() -> ArgumentParser:
     add("--raw", action="store_true", help="the network alone: normalised image in, raw outputs out")
     add("--int8", action="store_true", help="quantise the network to int8 (OpenVINO)")
     add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred photos are enough")
-    add("--float_boxes", action="store_true", help="with --int8, keep the last layer of the box branch in float")
     add("--check", nargs="+", default=[], help="images to check the export on; by default two that are included")
     add("--score_threshold", type=fraction, help="drop detections below it; by default the configuration's, for AP")
     add("--top_k", type=integer(1), help="detections per image: 100, or what the configuration says")
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = list_images(args.calibration)[:MAX_CALIBRATION]
         print(f"calibrating on {len(paths)} images")
         batches = list(calibration(paths, model, size, args.raw))
-        converted = quantise(converted, batches, len(batches), args.float_boxes)
+        converted = quantise(converted, batches)
 
     with scratch_folder(args.output) as folder:
         draft = Path(folder) / args.output.name

@@ -7,13 +7,13 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from inference.runtime import IMAGE, NORMALISED, RAW, needs
+from inference.runtime import RAW, needs
 from utils.errors import UserError
 from utils.files import write_bytes
 
@@ -44,7 +44,7 @@ def _deform_conv(node: Any) -> list[Any]:
     """Translate ONNX's DeformConv, which OpenVINO's reader does not know, into OpenVINO's own operator."""
     from openvino import opset8
 
-    x, weight, offset, _bias, mask = (node.get_input(i) for i in range(5))
+    x, weight, offset, bias, mask = (node.get_input(i) for i in range(5))
     pads = node.get_attribute("pads")
     convolution = opset8.deformable_convolution(
         x,
@@ -59,26 +59,18 @@ def _deform_conv(node: Any) -> list[Any]:
         deformable_group=node.get_attribute("offset_group"),
         bilinear_interpolation_pad=True,  # as torchvision: samples outside of the map are zero
     )
-    return [opset8.add(convolution, _as_channels(_bias)).output(0)]
+    return [opset8.add(convolution, opset8.unsqueeze(bias, np.array([0, 2, 3]))).output(0)]
 
 
-def _as_channels(bias: Any) -> Any:
-    """[C] -> [1, C, 1, 1]."""
-    from openvino import opset8
-
-    return opset8.unsqueeze(bias, np.array([0, 2, 3]))
-
-
-def quantise(model: Any, images: Iterable[np.ndarray], count: int, precise: bool = False) -> Any:
+def quantise(model: Any, images: Sequence[np.ndarray]) -> Any:
     """Return the model with its network in int8, after calibration on images.
 
-    Decoding, NMS and mask assembly, which follow the network's outputs, stay in floating point.
+    Decoding, NMS and mask assembly, which follow the network's outputs, stay in floating point. Keeping the last
+    layer of the box branch in floating point as well changed neither box AP nor mask AP by 0.1, so it is quantised.
 
     Args:
         model: an openvino.Model.
         images: what the model takes: uint8 RGB [1, 3, H, W], or normalised tensors for a raw model.
-        count: the number of images.
-        precise: also keep the last convolution of the box branch in floating point.
 
     Raises:
         UserError: if NNCF is not installed.
@@ -86,25 +78,21 @@ def quantise(model: Any, images: Iterable[np.ndarray], count: int, precise: bool
     with needs("nncf"), _quiet():
         import nncf
 
-    ignored = _names_after(model, RAW) | (_last_convolutions(model, RAW[0]) if precise else set())
     with _quiet():
         return nncf.quantize(
             model,
             nncf.Dataset(images),
             preset=nncf.QuantizationPreset.MIXED,  # asymmetric activations, which ReLU6 and coefficients need
-            subset_size=count,
+            subset_size=len(images),
             fast_bias_correction=True,
-            ignored_scope=nncf.IgnoredScope(names=sorted(ignored)),
+            ignored_scope=nncf.IgnoredScope(names=sorted(_names_after(model, RAW))),
         )
-
-
-def _ports(model: Any) -> dict[str, Any]:
-    return {name: port for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
 
 
 def _names_after(model: Any, values: Iterable[str]) -> set[str]:
     """Return the names of all operators that depend on one of the values."""
-    ports, names = _ports(model), set()
+    names: set[str] = set()
+    ports = {name: port for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
     waiting = [target.get_node() for value in values for target in ports[value].get_target_inputs()]
     while waiting:
         node = waiting.pop()
@@ -114,23 +102,8 @@ def _names_after(model: Any, values: Iterable[str]) -> set[str]:
     return names
 
 
-def _last_convolutions(model: Any, value: str) -> set[str]:
-    """Return the names of the convolutions nearest to a value, seen backwards."""
-    names, seen, waiting = set(), set(), [_ports(model)[value].get_node()]
-    while waiting:
-        node = waiting.pop()
-        if node.get_friendly_name() in seen:
-            continue
-        seen.add(node.get_friendly_name())
-        if node.get_type_name() == "Convolution":
-            names.add(node.get_friendly_name())
-        else:
-            waiting += [port.get_source_output().get_node() for port in node.inputs()]
-    return names
-
-
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Keep NNCF's progress bars and messages from the terminal."""
     logging.getLogger("nncf").setLevel(logging.ERROR)
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
@@ -146,8 +119,3 @@ def write_openvino(model: Any, path: Path) -> None:
         openvino.save_model(model, temporary, compress_to_fp16=True)
         write_bytes(path.with_suffix(".bin"), temporary.with_suffix(".bin").read_bytes())
         write_bytes(path, temporary.read_bytes())
-
-
-def input_name(raw: bool) -> str:
-    """Return the name of a file's input."""
-    return NORMALISED if raw else IMAGE

@@ -19,6 +19,7 @@ import torch
 from pycocotools import mask as rle
 
 import eval as eval_script
+import export as export_script
 import train as train_script
 from config import Config, get_config
 from data import audit as audit_script
@@ -30,7 +31,12 @@ from yolact import Yolact
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures"
-SCRIPTS = {"train.py": train_script.main, "eval.py": eval_script.main, "data.audit": audit_script.main}
+SCRIPTS = {
+    "train.py": train_script.main,
+    "eval.py": eval_script.main,
+    "export.py": export_script.main,
+    "data.audit": audit_script.main,
+}
 SMALL = ["--set", "max_size=96", "--set", "anchor_sizes=((8,),(16,),(32,),(64,),(96,))", "--init", "none"]
 
 CLASSES = ({"id": 7, "name": "disc"}, {"id": 3, "name": "tile"})  # neither sorted nor from 1

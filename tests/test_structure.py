@@ -18,8 +18,9 @@ from yolact import Yolact
 
 # Every import points down this list, or stays in its room.
 ROOMS = (
-    ("train", "eval"),
+    ("train", "eval", "export"),
     ("benchmarks",),
+    ("deploy",),
     ("training",),
     ("evaluation",),
     ("inference",),

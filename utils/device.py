@@ -30,9 +30,16 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def configure_process() -> None:
-    """Prepare the process of a script: memory that is reused, and no messages of OpenCV beside our own."""
+def configure_process(threads: int | None = None) -> None:
+    """Prepare the process of a script: memory that is reused, and no messages of OpenCV beside our own.
+
+    Args:
+        threads: the number of threads of PyTorch, OpenCV and exported models; by default they choose it.
+    """
     keep_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
     logging: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 and 5 have it in different places
     logging.setLogLevel(0)
 

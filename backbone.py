@@ -1,11 +1,11 @@
-"""Backbones: an image in, the feature maps C3, C4 and C5 (strides 8, 16 and 32) out.
+"""Backbones, which compute the feature maps C3, C4 and C5 (strides 8, 16 and 32) of an image.
 
-Every strided layer pads by half its kernel, so that a side of n pixels becomes ceil(n / 2): the sizes of all feature
-maps, and with them the anchors, follow from the image's size alone.
+Every strided layer pads by half its kernel, so that a side of n pixels becomes ceil(n / 2). The sizes of the feature
+maps, and therefore the anchors, depend on the size of the image only.
 
-To add one, derive from `Backbone` and enter it in BACKBONES. The class declares what other code needs to know: its
-channels, the stages that can be frozen, the (convolution, batch norm) pairs that can be folded, and where its ImageNet
-weights come from.
+To add a backbone, derive from `Backbone` and register the class in BACKBONES. The class declares its channels, the
+stages that can be frozen, the (convolution, batch norm) pairs that can be folded, and the source of its ImageNet
+weights.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Features = tuple[Tensor, Tensor, Tensor]
 
 
 class Backbone(nn.Module):
-    """What every backbone provides beside `forward`: [B, 3, H, W] -> C3, C4, C5."""
+    """Base class of all backbones. `forward` maps images [B, 3, H, W] to C3, C4, C5 [B, channels[i], h, w]."""
 
     channels: ClassVar[tuple[int, int, int]]  # of C3, C4 and C5
     deformable: ClassVar[bool] = False  # whether the constructor takes `dcn_interval`
     imagenet: ClassVar[str] = ""  # where ImageNet weights come from: "torchvision:NAME" or "package:NAME"
 
     def stages(self) -> list[nn.Module]:
-        """Return the parts in order, stem first. `freeze_stages=n` freezes the first n of them."""
+        """Return the stages in order, stem first. `freeze_stages=n` freezes the first n."""
         raise NotImplementedError
 
     @classmethod
     def rename(cls, name: str) -> str | None:
-        """Return the name here of an entry of the ImageNet weights, or None for one that is not used."""
+        """Map the name of an ImageNet weight to its name in this module, or to None if the weight is not used."""
         return None if name.startswith(("fc.", "classifier")) else name
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution, its batch norm and perhaps an activation."""
+    """A convolution, followed by batch norm and an optional activation."""
 
     conv_norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("0", "1"),)
 
@@ -49,8 +49,8 @@ class ConvNorm(nn.Sequential):
 class DeformConv2d(nn.Conv2d):
     """A 3x3 modulated deformable convolution (DCNv2, Zhu et al. 2019) that predicts its own offsets and weights.
 
-    It is computed in float32 whatever the precision of the rest: torchvision's CPU kernel has no bfloat16, which also
-    has too few digits for positions.
+    It is always computed in float32: torchvision's CPU kernel does not support bfloat16, whose precision is also too
+    low for sampling positions.
     """
 
     keep_float32: ClassVar[bool] = True
@@ -60,11 +60,12 @@ class DeformConv2d(nn.Conv2d):
         self.conv_offset_mask = nn.Conv2d(in_channels, 3 * 9, 3, stride=stride, padding=1)
         assert self.bias is not None
         assert self.conv_offset_mask.bias is not None
+        # Initially the offsets are 0 and the modulation weights sigmoid(0) = 0.5: a regular convolution, times 0.5.
         for parameter in (self.bias, self.conv_offset_mask.weight, self.conv_offset_mask.bias):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C', H', W']. The offsets are 18 channels (y, x for each tap), the weights 9."""
+        """[B, C, H, W] -> [B, C', H', W']. There are 18 offset channels (y, x for each of 9 taps) and 9 weights."""
         with torch.autocast(x.device.type, enabled=False):
             value = x.float()
             offset, mask = self.conv_offset_mask(value).split((18, 9), dim=1)
@@ -74,7 +75,7 @@ class DeformConv2d(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """The ResNet block with the stride in its 3x3 convolution (He et al. 2016, torchvision's variant)."""
+    """The ResNet bottleneck block with the stride in its 3x3 convolution, as in torchvision (He et al. 2016)."""
 
     conv_norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
@@ -104,7 +105,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Backbone):
-    """ResNet. From C3 on, every `dcn_interval`-th block can be deformable (YOLACT++, section 6.2)."""
+    """ResNet (He et al. 2016), optionally with deformable convolutions (YOLACT++, section 6.2).
+
+    Args:
+        dcn_interval: make every n-th block of the stages C3, C4 and C5 deformable, starting with their first; 0: none.
+    """
 
     channels = (512, 1024, 2048)
     deformable = True
@@ -161,7 +166,7 @@ def _darknet_conv(in_channels: int, out_channels: int, kernel: int, stride: int 
 
 
 class DarknetBlock(nn.Module):
-    """A 1x1 convolution to half the channels, a 3x3 back, and a shortcut (Redmon and Farhadi 2018)."""
+    """Residual block: a 1x1 convolution halves the channels, a 3x3 one restores them (Redmon and Farhadi 2018)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -173,7 +178,7 @@ class DarknetBlock(nn.Module):
 
 
 class Darknet53(Backbone):
-    """The backbone of YOLOv3."""
+    """Darknet-53, the backbone of YOLOv3 (Redmon and Farhadi 2018)."""
 
     channels = (256, 512, 1024)
 
@@ -222,8 +227,8 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite0(Backbone):
     """EfficientNet-Lite0 without its classifier (Tan and Le 2019; the Lite variants, 2020).
 
-    Unlike the TensorFlow original it pads symmetrically: the features move by less than one of their pixels, which
-    fine-tuning does not notice, and any image size works without a special case.
+    Unlike the TensorFlow original, it pads symmetrically, so that any image size works. This shifts features by less
+    than one pixel of their map, for which fine-tuning compensates.
     """
 
     channels = (40, 112, 320)
@@ -297,7 +302,7 @@ BACKBONES: dict[str, type[Backbone]] = {
 def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:
     """Return the backbone called `name`, a key of BACKBONES, with random weights.
 
-    Raises UserError for an unknown name, and for deformable layers in a backbone that has none.
+    Raises UserError for an unknown name, or if `dcn_interval` is set for a backbone without deformable convolutions.
     """
     if name not in BACKBONES:
         raise UserError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}")
@@ -305,24 +310,24 @@ def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:
     if not dcn_interval:
         return backbone()
     if not backbone.deformable:
-        raise UserError(f"dcn_interval={dcn_interval}: {name} has no deformable convolutions")
+        raise UserError(f"dcn_interval={dcn_interval}: {name} does not support deformable convolutions")
     return backbone(dcn_interval=dcn_interval)
 
 
 def freeze(module: nn.Module) -> None:
-    """Make a part keep its weights and its statistics; to be called again after `.train()`."""
+    """Set a module to evaluation mode and disable its gradients. Call again after `.train()`."""
     module.eval()
     module.requires_grad_(False)
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Freeze every batch norm in `module`; to be called again after `.train()`."""
+    """Freeze every batch norm in `module`, see `freeze`. Call again after `.train()`."""
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             freeze(layer)
 
 
 def state_from_imagenet(backbone: Backbone, content: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the entries of ImageNet weights under this backbone's names, without the classifier."""
+    """Rename the entries of ImageNet weights to this backbone's names, and drop the classifier."""
     renamed = {backbone.rename(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: value for name, value in renamed.items() if name is not None}

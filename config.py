@@ -1,12 +1,12 @@
-"""Every named configuration: frozen dataclasses in sections, passed to the code that needs them.
+"""The named configurations: frozen dataclasses with one section for each part of the project.
 
-    config = get_config("yolact_r50")                 # a key of CONFIGS, or another name it is published under
+    config = get_config("yolact_r50")                 # a key of CONFIGS, or a published alias
     config = get_config("yolact_r50", max_size=400)   # with overrides; an unknown key is an error
     config = get_config("my.py", lr="2e-3")           # a Python file that defines `config`; text is converted
 
-The values are those of the paper's released code (`yolact_base` to `yolact_plus_resnet50`), of MMDetection
-(`yolact_r50`, `yolact_r50_8xb8`, `yolact_r101`), and our own (`yolact_lite`). Field names are unique over all
-sections, so an override never names its section.
+The values come from the authors' released code (`yolact_base` to `yolact_plus_resnet50`) and from MMDetection
+(`yolact_r50`, `yolact_r50_8xb8`, `yolact_r101`); `yolact_lite` is our own. Field names are unique across all sections,
+so an override does not name its section.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ PASCAL_IDS = tuple(range(1, 21))
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What gives weights their meaning. Pixels are those of the network's input."""
+    """Architecture, anchors and preprocessing, which weights depend on. Pixels are those of the network's input."""
 
-    # Every image is resized to a square of this side unless another size is asked for. Weights can be used at other
-    # sizes than they were trained at, so this is the one field that `differences` does not compare.
+    # Images are resized to a square with this side unless another size is given. Weights can be used at other sizes
+    # than they were trained at, so `differences` does not compare this field.
     max_size: int = limited(550, minimum=32, maximum=16384)
-    mean: tuple[float, float, float] = limited((123.68, 116.78, 103.94), maximum=255)  # RGB, of values 0..255
+    mean: tuple[float, float, float] = limited((123.68, 116.78, 103.94), maximum=255)  # RGB, for pixel values 0..255
     std: tuple[float, float, float] = limited((58.40, 57.12, 57.38), above=0, maximum=1000)
     resize_uint8: bool = False  # resize the 8-bit image (MMDetection) or the float image (the authors)
 
@@ -63,23 +63,25 @@ class ModelConfig:
     # Anchors: sides in pixels for each of P3..P7, and width / height.
     anchor_sizes: tuple[tuple[float, ...], ...] = limited(((24,), (48,), (96,), (192,), (384,)), above=0, maximum=1e5)
     aspect_ratios: tuple[float, ...] = limited((1, 1 / 2, 2), above=0, maximum=1e3)
-    square_anchors: bool = True  # the authors' first weights were trained with heights equal to the widths
+    # Use the width of each anchor as its height. YOLACT's released COCO weights were trained like this, because of a
+    # bug in the authors' code; YOLACT++, Pascal and MMDetection use the true aspect ratios.
+    square_anchors: bool = True
 
     @property
     def anchors_per_position(self) -> int:
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
 
-# The authors evaluate at this score. It selects anchors, and an anchor that is selected for its best class may also
-# be reported for a class that scores less.
+# The score threshold of the authors' evaluation. It is compared with the best class of an anchor, so a selected anchor
+# may also be reported for a class with a lower score.
 PUBLISHED_THRESHOLD = 0.05
 
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """From raw outputs to detections. Any field can be given to `Predictor`, and to eval.py with --set."""
+    """Postprocessing of raw outputs. Any field can be passed to `Predictor`, and to eval.py with --set."""
 
-    score_threshold: float = limited(PUBLISHED_THRESHOLD, maximum=1)  # an anchor is used if its best class scores more
+    score_threshold: float = limited(PUBLISHED_THRESHOLD, maximum=1)  # compared with the best class of an anchor
     nms: str = "fast"  # a key of layers.nms.NMS
     nms_threshold: float = limited(0.5, maximum=1)
     nms_top_k: int = limited(200, minimum=1, maximum=LARGEST)  # candidates per class
@@ -87,53 +89,57 @@ class DetectionConfig:
     pre_nms_top_k: int = limited(0, maximum=LARGEST)  # anchors per pyramid level; 0: all (MMDetection: 1000)
     clip_boxes: bool = False  # clip boxes to the image before NMS (MMDetection)
     crop: bool = True  # crop masks to their boxes
-    crop_after_resize: bool = False  # crop at the image's resolution too: no pixel outside the box
+    crop_after_resize: bool = False  # also crop at the image's resolution, so that no pixel lies outside the box
     mask_threshold: float = limited(0.5, maximum=1)  # applied to the upsampled soft mask
-    maskness: bool = False  # rank masks by their score times the mean of their pixels
+    maskness: bool = False  # multiply scores by the mean of the soft mask above the threshold, see layers.masks
 
     @property
     def strict(self) -> bool:
-        """Whether `score_threshold` also applies to every single detection.
+        """Whether `score_threshold` applies to every detection, and not only to the best class of an anchor.
 
-        It does in MMDetection, and for every threshold above the published one. At the published threshold the
-        authors' results are reproduced, in which the further classes of a selected anchor may score less.
+        This is so in MMDetection, and for every threshold above the published one. At the published threshold, the
+        authors' results are reproduced, in which the other classes of a selected anchor may score lower.
         """
         return self.clip_boxes or self.above_published
 
     @property
     def above_published(self) -> bool:
-        """Whether results are for display or an application, instead of for computing AP."""
+        """Whether the results are meant for display or an application rather than for computing AP."""
         return self.score_threshold > PUBLISHED_THRESHOLD
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Optimiser and schedule. lr, max_iter and lr_steps are for batch_size and scale with it."""
+    """Optimiser and schedule.
+
+    `lr`, `max_iter` and `lr_steps` apply to `batch_size`. With another --batch_size, the learning rate is scaled
+    linearly and the number of iterations inversely.
+    """
 
     optimizer: str = limited("sgd", choices=("sgd", "adamw"))
     batch_size: int = limited(8, minimum=1, maximum=LARGEST)
     lr: float = limited(1e-3, above=0, maximum=1e3)
     weight_decay: float = limited(5e-4, maximum=1e3)
-    max_iter: int = limited(800_000, maximum=10**9)  # 0: `epochs` is used
-    epochs: int = limited(0, maximum=LARGEST)
+    max_iter: int = limited(800_000, maximum=10**9)  # length in iterations; 0: use `epochs`
+    epochs: int = limited(0, maximum=LARGEST)  # length in epochs; 0: use `max_iter`
     lr_schedule: str = limited("steps", choices=("steps", "cosine"))
-    # Where the learning rate is divided by ten, in iterations, or in epochs if `epochs` is used.
+    # Points at which the learning rate is divided by 10: in epochs if `epochs` is set, otherwise in iterations.
     lr_steps: tuple[float, ...] = limited((280_000, 600_000, 700_000, 750_000), maximum=10**9)
     warmup_iters: int = limited(500, maximum=10**9)
-    clip_grad: float = limited(0.0, maximum=1e9)  # largest gradient norm; 0: no limit
-    freeze_stages: int = limited(0, maximum=100)  # the stem and n - 1 stages (EfficientNet: blocks) keep their weights
-    freeze_bn: bool = False  # batch norm keeps the statistics and the scale that the backbone started with
-    sync_bn: bool = False  # batch norm takes its statistics over the images of all GPUs
-    ema: float = limited(0.0, below=1)  # decay of the EMA that is validated and saved; 0: none
+    clip_grad: float = limited(0.0, maximum=1e9)  # maximum norm of the gradient; 0: no clipping
+    freeze_stages: int = limited(0, maximum=100)  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
+    freeze_bn: bool = False  # freeze the backbone's batch norm: statistics, scale and shift
+    sync_bn: bool = False  # compute batch norm statistics over the images of all GPUs
+    ema: float = limited(0.0, below=1)  # decay of the EMA of the weights, which is validated and saved; 0: no EMA
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Matching and the mask loss. What no configuration varies is a constant in layers/loss.py."""
+    """Matching and the mask loss. Values that no configuration changes are constants in layers/loss.py."""
 
-    crowd_iou: float = limited(0.7, maximum=1)  # negatives that lie this far inside a crowd are ignored; 1: never
-    masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image; more positives than this are sampled
-    mask_supersample: int = limited(1, minimum=1, maximum=16)  # masks are compared at this multiple of their size
+    crowd_iou: float = limited(0.7, maximum=1)  # negatives with more than this share in a crowd are ignored; 1: none
+    masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image, for the mask loss; a random sample
+    mask_supersample: int = limited(1, minimum=1, maximum=16)  # resolution of the mask loss, in prototype sizes
 
 
 @dataclass(frozen=True)
@@ -141,21 +147,21 @@ class AugmentationConfig:
     """SSD's augmentation (paper, section 5) and copy-paste."""
 
     augment_photometric: bool = True
-    augment_expand: float = limited(4.0, minimum=1, maximum=100)  # shrink by up to this factor onto a mean canvas
+    augment_expand: float = limited(4.0, minimum=1, maximum=100)  # zoom out by up to this factor; mean colour around
     augment_crop: bool = True
-    crop_min_side: float = limited(0.3, above=0, maximum=1)  # of the image's width and height
+    crop_min_side: float = limited(0.3, above=0, maximum=1)  # share of the image's width and height
     augment_mirror: bool = True
-    copy_paste: float = limited(0.0, maximum=1)  # share of images that get objects of another one pasted in
-    min_box_size: float = limited(0.0, maximum=LARGEST)  # smaller boxes are not trained on, pixels
+    copy_paste: float = limited(0.0, maximum=1)  # probability of pasting objects from another image
+    min_box_size: float = limited(0.0, maximum=LARGEST)  # in pixels; smaller boxes are dropped
 
 
 @dataclass(frozen=True)
 class Config:
-    """A model, how to detect with it, and the recipe that trains it."""
+    """A complete configuration: the model, its postprocessing and its training recipe."""
 
     name: str
-    class_names: tuple[str, ...] = COCO_CLASSES  # in the order of the labels 0..C-1
-    category_ids: tuple[int, ...] = COCO_IDS  # go into COCO results
+    class_names: tuple[str, ...] = COCO_CLASSES  # class_names[label] for the labels 0..C-1
+    category_ids: tuple[int, ...] = COCO_IDS  # category_ids[label] is written to COCO results
     model: ModelConfig = ModelConfig()
     detection: DetectionConfig = DetectionConfig()
     training: TrainingConfig = TrainingConfig()
@@ -177,7 +183,7 @@ SECTIONS: dict[str, type] = {
 
 
 def _field_table() -> dict[str, tuple[str, Any]]:
-    """Every key that can be overridden: its section ("" for Config's own) and its type."""
+    """Map every key that can be overridden to its section ("" for fields of Config itself) and its type."""
     table: dict[str, tuple[str, Any]] = {}
     for section, cls in {"": Config, **SECTIONS}.items():
         for name, hint in typing.get_type_hints(cls).items():
@@ -192,7 +198,8 @@ FIELDS = _field_table()
 def override(config: Config, /, **overrides: Any) -> Config:
     """Return `config` with some values replaced, each converted to the field's type and checked.
 
-    Raises UserError for an unknown key, a value of the wrong type or out of range, or values that contradict.
+    Raises UserError for an unknown key, a value of the wrong type or out of range, or values that contradict each
+    other.
     """
     changed: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
@@ -209,7 +216,7 @@ def override(config: Config, /, **overrides: Any) -> Config:
 
 
 def _with_length(training: TrainingConfig, changed: dict[str, Any]) -> dict[str, Any]:
-    """Add what an override of `max_iter` or `epochs` implies: the other is 0, and the steps move in proportion."""
+    """Set the other of `max_iter` and `epochs` to 0 if one is overridden, and scale `lr_steps` in proportion."""
     given = [key for key in ("max_iter", "epochs") if changed.get(key)]
     if len(given) != 1:
         return changed
@@ -221,12 +228,12 @@ def _with_length(training: TrainingConfig, changed: dict[str, Any]) -> dict[str,
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Return the fields in which weights of `a` would mean something else in a model of `b`."""
+    """Return the names of the fields that differ, except `max_size`. Weights of `a` need them equal in `b`."""
     return [f.name for f in dataclasses.fields(a) if f.name != "max_size" and getattr(a, f.name) != getattr(b, f.name)]
 
 
 def check(config: Config) -> None:
-    """Raise UserError for values of the right type that cannot work."""
+    """Raise UserError for values that are out of range or inconsistent with each other."""
     for section in SECTIONS:
         values = getattr(config, section)
         for item in dataclasses.fields(values):
@@ -235,16 +242,16 @@ def check(config: Config) -> None:
     if not config.class_names or len(config.class_names) != len(config.category_ids):
         raise UserError(
             f"{config.name}: {len(config.class_names)} class_names and {len(config.category_ids)} category_ids; "
-            "there must be at least one, and as many of both"
+            "there must be at least one class, and one id for each class"
         )
     if len(set(config.category_ids)) < len(config.category_ids):
         raise UserError(f"{config.name}: category_ids are not unique")
     if len(model.anchor_sizes) != 5:
         raise UserError(f"anchor_sizes needs one entry for each of P3..P7, not {len(model.anchor_sizes)}")
     if len({len(sides) for sides in model.anchor_sizes}) > 1 or not (model.anchor_sizes[0] and model.aspect_ratios):
-        raise UserError("anchor_sizes needs the same number of sides at every level, and aspect_ratios at least one")
+        raise UserError("anchor_sizes needs the same number of sides at every level; aspect_ratios needs at least one")
     if bool(training.max_iter) == bool(training.epochs):
-        raise UserError("one of max_iter and epochs must be more than 0, and the other one 0")
+        raise UserError("exactly one of max_iter and epochs must be greater than 0")
 
 
 _BASE = Config(name="yolact_base")
@@ -267,7 +274,7 @@ _MMDET = _derive(
     fpn_relu=False,
     p6_from_c5=True,
     square_anchors=False,
-    aspect_ratios=(2, 1, 1 / 2),
+    aspect_ratios=(2, 1, 1 / 2),  # MMDetection's (0.5, 1, 2) are height / width; the order decides the anchors' order
     pre_nms_top_k=1000,
     clip_boxes=True,
     crowd_iou=1.0,
@@ -335,7 +342,7 @@ CONFIGS: dict[str, Config] = {
     )
 }
 
-# Other names that the same configurations are published under, without dates, steps and checksums.
+# Other published names of these configurations, without dates, iterations and checksums.
 ALIASES = {
     "yolact_r50_1xb8-55e_coco": "yolact_r50",
     "yolact_r50_1x8_coco": "yolact_r50",
@@ -348,7 +355,7 @@ ALIASES = {
 
 def canonical_name(name: str) -> str:
     """Return the key of CONFIGS for any published spelling, such as `yolact_base_config`, `yolact_base_54_800000` or
-    `yolact_r50_1x8_coco_20200908-f38d58df.pth`. An unknown name is returned without those endings."""
+    `yolact_r50_1x8_coco_20200908-f38d58df.pth`. An unknown name is returned without these suffixes."""
     name = re.sub(r"\.pth$", "", name)
     name = re.sub(r"_config$|_\d+_\d+(_interrupt)?$|_\d{8}-[0-9a-f]{8}$", "", name)
     return ALIASES.get(name, name)
@@ -358,8 +365,8 @@ def get_config(name: str, /, **overrides: Any) -> Config:
     """Return the configuration called `name`, with overrides.
 
     Args:
-        name: a key of CONFIGS, another published name of one, or the path of a `.py` file that defines `config`.
-        overrides: values by field name, of any section. Text is converted to the field's type.
+        name: a key of CONFIGS, a published alias, or the path of a `.py` file that defines `config`.
+        overrides: new values by field name, for fields of any section. Strings are converted to the field's type.
 
     Raises:
         UserError: for an unknown name or key, or a value of the wrong type or out of range.
@@ -375,25 +382,28 @@ def get_config(name: str, /, **overrides: Any) -> Config:
 
 def _config_from_file(path: Path) -> Config:
     if not path.is_file():
-        raise UserError(f"{path}: no such configuration file")
+        raise UserError(f"{path}: no such configuration file exists")
     config = runpy.run_path(str(path)).get("config")
     if not isinstance(config, Config):
         raise UserError(
-            f"{path}: it must define `config`, for instance with the two lines "
+            f"{path}: the file must define `config`, for instance with the two lines "
             "`from config import get_config` and `config = get_config('yolact_r50', lr=2e-3)`"
         )
     return config
 
 
 def parse_overrides(pairs: list[str], example: str = "max_size=400") -> dict[str, str]:
-    """Split `["lr=2e-3", "ema=0"]` into `{"lr": "2e-3", "ema": "0"}`, for --set."""
+    """Parse the arguments of --set: `["lr=2e-3", "ema=0"]` -> `{"lr": "2e-3", "ema": "0"}`.
+
+    Raises UserError for an argument without "=", with `example` as a hint.
+    """
     for pair in pairs:
         if "=" not in pair:
             raise UserError(f"--set {pair}: expected key=value, for instance --set {example}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-# Keys of checkpoints of format 1 that are constants now.
+# Configuration keys of format-1 checkpoints that have since become constants.
 _RETIRED = {
     "momentum": 0.9,
     "lr_gamma": 0.1,
@@ -419,12 +429,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuild the Config that `to_dict` flattened. Keys of format 1 that are constants now are left out.
+    """Rebuild the Config that `to_dict` flattened. Format-1 keys that have become constants are ignored.
 
-    Raises UserError for keys or values that are not of a configuration.
+    Raises UserError for unknown keys or invalid values.
     """
     values = {key: value for key, value in values.items() if key not in _RETIRED}
-    if values.get("epochs"):  # in the first files both could be set, and this one counted
+    if values.get("epochs"):  # the first files could contain both; `epochs` took precedence
         values["max_iter"] = 0
     return override(Config(name="stored"), **values)
 
@@ -432,11 +442,11 @@ def from_dict(values: dict[str, Any]) -> Config:
 def retired(values: dict[str, Any]) -> list[str]:
     """Return the keys of a format-1 configuration whose values differ from today's constants.
 
-    They do not matter to predictions, and would to a run that is resumed.
+    These keys do not affect predictions, but they would affect a resumed run.
     """
     return [key for key, value in _RETIRED.items() if values.get(key, value) != value]
 
 
 def shown(values: dict[str, Any], keys: typing.Iterable[str]) -> str:
-    """Return keys and values as --set takes them."""
+    """Format keys and values as arguments of --set."""
     return " ".join(f"{key}={values[key]}" for key in keys)

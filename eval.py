@@ -1,13 +1,13 @@
-"""Segment images and videos, compute AP, measure speed.
+"""Segment images and videos, compute AP, or measure speed.
 
-python eval.py --image photo.jpg                                  # -> results/photo.jpg and results/photo.json
-python eval.py --images photos --output results --save overlay,json,masks,polygons
+python eval.py --image street.jpg                                 # -> results/street.jpg and results/street.json
+python eval.py --images images --output results --save overlay,json,masks,polygons
 python eval.py --video in.mp4 --output segmented                  # or a camera by its number: --video 0
 python eval.py --weights runs/mine --annotations val.json --image_dir images
 torchrun --nproc_per_node 8 eval.py --weights yolact_r50 --annotations val.json --image_dir images   # on 8 GPUs
 python eval.py --weights yolact_r50 --benchmark
 
-Without --weights, the bundled ones are used, which know people.
+Without --weights, the bundled weights are used, which detect people only.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from yolact import Yolact
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif"}
 DETECTION_KEYS = tuple(vars(DetectionConfig()))
-DISPLAY_THRESHOLD = 0.3  # for images and videos
+DISPLAY_THRESHOLD = 0.3  # default score threshold for images and videos
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Segment images and videos with YOLACT, compute AP, measure speed.", allow_abbrev=False
+        description="Segment images and videos with YOLACT, compute AP, or measure speed.", allow_abbrev=False
     )
     add = parser.add_argument
     add(
@@ -57,61 +57,62 @@ def build_parser() -> ArgumentParser:
         "--trained_model",
         help="a file, a run's folder, a released name (see weights/README.md), or an exported model",
     )
-    add("--config", help="a name of config.py or a .py file; by default the configuration in the weights")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--precision", default="auto", choices=["auto", *PRECISIONS])
-    add("--threads", type=integer(1), help="processor threads; by default one for each core")
-    add("--compile", action="store_true", help="torch.compile the network, which takes time at the start")
-    add("--no_optimize", action="store_true", help="run the model as it is written, in float32")
+    add("--config", help="a configuration named in config.py, or a .py file (default: the weights' own)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="precision of the network")
+    add("--threads", type=integer(1), help="number of CPU threads (default: one per core)")
+    add("--compile", action="store_true", help="compile the network with torch.compile, which takes time at startup")
+    add("--no_optimize", action="store_true", help="disable the optimisations of inference/optimize.py; float32 only")
     task = parser.add_argument_group("task").add_argument
     several: Any = {"nargs": "+", "action": "extend", "default": []}
-    task("--image", **several, help="images, globs, in:out pairs, or - for a list on stdin")
-    task("--images", **several, help="folders of images, with their subfolders")
-    task("--video", help="a video file or a camera's number, or in:out")
-    task("--annotations", type=Path, help="COCO JSON to compute AP on")
-    task("--image_dir", type=Path, help="the folder of its images")
-    task("--follow_links", action="store_true", help="accept links that lead out of the folder")
-    task("--benchmark", action="store_true", help="time every stage")
+    task("--image", **several, help="images, globs, in:out pairs, or - to read a list from stdin")
+    task("--images", **several, help="folders of images; subfolders are included")
+    task("--video", help="a video file, the number of a camera, or in:out")
+    task("--annotations", type=Path, help="annotations in COCO format, to compute AP with")
+    task("--image_dir", type=Path, help="folder of the annotated images")
+    task("--follow_links", action="store_true", help="follow links to files outside the image folder")
+    task("--benchmark", action="store_true", help="measure the time of each stage")
     out = parser.add_argument_group("output").add_argument
     out("--output", type=Path, help="a folder, an image file for a single image, or a JSON file for AP and benchmark")
     out("--save", default="overlay,json", help="any of overlay,json,masks,polygons,prototypes")
-    out("--per_class", action="store_true", help="AP, precision and recall of each class")
+    out("--per_class", action="store_true", help="report AP, precision and recall of each class")
     how = parser.add_argument_group("detection").add_argument
-    how("--score_threshold", type=fraction, help=f"{DISPLAY_THRESHOLD} for images and videos, 0.05 for AP")
-    how("--top_k", type=integer(1), help="detections per image: 100, or what the configuration says")
-    how("--nms", choices=list(NMS), help="fast, or what the configuration says")
-    how("--size", help="the network's input as HxW or one number, from 32 on")
+    how("--score_threshold", type=fraction, help=f"default: {DISPLAY_THRESHOLD} for images and videos, 0.05 for AP")
+    how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
+    how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, fast)")
+    how("--size", help="input size of the network, HxW or one number, at least 32")
     how("--no_crop", action="store_true", help="do not crop masks to their boxes")
     how(
         "--crop_after_resize",
         action="store_true",
-        help="crop masks at the image's resolution: no pixel outside the box; the default for images and videos",
+        help="also crop masks at the image's resolution, so that no pixel lies outside the box (default for images "
+        "and videos)",
     )
-    how("--maskness", action="store_true", help="rank masks by how confident their pixels are, too")
+    how("--maskness", action="store_true", help="multiply scores by the confidence of the mask's pixels")
     how("--set", **several, metavar="key=value", help="any field of DetectionConfig in config.py")
-    how("--batch_size", type=integer(1), default=1, help="for --benchmark")
-    how("--max_pixels", type=integer(1), default=MAX_PIXELS, help="refuse larger images (%(default)s pixels)")
+    how("--batch_size", type=integer(1), default=1, help="batch size of --benchmark")
+    how("--max_pixels", type=integer(1), default=MAX_PIXELS, help="skip larger images (default: %(default)s pixels)")
     how("--max_images", type=integer(1), help="stop after this many images or frames")
     return parser
 
 
 def build_model(args: argparse.Namespace) -> Yolact | ExportedNetwork:
-    """Return the model that --weights and --config mean."""
+    """Return the model that --weights and --config specify. Raises UserError if there is none, or they do not match."""
     if args.weights is not None and is_exported(args.weights):
         if args.config:
-            raise UserError(f"--config: {args.weights} is exported and has its own configuration")
+            raise UserError(f"--config cannot be used with {args.weights}: it has its own configuration")
         return ExportedNetwork(args.weights)
     config = get_config(args.config) if args.config else None
     if args.weights is not None:
         return load_model(args.weights, config)
     if args.benchmark and config is not None:
-        print(f"no --weights: {config.name} with random ones, detections are provided for the later stages")
+        print(f"no --weights: {config.name} with random weights; synthetic detections are used after NMS")
         return Yolact(config)
     if not BUNDLED.is_file():
-        raise UserError("give --weights: a file, or a released name such as yolact_r50 (this copy has no bundled ones)")
+        raise UserError("no bundled weights; give --weights, a file or a released name such as yolact_r50")
     print(
-        f"no --weights: using the bundled {BUNDLED.name}, which knows people; "
-        "--weights yolact_r50 knows COCO's 80 classes"
+        f"no --weights: using the bundled {BUNDLED.name}, which detects people only; "
+        "--weights yolact_r50 detects COCO's 80 classes"
     )
     return load_model(BUNDLED, config)
 
@@ -119,8 +120,8 @@ def build_model(args: argparse.Namespace) -> Yolact | ExportedNetwork:
 def build_predictor(args: argparse.Namespace, device: str | torch.device, display: bool = False) -> Predictor:
     """Return the predictor that the arguments describe.
 
-    For `display` the score threshold is higher and masks are cropped at full resolution, unless the arguments or the
-    configuration say otherwise. For AP the configuration's own values reproduce published numbers.
+    With `display`, the score threshold is higher and masks are cropped at full resolution, unless the arguments or the
+    configuration specify otherwise. Without it, the configuration's values are used, which reproduce published AP.
     """
     model = build_model(args)
     detection: dict[str, Any] = dict(parse_overrides(args.set, "nms_threshold=0.6"))
@@ -141,7 +142,7 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
     }
     detection |= {key: value for key, value in flags.items() if value is not None}
     if args.compile and isinstance(model, Yolact):
-        print("compiling the network, which takes a while", file=sys.stderr)
+        print("compiling the network; this can take minutes", file=sys.stderr)
     return Predictor(
         model,
         device=device,
@@ -166,14 +167,14 @@ def segment_images(args: argparse.Namespace) -> int:
         try:
             image = read_image(source.path, max_pixels=args.max_pixels)
         except UserError as error:
-            hint = " (--max_pixels raises it)" if "the limit of" in str(error) else ""
+            hint = " (use --max_pixels to raise it)" if "the limit of" in str(error) else ""
             tqdm.write(f"{error}{hint}, skipped", file=sys.stderr)
             unreadable += 1
             continue
         detections = predictor(image)
         origin = {"image_id": number, "file_name": str(source.path)}
         written = write_results(image, detections, source.output, kinds, origin, source.suffix)
-        tqdm.write(f"{source.path}: {len(detections)} found -> {', '.join(map(str, written))}")
+        tqdm.write(f"{source.path}: {len(detections)} detections -> {', '.join(map(str, written))}")
     if unreadable:
         print(f"{unreadable} of {len(sources)} images could not be read", file=sys.stderr)
     return 1 if unreadable or problems else 0
@@ -191,7 +192,8 @@ def segment_video(args: argparse.Namespace) -> int:
     output = Path(args.output or target or "results")
     if output.suffix.lower() in VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(f"{output}: videos are written as .mp4; name it {output.with_suffix('.mp4').name}")
-    # A folder holds the results of many videos, unless it is the one that an earlier run made for this video's frames.
+    # An existing folder receives the video under its own name, unless it contains the frames of an earlier run: then
+    # `output` is the name itself, as in that run.
     if (output.is_dir() and not frame_files(output)) or (args.output or target) is None:
         output = output / f"{'camera' * source.isdecimal()}{video_name(source)}"
         if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
@@ -202,14 +204,16 @@ def segment_video(args: argparse.Namespace) -> int:
     print(f"{source} -> {output}{'.mp4' * ('overlay' in kinds)}: {report}")
     if report.missing:
         expected = report.frames + report.missing
-        print(f"{source}: {report.frames} of {expected} frames could be read, the file may be damaged", file=sys.stderr)
+        print(f"{source}: {report.frames} of {expected} frames could be read; the file may be damaged", file=sys.stderr)
     # Matroska does not store the number of frames, so OpenCV's is an estimate.
     damaged = report.missing and Path(source).suffix.lower() not in (".mkv", ".webm")
     return 130 if report.interrupted else 1 if damaged else 0
 
 
 def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Compute COCO metrics; for a file without annotations, such as test-dev's, write only the results."""
+    """Compute COCO metrics. If the file has no annotations, as for test-dev, only write the detections.
+    Returns 1 if an image could not be used, and 0 otherwise.
+    """
     if args.image_dir is None:
         raise UserError("--annotations needs --image_dir, the folder of the images")
     dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
@@ -220,7 +224,7 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         prediction = predict_dataset(predictor, dataset, args.max_images, ranks=ranks)
         if ranks.main:
             write_json(output, prediction.results)
-        print(f"{args.annotations} has no annotations to compare with; results -> {output}")
+        print(f"{args.annotations} has no annotations, so AP cannot be computed; detections -> {output}")
         return report_problems(prediction.problems)
     if ranks.main:
         quick_audit(dataset, predictor.config)
@@ -241,15 +245,15 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def report_problems(problems: list[str]) -> int:
-    """Print what was wrong with images; return 1 if there was any, since AP is then too low."""
+    """Print the problems with images. Return 1 if there are any, because AP is then too low, and 0 otherwise."""
     for problem in problems:
         print(f"{problem}; it counts as an image without detections", file=sys.stderr)
     return 1 if problems else 0
 
 
 def measure_speed(args: argparse.Namespace) -> int:
-    """Time every stage."""
-    provide = 10 if args.weights is None and args.config is not None else 0  # random weights find nothing
+    """Measure and print the time of each stage; return the exit code."""
+    provide = 10 if args.weights is None and args.config is not None else 0  # random weights give no detections
     report = benchmark(build_predictor(args, args.device), args.batch_size, provide)
     print(format_report(report))
     if args.output is not None:
@@ -267,11 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--benchmark": args.benchmark,
     }
     if args.no_crop and args.crop_after_resize:
-        raise UserError("--no_crop and --crop_after_resize exclude each other")
+        raise UserError("--no_crop and --crop_after_resize cannot be combined")
     chosen = [name for name, on in tasks.items() if on]
     if len(chosen) != 1:
         problem = "nothing to do" if not chosen else f"{' and '.join(chosen)} at once"
-        raise UserError(f"{problem}: give one of {', '.join(tasks)}")
+        raise UserError(f"{problem}; give exactly one of {', '.join(tasks)}")
     if args.image or args.images:
         return segment_images(args)
     if args.video is not None:

@@ -3,15 +3,15 @@
 python train.py --config yolact_lite --train_annotations train.json --train_images images \
                 --val_annotations val.json --val_images images
 python train.py ... --set max_size=256 lr=5e-4             # any field of config.py
-python train.py ... --init yolact_r50                      # fine-tune released or own weights
-python train.py ... --batch_size 64 --accumulate 8         # a large batch on a small GPU, 8 images at a time
+python train.py ... --init yolact_r50                      # fine-tune released weights or your own
+python train.py ... --batch_size 64 --accumulate 8         # gradient accumulation: 8 micro-batches of 8 images
 python train.py --resume runs/yolact_lite                  # continue exactly where a run stopped
-torchrun --nproc_per_node 8 train.py --config yolact_r50_8xb8 ...   # the batch is shared by 8 GPUs
+torchrun --nproc_per_node 8 train.py --config yolact_r50_8xb8 ...   # the batch is split over 8 GPUs
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...  # on each machine
 
-The run's folder gets `last.pth` and `best.pth` (each is enough to predict and to resume), `log.jsonl` with one line per
-step, `run.json` with the command and the configuration, `first_batch.jpg` (what the network is fed), and
-`validation.jpg` (predictions beside the ground truth).
+The run's folder contains `last.pth` and `best.pth` (either is enough to predict and to resume), `log.jsonl` with one
+line per step, `run.json` with the commands and the configuration, `first_batch.jpg` (the first training batch as the
+network receives it), and `validation.jpg` (predictions next to the ground truth).
 """
 
 from __future__ import annotations
@@ -47,42 +47,45 @@ from yolact import Yolact
 
 
 def build_parser() -> ArgumentParser:
-    """Arguments that are not given are absent, so that a resumed run knows which ones are."""
+    """Build the parser. Arguments that are not given are absent from the namespace, not None.
+
+    Resuming therefore distinguishes arguments that override a stored setting from those that were not given.
+    """
     parser = ArgumentParser(
         description="Train YOLACT on a data set in COCO format.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", help="a name of config.py, or a .py file that defines `config`")
-    parser.add_argument("--train_annotations", type=Path, help="COCO JSON; the classes come from it")
-    parser.add_argument("--train_images", type=Path, help="the folder of its images")
-    parser.add_argument("--val_annotations", type=Path, help="COCO JSON of the validation set")
-    parser.add_argument("--val_images", type=Path, help="the folder of its images, by default --train_images")
+    parser.add_argument("--config", help="a configuration named in config.py, or a .py file that defines `config`")
+    parser.add_argument("--train_annotations", type=Path, help="annotations in COCO format; they define the classes")
+    parser.add_argument("--train_images", type=Path, help="folder of the training images")
+    parser.add_argument("--val_annotations", type=Path, help="annotations of the validation set, in COCO format")
+    parser.add_argument("--val_images", type=Path, help="folder of the validation images (default: --train_images)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--init",
         help="weights to start from: a file, a run's folder, a released name, imagenet (the default), or none; "
         "without --config, the configuration in the file is used",
     )
-    start.add_argument("--resume", type=Path, help="the folder (or checkpoint) of a run to continue")
-    parser.add_argument("--batch_size", type=integer(1), help="of a step, over all processes; the schedule scales")
-    parser.add_argument("--accumulate", type=integer(1), help="micro-batches that a batch is split into")
-    parser.add_argument("--lr", type=positive_float, help="learning rate, not scaled with the batch size")
+    start.add_argument("--resume", type=Path, help="continue a run, given its folder or a checkpoint")
+    parser.add_argument("--batch_size", type=integer(1), help="images per step over all processes; scales the schedule")
+    parser.add_argument("--accumulate", type=integer(1), help="gradient accumulation: micro-batches per step (1)")
+    parser.add_argument("--lr", type=positive_float, help="learning rate; it is not scaled to the batch size")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=integer(1), help="length of the run, instead of the configuration's")
-    length.add_argument("--max_iter", type=integer(1), help="the same in iterations")
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="of the network; losses are in float32")
-    parser.add_argument("--workers", type=integer(0), help="processes that read and augment (2); 0: none")
+    length.add_argument("--epochs", type=integer(1), help="number of epochs, instead of the configuration's")
+    length.add_argument("--max_iter", type=integer(1), help="number of iterations, instead of the configuration's")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="network precision; losses use float32")
+    parser.add_argument("--workers", type=integer(0), help="data loading processes (2); 0: load in the main process")
     parser.add_argument(
-        "--val_interval", type=integer(1), help="iterations between validations; an epoch, or 500 if that is more"
+        "--val_interval", type=integer(1), help="iterations between validations (default: one epoch, at least 500)"
     )
-    parser.add_argument("--output_dir", type=Path, help="runs/CONFIG by default")
-    parser.add_argument("--tensorboard", action="store_true", help="write event files too (pip install tensorboard)")
-    parser.add_argument("--ignore_audit", action="store_true", help="train although the audit found errors")
-    parser.add_argument("--follow_links", action="store_true", help="accept links that lead out of the image folders")
-    parser.add_argument("--seed", type=integer(0), help="of everything random (0)")
-    parser.add_argument("--set", nargs="+", action="extend", metavar="key=value", help="override the configuration")
+    parser.add_argument("--output_dir", type=Path, help="folder for checkpoints and logs (default: runs/CONFIG)")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    parser.add_argument("--ignore_audit", action="store_true", help="train even if the audit finds errors")
+    parser.add_argument("--follow_links", action="store_true", help="follow links to files outside the image folders")
+    parser.add_argument("--seed", type=integer(0), help="random seed (0)")
+    parser.add_argument("--set", nargs="+", action="extend", metavar="key=value", help="override configuration fields")
     return parser
 
 
@@ -96,10 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start_run(given: dict[str, Any]) -> int:
-    """Start a new run."""
+    """Start a new run; return the exit code, see `train_to_end`.
+
+    Raises UserError for arguments that are missing or invalid, and if the output folder already holds a run.
+    """
     if not {"train_annotations", "train_images"} <= given.keys() or not {"config", "init"} & given.keys():
         raise UserError(
-            "give --train_annotations and --train_images with --config or --init, or --resume with a run's folder"
+            "to start a run, give --train_annotations, --train_images and --config or --init; to continue one, --resume"
         )
     start = read_start(given.get("init", "imagenet"))
     config = get_config(given["config"]) if "config" in given else start.config
@@ -108,7 +114,7 @@ def start_run(given: dict[str, Any]) -> int:
     settings = Settings(**given | {"set": tuple(given.get("set", ()))})
     folder = settings.output_dir
     if (folder / "last.pth").exists():
-        raise UserError(f"{folder} holds a run: --resume {folder}, or choose another --output_dir")
+        raise UserError(f"{folder} already holds a run; use --resume {folder}, or choose another --output_dir")
     with join(settings.device) as ranks:
         torch.manual_seed(settings.seed)
         train, val = load_data(settings, config, ranks)
@@ -120,22 +126,27 @@ def start_run(given: dict[str, Any]) -> int:
 
 
 def resume_run(resume: Path, given: dict[str, Any]) -> int:
-    """Continue a run with the settings that it was started with, and those given now where they can change."""
+    """Continue a run with its stored settings, overridden by the arguments given now; return the exit code.
+
+    Raises UserError if the file has no valid training state, or an argument cannot change in a resumed run.
+    """
     path = checkpoint_in(resume, ("last.pth",)) if resume.is_dir() else resume
     content = read_checkpoint(path)
     weights = weights_from(content, path)
     training = content.get("training")
     if not isinstance(training, dict):
-        raise UserError(f"{path}: holds only weights, no state of a run; start a new one with --init {path}")
+        raise UserError(f"{path}: holds only weights and no training state; start a new run with --init {path}")
     check_resumable(training, bool(weights.config.training.ema), str(path))
     changed = retired(content["config"])
     if changed:
-        raise UserError(f"{path}: was trained with {shown(content['config'], changed)}, which can no longer be set")
+        raise UserError(f"{path}: trained with {shown(content['config'], changed)}, which can no longer be set")
     settings = Settings.resumed(training["args"], given, path.parent)
     with join(settings.device) as ranks:
         train, val = load_data(settings, weights.config, ranks)
         check_classes(train, weights.config, "in the run")
         with claim_folder(settings.output_dir, ranks):
+            # The file's model weights are the EMA's if there is one; `load` then restores the weights being trained,
+            # the optimiser and the random state, so no seed is set here.
             trainer = Trainer(build_model(weights, path), settings, ranks)
             trainer.load(training)
             print(f"resumed {path} at step {trainer.step}")
@@ -143,7 +154,9 @@ def resume_run(resume: Path, given: dict[str, Any]) -> int:
 
 
 def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDataset, CocoDataset | None]:
-    """Read and audit the data sets. Raises UserError if training on them would go wrong."""
+    """Read and audit the training set and, if one is given, the validation set.
+    Raises UserError if a file cannot be read, the classes differ, or the audit finds errors (see --ignore_audit).
+    """
     assert settings.train_annotations is not None
     assert settings.train_images is not None
     train = CocoDataset(settings.train_annotations, settings.train_images, settings.follow_links)
@@ -158,11 +171,11 @@ def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDat
         errors = quick_audit(dataset, config) if ranks.main else []
         problem = None
         if errors and not settings.ignore_audit:
-            problem = UserError(f"{errors[0]} (--ignore_audit trains all the same)".removeprefix("error: "))
+            problem = UserError(f"{errors[0]} (use --ignore_audit to train anyway)".removeprefix("error: "))
         ranks.agree(problem)
     copies = train.count_copies()
     if copies:
-        print(f"{train.path}: {copies} annotations repeat another one of the same image; training drops them")
+        print(f"{train.path}: {copies} annotations duplicate another one of the same image and are ignored in training")
     return train, datasets[1] if len(datasets) > 1 else None
 
 
@@ -172,8 +185,8 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
     batch_size = settings.batch_size or config.training.batch_size
     if batch_size % ranks.size or batch_size < ranks.size * settings.accumulate:
         raise UserError(
-            f"batch size {batch_size} cannot be shared by {ranks.size} processes in {settings.accumulate} "
-            "micro-batches each"
+            f"batch size {batch_size} cannot be split over {ranks.size} processes with {settings.accumulate} "
+            "gradient accumulation steps each"
         )
     schedule = Schedule.build(config.training, len(train), batch_size, settings.lr, settings.epochs, settings.max_iter)
     if trainer.step > schedule.max_iter:
@@ -184,9 +197,13 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
         f"{str(trainer.dtype).removeprefix('torch.')} on {ranks.size} x {trainer.device}, "
         f"batch norm {trainer.batch_norm}"
     )
+    # The number of images that batch norm computes its statistics over in one forward pass.
     together = batch_size // settings.accumulate // (1 if trainer.batch_norm == "synchronised" else ranks.size)
     if together < batch_size and not config.training.freeze_bn:
-        print(f"batch norm is trained on {together} images at a time; freeze_bn=true makes the split exact")
+        print(
+            f"batch norm statistics are computed over {together} of {batch_size} images at a time; "
+            "with freeze_bn=true, splitting the batch does not change the result"
+        )
     if ranks.main:
         write_record(trainer)
     loader = TrainingLoader(
@@ -194,7 +211,7 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
         config,
         batch_size=batch_size // ranks.size,
         seed=settings.seed,
-        start=trainer.step * batch_size,
+        start=trainer.step * batch_size,  # images already used; a resumed run continues with the next one
         workers=settings.workers,
         ranks=ranks,
     )

@@ -3,9 +3,9 @@
     model = Yolact(get_config("yolact_resnet50"))                   # random weights
     model = load_model("yolact_resnet50_54_800000.pth")             # from weights import load_model
 
-A backbone and a feature pyramid feed two parallel branches: `ProtoNet` computes a few prototype masks for the whole
-image, and `PredictionHead` gives each anchor a box, class scores and the coefficients that combine the prototypes into
-its mask. The outputs are raw; `layers.detect` and `layers.masks` turn them into detections.
+A backbone and a feature pyramid feed two parallel branches. `ProtoNet` computes prototype masks for the whole image.
+`PredictionHead` predicts a box, class scores and mask coefficients for each anchor; a mask is the combination of the
+prototypes with these coefficients. `layers.detect` and `layers.masks` convert the raw outputs to detections.
 """
 
 from __future__ import annotations
@@ -43,21 +43,23 @@ class FPN(nn.Module):
         )
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        """Feature maps of strides 8, 16, 32 -> maps [B, channels, h, w] of strides 8, 16, 32, 64, 128."""
+        """C3, C4, C5 [B, in_channels[i], h, w] at strides 8, 16, 32 -> P3..P7 [B, channels, h, w] at strides 8..128."""
         laterals = [conv(x) for conv, x in zip(self.lateral, features, strict=True)]
+        # Top-down pathway. Upsample to the size of the finer map, not by a factor of 2: odd sizes were rounded up.
         for i in (1, 0):
             above = F.interpolate(laterals[i + 1], laterals[i].shape[2:], mode="bilinear", align_corners=False)
             laterals[i] = laterals[i] + above
         outputs = [conv(x) for conv, x in zip(self.output, laterals, strict=True)]
         if self.relu:
             outputs = [F.relu(x) for x in outputs]
+        # P6 is computed from C5 in MMDetection and from P5 in the authors' code.
         outputs.append(self.downsample[0](features[-1] if self.p6_from_c5 else outputs[-1]))
         outputs.append(self.downsample[1](outputs[-1]))
         return outputs
 
 
 class ProtoNet(nn.Sequential):
-    """P3 [B, in_channels, h, w] -> prototypes [B, K, 2h, 2w], not negative (paper, section 3.1, figure 3)."""
+    """P3 [B, in_channels, h, w] -> non-negative prototypes [B, K, 2h, 2w] (paper, section 3.1, figure 3)."""
 
     def __init__(self, in_channels: int, channels: int, num_prototypes: int):
         super().__init__(
@@ -76,7 +78,10 @@ class ProtoNet(nn.Sequential):
 
 
 class PredictionHead(nn.Module):
-    """Boxes, classes and coefficients of one pyramid level; all levels share it (paper, section 3.1, figure 4)."""
+    """Predict boxes, classes and mask coefficients of one pyramid level (paper, sections 3.2 and 4, figure 4).
+
+    All levels share its weights.
+    """
 
     def __init__(self, channels: int, num_anchors: int, num_classes: int, num_prototypes: int):
         super().__init__()
@@ -88,7 +93,10 @@ class PredictionHead(nn.Module):
         self.coeff = nn.Conv2d(channels, num_anchors * num_prototypes, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, channels, h, w] -> offsets [B, a, 4], logits [B, a, C + 1], coefficients [B, a, K] of a anchors."""
+        """[B, channels, h, w] -> offsets [B, A, 4], logits [B, A, C + 1] and coefficients [B, A, K] in -1..1.
+
+        A is h * w * num_anchors, ordered by row, column and anchor, as in `make_anchors`.
+        """
         x = F.relu(self.trunk(x))
         batch = x.shape[0]
         box = self.box(x).permute(0, 2, 3, 1).reshape(batch, -1, 4)
@@ -98,9 +106,9 @@ class PredictionHead(nn.Module):
 
 
 class MaskIoUNet(nn.Sequential):
-    """The fast mask re-scoring network of YOLACT++ (section 6.1): predicts the IoU of a mask, for each class."""
+    """The fast mask re-scoring network of YOLACT++ (section 6.1): predicts the IoU of each mask with its object."""
 
-    keep_float32: ClassVar[bool] = True
+    keep_float32: ClassVar[bool] = True  # `inference.optimize` does not cast this module to a lower precision
 
     def __init__(self, num_classes: int):
         channels = (1, 8, 16, 32, 64, 128)
@@ -110,15 +118,23 @@ class MaskIoUNet(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(channels[-1], num_classes, 1), nn.ReLU(inplace=True))
 
     def forward(self, masks: Tensor) -> Tensor:
-        """Soft masks [N, h, w], cropped to their boxes -> predicted IoUs [N, C]: entry c holds if the class is c."""
+        """Soft masks [N, h, w], cropped to their boxes -> predicted IoUs [N, C], one for each possible class."""
         height, width = masks.shape[1:]
-        short = (0, max(0, 63 - width), 0, max(0, 63 - height))  # five unpadded strided layers need 63 pixels
+        # Five unpadded 3x3 convolutions of stride 2 reduce 63 pixels to 1. Smaller masks are padded with zeros.
+        short = (0, max(0, 63 - width), 0, max(0, 63 - height))
         masks = F.pad(masks, short) if any(short) else masks
         return super().forward(masks[:, None]).amax(dim=(2, 3))
 
 
 class Yolact(nn.Module):
-    """The whole network for a configuration, with random weights. The configuration is the attribute `config`."""
+    """The complete network of a configuration, with random weights.
+
+    Args:
+        config: the configuration, kept as the attribute `config`. Its model and training sections are used.
+
+    Raises:
+        UserError: if the backbone is unknown or does not support `dcn_interval`.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -129,7 +145,7 @@ class Yolact(nn.Module):
         self.fpn = FPN(self.backbone.channels, channels, model.fpn_relu, model.p6_from_c5)
         self.protonet = ProtoNet(channels, model.proto_channels, model.num_prototypes)
         self.head = PredictionHead(channels, num_anchors, num_classes, model.num_prototypes)
-        # Only the loss uses it: a 1x1 convolution on P3 that predicts a class for every pixel (paper, section 5).
+        # Used by the loss only: a 1x1 convolution on P3 that predicts the classes of every pixel (paper, section 5).
         self.semantic = nn.Conv2d(channels, num_classes, 1)
         self.mask_iou = MaskIoUNet(num_classes) if model.mask_iou else None
         for module in (self.fpn, self.protonet, self.head, self.semantic, self.mask_iou):
@@ -137,7 +153,7 @@ class Yolact(nn.Module):
                 _init_convolutions(module)
 
     def train(self, mode: bool = True) -> Yolact:
-        """Set training or evaluation mode. What the configuration freezes stays frozen."""
+        """Set training or evaluation mode. Layers that the configuration freezes stay in evaluation mode."""
         super().train(mode)
         if self.config.training.freeze_bn:
             freeze_batch_norm(self.backbone)
@@ -146,7 +162,7 @@ class Yolact(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Predictions:
-        """[B, 3, H, W] normalised RGB, with H and W of at least 32 -> Predictions."""
+        """Normalised RGB [B, 3, H, W], with H and W of at least 32 -> Predictions; `semantic` in training mode only."""
         levels = self.fpn(self.backbone(images))
         prototypes = self.protonet(levels[0]).permute(0, 2, 3, 1)
         boxes, logits, coefficients = (torch.cat(x, dim=1) for x in zip(*map(self.head, levels), strict=True))
@@ -161,7 +177,7 @@ class Yolact(nn.Module):
 
 
 def _init_convolutions(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as the released code starts everything but the backbone."""
+    """Initialise convolutions as in the released code: Xavier-uniform weights and zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)

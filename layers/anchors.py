@@ -1,4 +1,4 @@
-"""Anchors for any height x width (paper, section 4)."""
+"""Anchor boxes for inputs of any size (paper, section 4)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ LEVELS = (3, 4, 5, 6, 7)  # P3..P7, of strides 8..128
 
 
 def feature_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return height and width of P3..P7 for an input of `height` x `width` pixels. Each stride-2 layer rounds up."""
+    """Return (height, width) of P3..P7 for an input of `height` x `width` pixels. Every stride-2 layer rounds up."""
     return [(-(-height // 2**level), -(-width // 2**level)) for level in LEVELS]
 
 
 def prototype_size(height: int, width: int) -> tuple[int, int]:
-    """Return height and width of the prototypes for an input of `height` x `width` pixels: twice those of P3."""
+    """Return (height, width) of the prototypes for an input of `height` x `width` pixels: twice the size of P3."""
     rows, columns = feature_sizes(height, width)[0]
     return 2 * rows, 2 * columns
 
@@ -32,10 +32,10 @@ def make_anchors(
     They are ordered by level, row, column, size and ratio, as the head's outputs are.
 
     Args:
-        sizes: the sides in pixels for each level.
+        sizes: the sides s in pixels for each level. An anchor is s * sqrt(ratio) wide and s / sqrt(ratio) high.
         ratios: width / height.
-        square: give every anchor its width as height. The authors' first weights were trained like this, by a bug
-            that is part of their meaning; MMDetection's and YOLACT++'s have true ratios.
+        square: use the width also as the height. YOLACT's released COCO weights were trained like this, because of a
+            bug in the authors' code, and need it. YOLACT++, Pascal and MMDetection use the true ratios.
     """
     levels = []
     for (rows, columns), sides in zip(feature_sizes(height, width), sizes, strict=True):
@@ -43,6 +43,8 @@ def make_anchors(
         heights = torch.tensor([side / ratio**0.5 for side in sides for ratio in ratios], dtype=torch.float64)
         if square:
             heights = widths
+        # Centres divide the image evenly, in the authors' code and in MMDetection. Their spacing is height / rows,
+        # which is not the stride if a side was rounded up: 550 / 69 = 7.97, not 8.
         y, x = torch.meshgrid(
             (torch.arange(rows, dtype=torch.float64) + 0.5) / rows,
             (torch.arange(columns, dtype=torch.float64) + 0.5) / columns,
@@ -51,4 +53,5 @@ def make_anchors(
         centres = torch.stack((x, y), dim=-1)[:, :, None].expand(rows, columns, len(widths), 2)
         shapes = torch.stack((widths / width, heights / height), dim=-1).expand(rows, columns, len(widths), 2)
         levels.append(torch.cat((centres, shapes), dim=-1).reshape(-1, 4))
+    # Computed in float64 and rounded once, so that the values are the same on every device.
     return torch.cat(levels).to(device=device, dtype=torch.float32)

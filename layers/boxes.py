@@ -1,7 +1,7 @@
 """Box formats, offsets to anchors, and overlaps.
 
-Corner form is (x1, y1, x2, y2), centre form is (cx, cy, w, h). All functions work on the last dimensions, whatever
-comes before them, and in any unit.
+Corner form is (x1, y1, x2, y2), centre form is (cx, cy, w, h). All functions accept any leading dimensions and any
+unit of length, as long as all boxes use the same one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 VARIANCES = (0.1, 0.2)  # of centres and of sides, as in SSD (Liu et al. 2016)
-# The largest change of a side that an offset can ask for. It is MMDetection's value; trained networks do not come near
-# it, and it keeps an untrained one from overflowing.
+# Limit on the logarithm of side / anchor side, so that the offsets of an untrained network do not overflow. The value
+# is MMDetection's; trained networks do not reach it.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
@@ -30,9 +30,9 @@ def to_centres(boxes: Tensor) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Return the offsets [..., 4] that `decode` turns into `boxes`.
+    """Return the offsets [..., 4] of boxes [..., 4] to anchors [..., 4], the inverse of `decode` (SSD, section 2.2).
 
-    Boxes are in corner form and of positive size, anchors in centre form.
+    Boxes are in corner form with positive sides, anchors in centre form.
     """
     boxes = to_centres(boxes)
     centre = (boxes[..., :2] - anchors[..., :2]) / (VARIANCES[0] * anchors[..., 2:])
@@ -50,12 +50,12 @@ def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
 
 
 def area(boxes: Tensor) -> Tensor:
-    """[..., 4] corner form -> [...]."""
+    """Boxes [..., 4] in corner form -> areas [...]."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Return the areas [..., N, M] that boxes a [..., N, 4] and b [..., M, 4] in corner form share."""
+    """Return the areas [..., N, M] of the intersections of boxes a [..., N, 4] and b [..., M, 4] in corner form."""
     a, b = a.unsqueeze(-2), b.unsqueeze(-3)
     width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])
     height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])
@@ -70,5 +70,6 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box_iof(a: Tensor, b: Tensor) -> Tensor:
-    """Return the share [..., N, M] of each box of a [..., N, 4] inside each box of b [..., M, 4], for crowds."""
+    """Return intersection over foreground: the share [..., N, M] of each box of a [..., N, 4] inside each box of b
+    [..., M, 4], with values in 0..1. Used for crowd regions."""
     return intersection(a, b) / area(a).unsqueeze(-1).clamp(min=1e-12)

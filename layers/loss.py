@@ -1,4 +1,4 @@
-"""The training loss: matching, hard negative mining and one method per term (paper, section 3; SSD)."""
+"""The training loss: matching, hard negative mining and one method per term (paper, sections 3.3 and 5; SSD)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from layers.boxes import area, box_iof, box_iou, encode, to_corners
 from layers.masks import crop_window, mask_logits
 from layers.structures import Predictions, Target
 
-# The weights of the authors' released code: box 1.5, mask 6.125 (paper, section 3), mask IoU 25 (YOLACT++).
+# Weights of the terms, from the released code and the paper (section 3.3); the mask IoU weight is that of YOLACT++.
 WEIGHTS = {"box": 1.5, "class": 1.0, "mask": 6.125, "semantic": 1.0, "mask_iou": 25.0}
 TERMS = tuple(WEIGHTS)
-# An anchor is positive from the first IoU on and negative below the second (released code; SSD has 0.5 for both).
+# An anchor is positive if its IoU is at least the first value, negative if it is below the second, and otherwise
+# ignored (released code; SSD uses 0.5 for both).
 POSITIVE_IOU, NEGATIVE_IOU = 0.5, 0.4
 NEGATIVES_PER_POSITIVE = 3  # SSD, section 2.2
-# An image without objects mines as many negatives as one with this many positive anchors: enough to unlearn its false
-# positives, too few to outweigh other images. Mining per image keeps accumulated micro-batches equal to one batch.
+# An image without objects contributes as many negatives as one with this many positive anchors: enough to suppress
+# false positives, and too few to outweigh other images. Negatives are mined per image, so that the loss does not depend
+# on how a batch is split into micro-batches.
 EMPTY_POSITIVES = 10
-# The mask IoU network learns from masks of more pixels than this, thresholded at a half (released code).
+# The mask IoU network is trained on objects with more prototype pixels than this. The IoU is that of the soft mask,
+# thresholded at 0.5 (released code).
 MASK_IOU_MIN_AREA, MASK_IOU_THRESHOLD = 25, 0.5
 
 
 class Matches(NamedTuple):
-    """What each anchor of each image should predict."""
+    """The training targets of every anchor."""
 
-    objects: Tensor  # [B, A] index of the ground truth
+    objects: Tensor  # [B, A] index of the matched object in the image's target
     classes: Tensor  # [B, A] label + 1, 0 for background, -1 for ignored anchors
-    boxes: Tensor  # [B, A, 4] the matched ground truth boxes
+    boxes: Tensor  # [B, A, 4] the matched boxes in corner form, relative; meaningful for positive anchors only
 
     @property
     def positive(self) -> Tensor:
@@ -40,11 +43,11 @@ class Matches(NamedTuple):
 
 
 class MultiBoxLoss:
-    """Compute {"box", "class", "mask", "semantic", "mask_iou"}, weighted scalars to be summed.
+    """Compute the terms "box", "class", "mask", "semantic" and "mask_iou" of the training loss.
 
-    The keys are the same whatever is in the images. Everything is computed in float32. The box, class, mask and mask
-    IoU terms are sums over the positive anchors divided by their number in the batch; the semantic term is a mean
-    over the images.
+    All terms are computed in float32, and none is ever missing. The class term is a sum over positive and mined
+    negative anchors, the box, mask and mask IoU terms are sums over positive anchors; all four are divided by the
+    number of positive anchors in the batch. The semantic term is a mean over the images.
     """
 
     def __init__(self, config: LossConfig):
@@ -63,12 +66,18 @@ class MultiBoxLoss:
 
         Args:
             predictions: raw outputs of B images, in training mode.
-            anchors: [A, 4] in centre form, relative.
+            anchors: [A, 4] in centre form, relative to the image.
             targets: B dictionaries, see `Target`.
             mask_iou_net: the model's `mask_iou`, for YOLACT++.
-            num_positives: the number of positive anchors to divide by, where the batch is shared by processes or
-                accumulated in micro-batches. By default this batch's own.
-            num_images: likewise the number of images.
+            num_positives: the number of positive anchors to divide by, if this is only a part of the batch: one
+                process's share or a micro-batch. Default: the number in `targets`.
+            num_images: the number of images to divide the semantic term by. Default: B.
+
+        Returns:
+            A scalar for each of TERMS, already multiplied by its weight. Their sum is the loss.
+
+        Raises:
+            ValueError: if the predictions have no semantic maps, because the model was in evaluation mode.
         """
         offsets, logits = predictions.boxes.float(), predictions.logits.float()
         matches = self.match(anchors, targets)
@@ -87,7 +96,12 @@ class MultiBoxLoss:
 
     @torch.no_grad()
     def match(self, anchors: Tensor, targets: list[Target]) -> Matches:
-        """Match every anchor [A, 4] of every image with an object, the background, or nothing."""
+        """Match every anchor to an object or the background, or mark it as ignored, for each image.
+
+        Args:
+            anchors: [A, 4] in centre form, relative to the image.
+            targets: the ground truth of B images.
+        """
         corners = to_corners(anchors)
         matched = [self._match_one(corners, target) for target in targets]
         return Matches(*(torch.stack(x) for x in zip(*matched, strict=True)))
@@ -97,25 +111,28 @@ class MultiBoxLoss:
         if len(boxes):
             overlaps = box_iou(boxes, corners)  # [n, A]
             best, objects = overlaps.max(dim=0)
-            # Every object gets at least one anchor, however small or oddly shaped it is.
+            # Every object gets at least one positive anchor, even if none reaches POSITIVE_IOU. Changes `best` and
+            # `objects` in place.
             _force_matches(overlaps, best, objects)
             classes = labels[objects] + 1
-            # Anchors between the two thresholds are neither positive nor negative.
+            # Anchors between the two thresholds are ignored (-1).
             classes = classes.masked_fill(best < POSITIVE_IOU, -1).masked_fill(best < NEGATIVE_IOU, 0)
             matched = boxes[objects]
         else:
+            # No object: every anchor is background. The objects and boxes are placeholders.
             objects = torch.zeros(len(corners), dtype=torch.long, device=corners.device)
             classes, matched = objects.clone(), corners.new_ones(len(corners), 4)
         if len(target["crowds"]) and self.config.crowd_iou < 1:
-            # An anchor inside a crowd may show an object that nobody annotated, so it is no negative.
+            # An anchor inside a crowd region may contain an object that is not annotated, so it is not a negative.
             inside = box_iof(corners, target["crowds"]).amax(dim=1)
             classes = classes.masked_fill((classes <= 0) & (inside > self.config.crowd_iou), -1)
         return objects, classes, matched
 
     def box_term(self, offsets: Tensor, anchors: Tensor, matches: Matches) -> Tensor:
-        """Smooth L1 between offsets [B, A, 4] and the encoded boxes, summed over the positives."""
+        """Smooth L1 loss between offsets [B, A, 4] and the encoded matched boxes, summed over the positive anchors."""
         positive = matches.positive
-        # Anchors without an object get their own box: its encoding is finite, and it is masked out below.
+        # Other anchors are encoded against themselves, which is finite, and masked out below. Indexing the positives
+        # instead would synchronise with the device.
         boxes = torch.where(positive[..., None], matches.boxes, to_corners(anchors))
         loss = F.smooth_l1_loss(offsets, encode(boxes, anchors), reduction="none").sum(dim=-1)
         return (loss * positive).sum()
@@ -123,12 +140,13 @@ class MultiBoxLoss:
     def class_term(self, logits: Tensor, matches: Matches) -> Tensor:
         """Cross-entropy of logits [B, A, C + 1], summed over the positives and the hardest negatives (OHEM).
 
-        Thousands of background anchors would outweigh a few positives. So only NEGATIVES_PER_POSITIVE background
-        anchors per positive of an image count: those with the largest cross-entropy, which are the ones least
-        confident of being background.
+        Background anchors far outnumber positives. The loss therefore includes only NEGATIVES_PER_POSITIVE of them for
+        each positive anchor of the image, those with the largest cross-entropy (SSD, section 2.2).
         """
         classes, positive = matches.classes, matches.positive
+        # The class -1 is clamped to a valid index; ignored anchors are in neither of the two sums below.
         cross_entropy = logits.logsumexp(dim=-1) - logits.gather(2, classes.clamp(min=0)[..., None])[..., 0]
+        # Cross-entropy is not negative, so other anchors, set to 0, sort last and add nothing if negatives run short.
         hardest = cross_entropy.masked_fill(classes != 0, 0).sort(dim=1, descending=True).values
         count = positive.sum(dim=1)
         count = torch.where(count == 0, EMPTY_POSITIVES, count) * NEGATIVES_PER_POSITIVE
@@ -142,14 +160,15 @@ class MultiBoxLoss:
         targets: list[Target],
         mask_iou_net: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """The mask and mask IoU terms, summed over the positives.
+        """Return the mask and mask IoU terms, summed over the positive anchors (paper, section 3.3).
 
-        The mask term is the binary cross-entropy inside the ground truth box, divided by the box's area, so that
-        small objects count as much as large ones. It is computed from logits and inside the box only: a mask that
-        extends past its box, as shifted annotations have it, cannot make it explode.
+        The mask term is the binary cross-entropy inside the ground truth box, divided by the area of the box, so that
+        small objects have the same weight as large ones. Pixels outside the box are ignored, so the term stays bounded
+        if an inaccurate annotation has a mask that extends beyond its box.
         """
         size = predictions.prototypes.shape[1:3]
-        # Without any object the loss is 0 and still depends on both outputs: DDP expects a gradient for everything.
+        # Sums over empty slices are 0, but keep both outputs in the graph: DDP expects a gradient for each parameter,
+        # also if the batch has no objects.
         mask_loss = predictions.prototypes[:0].float().sum() + predictions.coefficients[:0].float().sum()
         soft_masks, true_masks, mask_labels = [], [], []
         for b, target in enumerate(targets):
@@ -159,7 +178,7 @@ class MultiBoxLoss:
             objects, boxes = matches.objects[b, chosen], matches.boxes[b, chosen]
             logits = mask_logits(predictions.prototypes[b], predictions.coefficients[b, chosen])
             loss = mask_cross_entropy(logits, target["masks"], objects, boxes, self.config.mask_supersample)
-            # A sample stands for all positives of its image.
+            # Scale the sum over the sample to all positive anchors of the image.
             mask_loss = mask_loss + loss.sum() * (matches.positive[b].sum() / len(chosen))
             if mask_iou_net is not None:
                 soft_masks.append(logits.sigmoid() * crop_window(boxes, *size))
@@ -170,7 +189,7 @@ class MultiBoxLoss:
         return mask_loss, _mask_iou_term(mask_iou_net, size, soft_masks, true_masks, mask_labels)
 
     def _sample(self, positive: Tensor, target: Target) -> Tensor:
-        """Indices of at most `masks_to_train` positive anchors of one image [A]."""
+        """Return the indices of at most `masks_to_train` randomly chosen positive anchors, for a bool mask [A]."""
         chosen = positive.nonzero()[:, 0]
         if len(chosen) <= self.config.masks_to_train:
             return chosen
@@ -179,12 +198,16 @@ class MultiBoxLoss:
         return chosen[some.to(chosen.device)]
 
     def semantic_term(self, semantic: Tensor | None, targets: list[Target]) -> Tensor:
-        """Binary cross-entropy of class maps [B, C, h, w], mean over pixels, summed over classes and images."""
+        """Binary cross-entropy of class maps [B, C, h, w] (paper, section 5).
+
+        It is averaged over pixels, and summed over classes and images.
+        """
         if semantic is None:
-            raise ValueError("no semantic maps: the model must be in training mode")
+            raise ValueError("predictions.semantic is None; the model must be in training mode")
         truth = torch.zeros_like(semantic, dtype=torch.float32)
         for b, target in enumerate(targets):
             if len(target["labels"]):
+                # The union of the masks of each class: a sum, clamped to 1 below.
                 truth[b].index_add_(0, target["labels"], resize_truth(target["masks"], semantic.shape[2:]))
         loss = F.binary_cross_entropy_with_logits(semantic.float(), truth.clamp(max=1), reduction="sum")
         return loss / (semantic.shape[2] * semantic.shape[3])
@@ -197,12 +220,16 @@ def _mask_iou_term(
     true_masks: list[Tensor],
     labels: list[Tensor],
 ) -> Tensor:
-    """Smooth L1 between the IoU that `net` predicts for each mask and its true IoU (YOLACT++, section 6.1)."""
+    """Smooth L1 loss between predicted and true mask IoU, summed over the masks (YOLACT++, section 6.1).
+
+    Each list has one entry per image with objects: soft_masks and true_masks [n, h, w], labels [n]. Objects of at most
+    MASK_IOU_MIN_AREA pixels are ignored.
+    """
     soft = torch.cat(soft_masks) if soft_masks else torch.zeros(0, *size)
     truth = torch.cat(true_masks) if true_masks else torch.zeros(0, *size)
     large = truth.sum(dim=(1, 2)) > MASK_IOU_MIN_AREA
     if not large.any():
-        # Use the weights all the same: every process of a distributed run must have a gradient for them.
+        # Call the network anyway: with DDP, every process must compute a gradient for its weights.
         device = next(net.parameters()).device if isinstance(net, torch.nn.Module) else None
         return net(torch.zeros(1, *size, device=device)).sum() * 0
     soft, truth, label = soft[large], truth[large], torch.cat(labels)[large]
@@ -214,15 +241,15 @@ def _mask_iou_term(
 
 
 def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Tensor, supersample: int = 1) -> Tensor:
-    """Return [N]: the cross-entropy of each mask inside its box, divided by the box's area (paper, section 3.1).
+    """Return the cross-entropy [N] of each mask inside its box, divided by the box's area (paper, section 3.3).
 
     Args:
-        logits: [N, h, w].
-        masks: [n, H, W] of the image's objects.
-        objects: [N], which of them each belongs to.
-        boxes: [N, 4] of those objects, in corner form, relative.
-        supersample: compare at this multiple of h and w. The soft masks are upsampled as in inference, so an object
-            that is a pixel wide keeps its outline, where one thresholded at the prototypes' size would vanish.
+        logits: [N, h, w] predicted masks.
+        masks: [n, H, W] ground truth masks of the image's objects.
+        objects: [N] index into `masks` for each predicted mask.
+        boxes: [N, 4] ground truth boxes of those objects, in corner form, relative to the image.
+        supersample: compute the loss at this multiple of h and w. Soft masks are upsampled as in inference, so that
+            thin objects are kept, which would vanish if their masks were thresholded at the prototypes' size.
     """
     size = (logits.shape[1] * supersample, logits.shape[2] * supersample)
     truth = resize_truth(masks, size)[objects]
@@ -231,34 +258,42 @@ def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Te
     else:
         soft = F.interpolate(logits.sigmoid()[None], size, mode="bilinear", align_corners=False)[0]
         loss = F.binary_cross_entropy(soft, truth, reduction="none")
+    # One prototype pixel of padding, as in inference. The divisor is the area of the box without it (released code).
     window = crop_window(boxes, *size, padding=supersample)
     return (loss * window).sum(dim=(1, 2)) / (area(boxes) * size[0] * size[1])
 
 
 def resize_truth(masks: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Masks [n, H, W] of any type -> float 0 or 1 at `size`, bilinear and thresholded at a half (released code)."""
+    """Resize masks [n, H, W] of any dtype to float masks [n, *size] of 0 and 1.
+
+    As in the released code, masks are resized bilinearly and thresholded at 0.5.
+    """
     if tuple(masks.shape[1:]) == tuple(size):
         return masks.float()
     return (F.interpolate(masks[None].float(), tuple(size), mode="bilinear", align_corners=False)[0] > 0.5).float()
 
 
 def _force_matches(overlaps: Tensor, best: Tensor, objects: Tensor) -> None:
-    """Give each object one anchor of its own, the best one still free, best pair first.
+    """Assign to each object its best anchor that is not taken yet, in order of decreasing overlap.
 
-    Takes overlaps [n, A] and writes 2, above any threshold, into `best` [A] and the object's index into `objects` [A].
-    An object loses at most n - 1 anchors to the others, so its n best suffice. Nothing synchronises with the device.
+    Modifies two tensors in place: in `best` [A] the assigned anchors get the value 2, which exceeds any threshold, and
+    in `objects` [A] the index of their object. `overlaps` is [n, A]. At most n - 1 anchors are taken by other objects,
+    so only the n best of each object are considered. No operation synchronises with the device.
 
-    Equal overlaps are common, as all anchors of one size inside an object have the same, and the first of them must be
-    taken. The bits of a float that is not negative sort like the float, so bits and index form one unique key.
+    Ties are common, because all anchors of one size inside an object have the same IoU. The anchor with the lowest
+    index is taken, as in the released code. `topk` does not define an order for ties, so the sort key is made unique:
+    the bit pattern of a non-negative float, which has the order of the floats, followed by the reversed index.
     """
     count, num_anchors = min(overlaps.shape), overlaps.shape[1]
     order = torch.arange(num_anchors, 0, -1, device=overlaps.device)
     anchors = (overlaps.view(torch.int32).long() * 2**32 + order).topk(count, dim=1).indices
     values = overlaps.gather(1, anchors)
     for _ in range(count):
+        # The best remaining pair, as an index into the flattened [n, count]; stays on the device, unlike `.item()`.
         pair = values.argmax().reshape(1)
         row, anchor = torch.div(pair, count, rounding_mode="floor"), anchors.flatten()[pair]
         best.index_fill_(0, anchor, 2.0)
         objects.index_copy_(0, anchor, row)
+        # Neither the anchor nor the object can be chosen again.
         values.masked_fill_(anchors == anchor, -1.0)
         values.index_fill_(0, row, -1.0)

@@ -1,4 +1,4 @@
-"""Prototypes and coefficients -> masks, in bounded memory (paper, section 3.2, equation 1)."""
+"""Mask assembly from prototypes and coefficients, in bounded memory (paper, section 3.3, equation 1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mask_logits(prototypes: Tensor, coefficients: Tensor) -> Tensor:
     """Return the mask logits [..., N, h, w], always float32 (equation 1).
 
     Args:
-        prototypes: [..., h, w, K]; the leading dimensions, if any, are those of a batch.
+        prototypes: [..., h, w, K], with any leading batch dimensions.
         coefficients: [..., N, K].
     """
     height, width = prototypes.shape[-3:-1]
@@ -30,7 +30,11 @@ def mask_logits(prototypes: Tensor, coefficients: Tensor) -> Tensor:
 def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> Tensor:
     """Scale relative boxes [..., N, 4] in corner form to pixels, and widen them by `padding` pixels on each side.
 
-    Corners in the wrong order are swapped. The pixels p of a box are those with x1 <= p < x2 and y1 <= p < y2.
+    Corners in the wrong order are swapped. A box contains the pixels with x1 <= x < x2 and y1 <= y < y2. As in the
+    released code, the limits are not rounded; they are also not clipped to the image.
+
+    Returns:
+        [..., N, 4] limits (x1, y1, x2, y2) in pixels.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)
     low = torch.minimum(x1, x2) * width - padding, torch.minimum(y1, y2) * height - padding
@@ -41,7 +45,7 @@ def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> Ten
 def crop_window(boxes: Tensor, height: int, width: int, padding: int = 1) -> Tensor:
     """Return a bool tensor [..., N, height, width] that is true for the pixels inside each box, see `crop_limits`.
 
-    The authors pad by one pixel, so that a box thinner than a prototype pixel still covers some.
+    The authors' code pads by one pixel, so that a box narrower than a prototype pixel still contains some pixels.
     """
     x1, y1, x2, y2 = crop_limits(boxes, height, width, padding)[..., None].unbind(-2)
     x = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
@@ -65,8 +69,8 @@ def soft_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = 
 def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
     """Return the mean of each soft mask over its pixels above `threshold`, or 0 if there are none.
 
-    A mask with confident pixels is more often a good one, which the class score does not express (Wang et al.,
-    "SOLO: A Simple Framework for Instance Segmentation", 2021).
+    It measures the quality of a mask, which the class score does not (Wang et al., "SOLO: A Simple Framework for
+    Instance Segmentation", 2021).
 
     Args:
         masks: [..., N, h, w] with values in 0..1.
@@ -81,7 +85,7 @@ def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
 def mask_scores(
     scores: Tensor, labels: Tensor, masks: Tensor, config: DetectionConfig, mask_iou: MaskIoU | None
 ) -> Tensor:
-    """Multiply class scores by the quality of the masks, as YOLACT++ predicts it and as `maskness` measures it.
+    """Multiply class scores by the mask IoU that YOLACT++ predicts, and by `maskness` if the configuration asks for it.
 
     Args:
         scores: [..., N] class scores.
@@ -90,7 +94,7 @@ def mask_scores(
         mask_iou: the mask re-scoring network, from masks [M, h, w] to IoUs [M, C], or None.
 
     Returns:
-        [..., N], the scores that rank the masks.
+        [..., N] mask scores; equal to `scores` if neither applies.
     """
     if mask_iou is not None:
         predicted = mask_iou(masks.flatten(0, -3))
@@ -106,24 +110,26 @@ def assemble_masks(
     config: DetectionConfig,
     budget: int = MASK_BUDGET,
 ) -> Iterator[Tensor]:
-    """Yield the masks of one image as bool chunks [n, H, W], each computed in about `budget` bytes.
+    """Yield the masks of one image in chunks, bool [n, H, W], using about `budget` bytes at a time.
 
-    Soft masks are cropped to their boxes at the prototypes' resolution, upsampled and then thresholded. This order
-    gave the published numbers, and lets a mask exceed its box by up to two prototype pixels, which is 2/138 of the
-    image. `config.crop_after_resize` also crops the upsampled masks, so that no pixel lies outside a box.
+    Soft masks are cropped to their boxes at the prototypes' resolution, upsampled, and then thresholded, as for the
+    published results. A mask can therefore exceed its box by up to two prototype pixels (2/138 of the image for an
+    input of 550 pixels): one from the padding of the crop, one from the interpolation. With `config.crop_after_resize`,
+    the upsampled masks are cropped as well, so that no pixel lies outside a box.
 
     Args:
         prototypes: [h, w, K].
         coefficients: [N, K].
         boxes: [N, 4] in corner form, relative to the image.
         size: height and width of the image.
-        config: the cropping and the threshold.
-        budget: bytes for one chunk.
+        config: `crop`, `crop_after_resize` and `mask_threshold` are used.
+        budget: approximate memory for one chunk, in bytes.
     """
     height, width = size
     chunk = max(1, budget // (height * width * 5))  # a float32 and a bool per pixel
     for start in range(0, len(boxes), chunk):
         part = slice(start, start + chunk)
+        # Same masks, faster on a CPU. On a GPU, reading the boxes on the host would synchronise with the device.
         if config.crop and prototypes.device.type == "cpu":
             masks = _upsample_windows(prototypes, coefficients[part], boxes[part], size, config.mask_threshold)
         else:
@@ -137,16 +143,17 @@ def assemble_masks(
 def _upsample_windows(
     prototypes: Tensor, coefficients: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> Tensor:
-    """Cropped masks, bool [N, H, W], computed only where a box lets them be nonzero.
+    """Return cropped and upsampled masks, bool [N, H, W]. Only the pixels that each box can affect are computed.
 
-    Bilinear upsampling is a product with one matrix for the rows and one for the columns, so a window of the result
-    needs a window of each. The result equals upsampling whole masks. From image to 15 masks with the bundled model, on
-    two cores: 61 ms instead of 66 at 480x640, 69 instead of 89 at 1080x1920, 145 instead of 263 at 3000x4000.
+    Bilinear upsampling is the matrix product R @ mask @ C. A window of the result needs only some rows of R and columns
+    of C, and the result is the same as for whole masks. Time from an image to 15 masks with the bundled model on two
+    cores: 61 ms instead of 66 at 480x640, 69 instead of 89 at 1080x1920, 145 instead of 263 at 3000x4000.
     """
     height, width = prototypes.shape[:2]
     rows, columns = (_upsampling_matrix(n, m) for n, m in zip((height, width), size, strict=True))
     columns = columns.T.contiguous()
     bounds = boxes.new_tensor((width, height, width, height))
+    # For integers p, x1 <= p < x2 is the same as ceil(x1) <= p < ceil(x2), so ceil turns the limits into slices.
     windows = crop_limits(boxes, height, width).ceil().clamp(min=0).minimum(bounds).int()
     masks = torch.zeros((len(boxes), *size), dtype=torch.bool)
     logits = mask_logits(prototypes, coefficients)
@@ -155,16 +162,19 @@ def _upsample_windows(
         left, right = _reach(x1, x2, size[1] / width, size[1])
         soft = logit[y1:y2, x1:x2].sigmoid()
         upsampled = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
-        # NumPy writes into a part of a mask three times faster than PyTorch.
+        # NumPy writes to a slice of a mask three times faster than PyTorch.
         np.greater(upsampled.numpy(), threshold, out=mask.numpy()[top:bottom, left:right])
     return masks
 
 
 def _upsampling_matrix(size: int, target: int) -> Tensor:
-    """[target, size]: bilinear upsampling of a line of `size` pixels to `target` pixels, as a matrix."""
+    """Return the matrix [target, size] that upsamples a line of `size` pixels to `target` pixels bilinearly."""
     return F.interpolate(torch.eye(size)[None], target, mode="linear", align_corners=False)[0].T
 
 
 def _reach(first: int, end: int, scale: float, size: int) -> tuple[int, int]:
-    """The upsampled pixels that pixels `first` to `end` - 1 influence, which is one more on each side."""
+    """Return the range of upsampled pixels that depend on the pixels `first` to `end` - 1.
+
+    Interpolation extends it by one pixel of the original resolution on each side.
+    """
     return max(0, int((first - 1) * scale)), min(size, int((end + 1) * scale) + 1)

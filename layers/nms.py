@@ -1,8 +1,8 @@
 """Non-maximum suppression as matrix operations on fixed shapes, and sequential NMS for comparison.
 
-Every function takes boxes [B, N, 4] in corner form and scores [B, C, N], in which -1 marks entries that are not
-candidates, and returns an NMSResult with M = min(max_detections, ...) slots per image. To add one, write a function
-with this signature and enter it in NMS.
+Every function takes boxes [B, N, 4] in corner form and scores [B, C, N], where -1 marks entries that are not
+candidates. It returns an NMSResult with M = min(max_detections, C * min(top_k, N)) slots per image; `cross_class` has
+C = 1. To add a method, write a function with this signature and register it in `NMS`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from utils.errors import UserError, nearest
 
 
 class NMSResult(NamedTuple):
-    """The detections that remain, best first."""
+    """The detections of B images that are not suppressed, highest score first."""
 
-    indices: Tensor  # [B, M] into the N boxes
+    indices: Tensor  # [B, M] indices into the N boxes
     scores: Tensor  # [B, M], -1 where the slot is unused
     labels: Tensor  # [B, M], 0..C-1
 
@@ -29,13 +29,15 @@ class NMSResult(NamedTuple):
 def fast_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
 ) -> NMSResult:
-    """Fast NMS within each class (paper, section 4.1, equation 4).
+    """Fast NMS within each class (paper, section 5).
 
-    Of the `top_k` best boxes of a class, one is suppressed if any better box overlaps it by more than
-    `iou_threshold`, even if that box is itself suppressed. This is what makes a single matrix operation possible: no
-    decision depends on another one.
+    Only the `top_k` best boxes of a class are considered. A box is suppressed if its IoU with any box of a higher score
+    exceeds `iou_threshold`, even if that box is itself suppressed. No decision depends on another one, so all of them
+    are a single matrix operation.
     """
     scores, index, overlaps = _candidates(boxes, scores, top_k)
+    # Column j holds the overlaps of box j with all better boxes. Entries with a score of -1 sort last, so they never
+    # suppress a candidate.
     suppressed = overlaps.amax(dim=2) > iou_threshold
     return _best(scores.masked_fill(suppressed, -1.0), index, max_detections)
 
@@ -43,7 +45,7 @@ def fast_nms(
 def cross_class_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
 ) -> NMSResult:
-    """Fast NMS with the best class of each box only, so that boxes of different classes suppress each other."""
+    """Fast NMS across classes: each box has only its best class, and classes suppress each other."""
     best, labels = scores.max(dim=1, keepdim=True)
     kept = fast_nms(boxes, best, iou_threshold, top_k, max_detections)
     return kept._replace(labels=labels[:, 0].gather(1, kept.indices))
@@ -57,18 +59,20 @@ def cluster_nms(
     max_detections: int = 100,
     penalty: bool = False,
 ) -> NMSResult:
-    """Cluster-NMS (Zheng et al. 2020): Fast NMS repeated until nothing changes, which equals sequential NMS.
+    """Cluster-NMS (Zheng et al. 2020): repeat Fast NMS until the result is stable, which is that of sequential NMS.
 
-    A box that is suppressed in one round no longer suppresses others in the next. With `penalty`, its variant with
-    the score penalty mechanism, no box is dropped: a score decays with the overlaps with better boxes that remain.
+    A box that is suppressed in one iteration does not suppress others in the next. With `penalty` (the score penalty
+    mechanism), no box is removed; instead, scores decay with the IoU with better boxes that are not suppressed.
     """
     scores, index, overlaps = _candidates(boxes, scores, top_k)
     keep = torch.ones_like(scores, dtype=torch.bool)
+    # Each iteration settles at least one more box, so N iterations always suffice for N boxes.
     for _ in range(overlaps.shape[-1]):
         before, keep = keep, (overlaps * keep[..., None]).amax(dim=2) <= iou_threshold
-        if torch.equal(before, keep):  # synchronises with the device: the price of being exact
+        if torch.equal(before, keep):  # synchronises with the device, unlike Fast NMS
             break
     if penalty:
+        # The product of exp(-IoU^2 / 0.2) over the remaining better boxes, with the published constant.
         decay = (-((overlaps * keep[..., None]) ** 2) / 0.2).sum(dim=2).exp()
         scores = torch.where(scores > 0, scores * decay, scores)
     else:
@@ -79,14 +83,14 @@ def cluster_nms(
 def cluster_penalty_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
 ) -> NMSResult:
-    """`cluster_nms` with its score penalty."""
+    """`cluster_nms` with the score penalty mechanism."""
     return cluster_nms(boxes, scores, iou_threshold, top_k, max_detections, penalty=True)
 
 
 def standard_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
 ) -> NMSResult:
-    """Sequential NMS within each class, by torchvision, one image at a time."""
+    """Sequential NMS within each class with torchvision's `batched_nms`, one image at a time."""
     scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)
     labels = torch.arange(scores.shape[1], device=scores.device).repeat_interleave(scores.shape[2])
     kept = torch.full_like(scores.flatten(1), -1.0)
@@ -97,10 +101,10 @@ def standard_nms(
 
 
 def _candidates(boxes: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `top_k` best of each class, best first.
+    """Select the `top_k` best boxes of each class, highest score first.
 
-    Returns their scores and index [B, C, K], and overlaps [B, C, K, K] of which only those with better boxes, the
-    upper triangle, are not zero.
+    Returns their scores and indices [B, C, K], and their IoU [B, C, K, K]. Entry [i, j] is kept only if box i is
+    ranked before box j; the diagonal and the lower triangle are 0.
     """
     scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)
     chosen = boxes[:, None].expand(-1, scores.shape[1], -1, -1).gather(2, index[..., None].expand(-1, -1, -1, 4))
@@ -108,7 +112,7 @@ def _candidates(boxes: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tens
 
 
 def _best(scores: Tensor, index: Tensor, max_detections: int) -> NMSResult:
-    """The best of all classes, from scores and index [B, C, K]."""
+    """Select the `max_detections` best boxes of all classes, from scores and indices [B, C, K]."""
     top_k = scores.shape[2]
     scores, order = scores.flatten(1).topk(min(max_detections, scores[0].numel()), dim=1)
     labels = torch.div(order, top_k, rounding_mode="floor")
@@ -125,7 +129,7 @@ NMS: dict[str, Callable[..., NMSResult]] = {
 
 
 def find_nms(name: str) -> Callable[..., NMSResult]:
-    """Return the function called `name`, a key of NMS; UserError for an unknown name."""
+    """Return the NMS function called `name`, a key of NMS. Raises UserError for an unknown name."""
     if name not in NMS:
         raise UserError(f"unknown nms {name!r}{nearest(name, NMS)}")
     return NMS[name]

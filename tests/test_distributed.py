@@ -131,7 +131,7 @@ def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
 def test_batches_that_cannot_be_shared_are_refused(tmp_path):
     path = make_dataset(tmp_path / "data", 2)
     out = run(*train_args(path, "--batch_size", "2", "--accumulate", "3"), code=2)
-    assert "batch size 2 cannot be shared by 1 processes in 3 micro-batches each" in out
+    assert "batch size 2 cannot be split over 1 processes with 3 gradient accumulation steps each" in out
 
 
 @pytest.mark.slow

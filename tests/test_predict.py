@@ -187,7 +187,7 @@ def test_any_network_size(weights, size):
 def test_predictor_refuses(weights):
     model = load_model(weights)
     for options, words in (
-        ({"device": "cuda:99"}, "no device 'cuda:99'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"precision": "int8"}, "unknown precision"),
         ({"precision": "fp16"}, "for GPUs"),
         ({"nms": "fats"}, "did you mean 'fast'"),
@@ -373,7 +373,7 @@ def test_command_line_mistakes(weights, dataset, tmp_path):
         (["--annotations", dataset], "--image_dir"),
         (["--annotations", tmp_path / "none.json", "--image_dir", tmp_path], "no such annotation file"),
         ([], "nothing to do"),
-        (["--image", dataset, "--no_crop", "--crop_after_resize"], "exclude each other"),
+        (["--image", dataset, "--no_crop", "--crop_after_resize"], "cannot be combined"),
         (["--image", weights, "--benchmark"], "at once"),
         (["--image", dataset, "--save", "overlays"], "did you mean 'overlay'"),
         (["--image", dataset, "--size", "400x"], "HxW"),

@@ -166,7 +166,7 @@ def test_a_video_that_ends_early_is_reported(weights, clip, tmp_path):
     broken.write_bytes(data)
     args = ["eval.py", "--weights", weights, "--video", broken, "--output", tmp_path / "out/seg", "--device", "cpu"]
     out = run(*args, "--save", "json", code=1)
-    assert "of 20 frames could be read, the file may be damaged" in out
+    assert "of 20 frames could be read; the file may be damaged" in out
     frames_done = {r["frame"] for r in json.loads((tmp_path / "out/seg.json").read_text())}
     assert 0 < len(frames_done) < 18  # what could be read is kept
     assert "may be damaged" not in run(*args[:4], clip, *args[5:], "--save", "json")

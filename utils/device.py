@@ -18,11 +18,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory for reuse until the process ends; other C libraries are left as they are.
+    """Make glibc keep freed memory for reuse until the process ends. Has no effect with other C libraries.
 
-    By default glibc returns blocks of more than 32 MiB to the system at once, so every large activation is a fresh
-    block whose pages the kernel has to clear. At 640 pixels `yolact_lite` took 178 ms per image that way and 126 ms
-    with this setting (two cores). It affects the whole process, so scripts call it and the library does not.
+    By default, glibc returns blocks of more than 32 MiB to the system at once, so the kernel has to clear the pages of
+    every large activation. At 640 pixels, `yolact_lite` took 178 ms per image by default and 126 ms with this setting
+    (two cores). The setting affects the whole process, so scripts call this function and the library does not.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -31,16 +31,16 @@ def keep_memory() -> None:
 
 
 def configure_process(threads: int | None = None) -> None:
-    """Prepare the process of a script: memory that is reused, and no messages of OpenCV beside our own.
+    """Configure the process of a script: reuse freed memory, and disable OpenCV's own log messages.
 
     Args:
-        threads: the number of threads of PyTorch, OpenCV and exported models; by default they choose it.
+        threads: the number of threads for PyTorch, OpenCV and exported models. Default: their own choice.
     """
     keep_memory()
     if threads is not None:
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
-    logging: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 and 5 have it in different places
+    logging: Any = getattr(cv2.utils, "logging", cv2)  # the location differs between OpenCV 4 and 5
     logging.setLogLevel(0)
 
 
@@ -71,12 +71,12 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     kind, _, index = device.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in found or (index and not (index.isdecimal() and int(index) < count)):
-        raise UserError(f"no device {device!r} on this machine; available: {', '.join(found)}")
+        raise UserError(f"device {device!r} is not available on this machine; available: {', '.join(found)}")
     return torch.device(device)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32. Where it is emulated, it is far slower."""
+    """Whether the device has hardware support for bfloat16. Emulated bfloat16 is much slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -87,7 +87,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 def choose_precision(precision: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in.
 
-    "auto" is bfloat16 where the hardware has it, float16 on older CUDA GPUs, and float32 otherwise.
+    "auto" is bfloat16 where the hardware supports it, float16 on older CUDA GPUs, and float32 otherwise. Raises
+    UserError for an unknown precision, and for "fp16" on a CPU.
     """
     if isinstance(precision, torch.dtype):
         return precision
@@ -103,5 +104,5 @@ def choose_precision(precision: str | torch.dtype, device: torch.device) -> torc
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Return a mixed-precision context, which does nothing for float32."""
+    """Return a `torch.autocast` context for `dtype`, or a null context for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

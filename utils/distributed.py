@@ -1,4 +1,4 @@
-"""torchrun and DDP: one process per device. In a single process, everything here does nothing.
+"""Distributed training and evaluation with torchrun: one process per device. In a single process, all are no-ops.
 
 with join("auto") as ranks:       # reads the environment that torchrun sets
     device = ranks.device
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the group."""
+    """The rank of this process, the number of processes, and the collective operations between them."""
 
     device: torch.device
     rank: int = 0
@@ -45,7 +45,7 @@ class Ranks:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process. All processes get the same answer, so that all leave a loop."""
+        """Whether the flag is set in any process. The result is the same in all, so that they leave a loop together."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
 
     def all_gather(self, items: list[T]) -> list[T]:
@@ -57,7 +57,7 @@ class Ranks:
         return [item for some in everyone for item in some]
 
     def gather(self, items: list[T]) -> list[T]:
-        """Return the items of all processes in the main process, and nothing in the others."""
+        """Return the items of all processes in the main process, and an empty list in the others."""
         if self.size == 1:
             return items
         everyone: list[list[T]] | None = [[] for _ in range(self.size)] if self.main else None
@@ -65,12 +65,12 @@ class Ranks:
         return [item for some in everyone or [] for item in some]
 
     def agree(self, error: UserError | None) -> None:
-        """Raise an error that only some processes have met in all of them, so that none waits for the others."""
+        """Raise UserError in every process if `error` is given in any, so that none waits for one that failed."""
         if self.any(error is not None):
             raise error or UserError("another process has reported an error")
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite `tensors` with those of the main process."""
+        """Overwrite `tensors`, in place, with those of the main process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -82,7 +82,7 @@ class Ranks:
 
 
 def single(device: torch.device | None = None) -> Ranks:
-    """Return a group of this process alone."""
+    """Return the Ranks of a single process."""
     return Ranks(device or torch.device("cpu"))
 
 
@@ -90,23 +90,23 @@ def single(device: torch.device | None = None) -> Ranks:
 def join(device: str = "auto") -> Iterator[Ranks]:
     """Join the processes that torchrun started, or run alone if there is no torchrun.
 
-    Each process takes the GPU of its local rank. All but the first are silent on standard output. Raises UserError
-    if there are fewer GPUs than processes, or if the device type does not support several processes.
+    Each process uses the GPU of its local rank. Only the main process writes to standard output. Raises UserError if
+    there are fewer GPUs than processes, or if the device type does not support several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks(choose_device(device))
         return
     chosen = choose_device(device)
     if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"several processes can share work on cuda or cpu only, not on {chosen}; give --device")
+        raise UserError(f"several processes need cuda or cpu, not {chosen}; choose one with --device")
     if chosen.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            raise UserError(f"process {local} of this machine has no GPU, there are {count}: lower --nproc_per_node")
+            raise UserError(f"no GPU for local rank {local}: this machine has {count}; lower --nproc_per_node")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    # Gradients travel over NCCL; counters and results, which are CPU tensors, over gloo without synchronising with
-    # the GPU. The timeout covers the main process computing metrics on the largest validation set.
+    # Gradients are reduced with NCCL. Counters and results are CPU tensors and use gloo, which does not synchronise
+    # with the GPU. The timeout is long enough for the main process to compute metrics on a large validation set.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     ranks = Ranks(chosen, dist.get_rank(), dist.get_world_size())
@@ -115,5 +115,5 @@ def join(device: str = "auto") -> Iterator[Ranks]:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield ranks
-    # Not in a finally block: after an error it would wait for processes that have not failed.
+    # Not in a finally block: after an error, this would wait for the processes that did not fail.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Drawing on images: objects with masks, boxes and labels, and sheets of many images."""
+"""Draw masks, boxes and labels on images, and arrange images in contact sheets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-MANY = 30  # objects
+MANY = 30  # with more objects than this, labels wider than their box are omitted
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
-# BGR, bright enough for dark images and different enough for neighbours.
+# BGR colours that are visible on dark images and easy to distinguish.
 COLORS = (
     (60, 76, 231), (219, 152, 52), (113, 204, 46), (18, 156, 243), (182, 89, 155), (156, 188, 26), (15, 196, 241),
     (180, 105, 255), (34, 126, 230), (212, 255, 127), (205, 90, 106), (80, 200, 120), (255, 191, 0), (147, 20, 255),
@@ -34,16 +34,16 @@ def draw_objects(
 ) -> np.ndarray:
     """Return a copy of `image` (uint8 BGR [H, W, 3]) with objects drawn on it, the last on top.
 
-    Lines and text scale with the image, so that one of 12 megapixels and one of 300 pixels are both readable. A label
-    that would cover an earlier one moves to a free place at its box, and is left out where there is none; among more
-    than MANY objects so is a label wider than its box.
+    Lines and text scale with the size of the image. A label that would overlap an earlier one is moved to a free place
+    at its box, or omitted if there is none. With more than MANY objects, labels wider than their box are omitted, too.
+    Raises ValueError if `image` has another type or shape.
 
     Args:
         masks: n bool arrays [H, W].
-        boxes: [n, 4] corners in pixels.
-        texts: n labels.
-        colors: n numbers for `color_of`.
-        alpha: opacity of the masks.
+        boxes: [n, 4] in corner form, in pixels.
+        texts: n labels; an empty one is not drawn.
+        colors: n indices for `color_of`.
+        alpha: opacity of the masks, 0..1.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
@@ -68,7 +68,7 @@ def draw_objects(
 
 
 def _paint(out: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha: float, line: int) -> None:
-    """Tint the pixels of `mask` and draw its outline, touching only the part of the image where it is."""
+    """Tint the pixels of `mask` in `out` and draw its outline. Only the bounding box of the mask is processed."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return
@@ -93,14 +93,14 @@ class _Label:
 
     @classmethod
     def fitting(cls, text: str, scale: float) -> _Label:
-        """Return a label of the size of its text."""
+        """Return a label that is sized to fit `text`."""
         text = text.encode("ascii", "replace").decode()  # OpenCV's fonts have only ASCII
         font_scale, thickness, pad = max(0.36, 0.55 * scale), max(1, round(1.3 * scale)), max(2, round(3 * scale))
         (w, h), below = cv2.getTextSize(text, FONT, font_scale, thickness)
         return cls(text, (w + 2 * pad, h + below + pad), font_scale, thickness, (pad, h + pad // 2 + 1))
 
     def draw(self, out: np.ndarray, place: Place, color: tuple[int, int, int]) -> None:
-        """Draw it on `out`, dark or light so that it is readable on `color`."""
+        """Draw the label on `out`, with dark or light text depending on the brightness of `color`."""
         cv2.rectangle(out, place[:2], place[2:], color, -1)
         luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
         ink = (20, 20, 20) if luminance > 140 else (255, 255, 255)
@@ -111,7 +111,7 @@ class _Label:
 def _free_place(
     image_size: tuple[int, int], label: tuple[int, int], box: np.ndarray, taken: list[Place]
 ) -> Place | None:
-    """The first free place for a label (width, height): above the box, inside its top, inside its bottom, below it."""
+    """Return the first free place for a label (width, height): above the box, inside an edge, or below it."""
     (height, width), (w, h) = image_size, label
     left, top, right, bottom = (round(float(v)) for v in box)
     above = top - h if top >= h else top
@@ -131,9 +131,12 @@ def _overlap(a: Place, b: Place) -> bool:
 def contact_sheet(
     images: Sequence[np.ndarray], captions: Sequence[str], side: int = 360, columns: int = 4
 ) -> np.ndarray:
-    """Return images of any size side by side, each in a square of `side` pixels below its caption; white if none."""
+    """Arrange images of any size in a grid, uint8 BGR [H, W, 3].
+
+    Each image is scaled to fit a square of `side` pixels below its caption. Without images, the sheet is white.
+    """
     if not images:
-        images, captions = [np.full((side, side, 3), 255, np.uint8)], ["no image can be read"]
+        images, captions = [np.full((side, side, 3), 255, np.uint8)], ["no readable images"]
     tiles = []
     for image, caption in zip(images, captions, strict=True):
         tile = np.full((side + 22, side, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Mistakes that the user can fix, reported in one line."""
+"""Errors that the user can fix, which are reported in one line, and argparse types that raise them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
-    """A mistake that only the user can fix: a wrong path, an unknown name, a broken file.
+    """An error that the user can fix, such as a wrong path, an unknown name or a damaged file.
 
-    The message names the thing, says what is wrong with it and what to do. Scripts print it on one line and exit
-    with code 2. Every other exception is a bug and keeps its traceback.
+    The message states what is wrong, where, and how to fix it. Scripts print it on one line and exit with code 2. Every
+    other exception is a bug and keeps its traceback.
     """
 
 
@@ -25,12 +25,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shorten(names: Sequence[str], limit: int = 5) -> str:
-    """Join the first `limit` names and say how many more there are."""
+    """Join the first `limit` names, followed by the number of those omitted."""
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def integer(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers from `minimum` on."""
+    """Return an argparse type for integers of at least `minimum`."""
 
     def parse(text: str) -> int:
         if not text.lstrip("-").isdecimal() or int(text) < minimum:
@@ -61,7 +61,7 @@ def fraction(text: str) -> float:
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Parse "480x640" or "640" into (height, width)."""
+    """Parse "480x640" or "640" into (height, width). Raises UserError for any other text."""
     if text is None:
         return None
     sides = text.lower().split("x")
@@ -71,14 +71,14 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that reports a mistake like every other one: a single line, exit code 2, no usage text."""
+    """An argparse parser that raises UserError for invalid arguments, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message} (see --help)")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its return value or 0, with 2 after a UserError, with 130 after Ctrl-C."""
+    """Run a script's `main` and exit with its return value (None: 0), 2 after a UserError, or 130 after Ctrl-C."""
     try:
         code = main() or 0
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Dataclass fields with limits, and text converted to their types."""
+"""Dataclass fields with limits, and the conversion of values to the types of fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.errors import UserError, nearest
 
-# Largest value of a size or count: far above anything usable, and small enough that nothing overflows.
+# Maximum of sizes and counts: far above any useful value, and small enough to avoid overflow.
 LARGEST = 10**6
 
 
@@ -24,13 +24,22 @@ def limited(
     below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with its limits, which apply to every number in it."""
+    """Return a dataclass field with limits, which `check_field` applies to every number in the value.
+
+    Args:
+        default: the field's default value.
+        minimum: inclusive lower limit, used unless `above` is given.
+        above: exclusive lower limit.
+        maximum: inclusive upper limit.
+        below: exclusive upper limit.
+        choices: the allowed strings; () allows any.
+    """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
     return field(default=default, metadata=limits)
 
 
 def check_field(item: dataclasses.Field[Any], value: Any) -> None:
-    """Raise UserError unless every number in `value` is within the field's limits, and a text among its choices."""
+    """Raise UserError unless every number in `value` is within the field's limits and strings are among its choices."""
     limits = item.metadata
     if not limits:
         return
@@ -44,18 +53,21 @@ def check_field(item: dataclasses.Field[Any], value: Any) -> None:
         if math.isnan(number) or too_low or too_high:
             high = f" and less than {below:g}" if below is not None else f" and at most {limits['maximum']:g}"
             low_words = f"more than {low:g}" if strict_low else f"at least {low:g}"
-            raise UserError(f"{item.name}: {number:g} is out of range, it must be {low_words}{high}")
+            raise UserError(f"{item.name}: {number:g} is out of range; it must be {low_words}{high}")
 
 
 def _numbers(value: Any) -> list[float]:
-    """The numbers in a value, through nested tuples."""
+    """Return all numbers in a value, including those in nested tuples."""
     if isinstance(value, tuple):
         return [number for part in value for number in _numbers(part)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint` (int, float, bool, str, or tuples of them); UserError if it does not fit."""
+    """Convert `value` to the type `hint`: int, float, bool, str, or tuples of these.
+
+    Strings are parsed. Raises UserError, which names `key`, if the value cannot be converted without loss.
+    """
     try:
         if typing.get_origin(hint) is tuple:
             return _convert_tuple(key, value, hint)
@@ -70,7 +82,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         return hint(value)
     except (ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, MemoryError):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-        shown = " ".join(repr(value).split())  # on one line, whatever it is
+        shown = " ".join(repr(value).split())  # on one line
         shown = shown if len(shown) < 80 else f"{shown[:77]}..."
         raise UserError(f"configuration key {key!r}: {shown} is not a value of type {wanted}") from None
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes and lock files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ except ImportError:  # on Windows
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that appears at `path` when the block ends without an error, and not at all otherwise.
+    """Open a binary file that replaces `path` when the block ends. If the block raises, `path` is unchanged.
 
-    The data goes to a temporary file in the same folder, is flushed to the disk and renamed. The new file has the
-    permissions that the user's umask gives.
+    The data is written to a temporary file in the same folder, flushed to disk, and renamed. The permissions follow
+    the user's umask.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -41,10 +41,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def exclusive(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file; UserError with `message` if another process holds it.
+    """Hold a lock on the file `path` during the block. Raises UserError with `message` if another process holds it.
 
-    The system releases the lock when its process ends, however it ends. Where there is no `fcntl`, as on Windows,
-    nothing is locked.
+    The system releases the lock when the process ends for any reason. Without `fcntl`, as on Windows, and on file
+    systems that do not support locks, nothing is locked.
     """
     if fcntl is None:
         yield
@@ -55,7 +55,7 @@ def exclusive(path: Path, message: str) -> Iterator[None]:
         raise write_error(path, error) from None
     with file:
         try:
-            # A record lock, because a forked worker would inherit the other kind and keep it.
+            # A POSIX record lock: forked workers do not inherit it, as they would a lock of `flock`.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(message) from None
@@ -65,16 +65,16 @@ def exclusive(path: Path, message: str) -> Iterator[None]:
 
 
 def write_error(path: str | Path, error: BaseException) -> UserError:
-    """Describe a failed write to `path` in one line."""
+    """Return a UserError that describes a failed write to `path` in one line."""
     number = getattr(error, "errno", None)
-    # torch.save reports a full disk as a RuntimeError about an unexpected file position.
+    # On a full disk, `torch.save` raises a RuntimeError about an unexpected file position.
     if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "unexpected pos" in str(error):
         return UserError(f"{path}: cannot be written, the disk or quota is full")
     return UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole, creating its folder. Raises UserError if the disk or the permissions do not allow it."""
+    """Write a file atomically and create its folder. Raises UserError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as out:
@@ -84,6 +84,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON: dictionaries indented, lists on one line. NaN is an error, as JSON does not know it."""
+    """Write `content` as JSON, with dictionaries indented and lists on one line.
+
+    Raises ValueError for NaN and infinity, which JSON cannot represent, and UserError if the file cannot be written.
+    """
     indent = 1 if isinstance(content, dict) else None
     write_bytes(path, json.dumps(content, indent=indent, allow_nan=False).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Weights in files: load them, save them, convert released ones, start training from them."""
+"""Load and save checkpoints, convert released weights, and initialise training from them."""
 
 from weights.load import load_model, load_weights
 

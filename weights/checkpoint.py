@@ -1,8 +1,9 @@
-"""The files: own ones are written whole or not at all, and nothing in any file is executed.
+"""Read and write checkpoints. Files are written atomically, and reading a file never executes code from it.
 
-An own file is `{"yolact": 2, "config": {...}, "model": state_dict, "digest": ..., "training": {...}}`. The
-configuration with the class names is inside, so one file is enough to predict, and `training` is what resuming needs.
-Format 1 has no digest, and configuration keys that have become constants.
+A checkpoint of this project is `{"yolact": 2, "config": {...}, "model": state_dict, "digest": ..., "training": {...}}`.
+It includes the configuration with the class names, so a single file is enough to predict. `training` is optional and
+holds the state of the run for resuming. Format 1 has no digest, and contains configuration keys that have since become
+constants.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ State = dict[str, Tensor]
 def save_checkpoint(
     path: str | Path, model: Yolact, training: dict[str, Any] | None = None, half: bool = False
 ) -> None:
-    """Write `model` with its configuration.
+    """Write `model` and its configuration to `path`.
 
     Args:
-        training: what resuming needs: tensors, numbers, text, and containers of them.
-        half: store the weights in float16, which halves the file.
+        training: the training state for resuming: tensors, numbers, strings, and containers of these.
+        half: store the weights in float16, which halves the size of the file.
 
     Raises:
-        UserError: if the disk is full or the folder cannot be written. A file that was at `path` is then unchanged.
+        UserError: if the disk is full or the folder is not writable. An existing file at `path` is then unchanged.
     """
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if half:
@@ -48,17 +49,20 @@ def save_checkpoint(
     try:
         with atomic_write(path) as out:
             torch.save(content, out)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        raise UserError(f"{write_error(path, error)}; the file that was there is unchanged") from None
+    except (OSError, RuntimeError) as error:  # `torch.save` raises RuntimeError if a write fails
+        raise UserError(f"{write_error(path, error)}; an existing file is unchanged") from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return what is in a file, without executing anything in it. Raises UserError that says what is wrong with it."""
+    """Return the content of a file, without executing code from it.
+
+    Raises UserError if the file is missing, damaged, not a PyTorch file, or contains objects other than weights.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such weights file'}")
     if path.suffix in (".onnx", ".xml"):
-        raise UserError(f"{path}: exported models can be run but not loaded as weights; give the .pth it was made from")
+        raise UserError(f"{path}: an exported model has no weights to load; give the .pth it was exported from")
     with path.open("rb") as file:
         head = file.read(64)
     problem = not_pytorch(head)
@@ -66,7 +70,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {problem}")
     damaged = UserError(f"{path}: damaged or truncated; delete it, and download or copy it again")
     try:
-        # PyTorch does not compare the checksums that the format has.
+        # `torch.load` does not verify the checksums of the zip archive.
         if head[:2] == b"PK" and zipfile.ZipFile(path).testzip() is not None:
             raise damaged
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -77,8 +81,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if found is None:
             raise damaged from None
         raise UserError(
-            f"{path}: refused, the file contains code or objects beside weights ({found[1]}); "
-            "ask its author for the state_dict only"
+            f"{path}: refused, because the file contains code or objects other than weights ({found[1]}); "
+            "ask its author for a file with the state_dict only"
         ) from None
     except Exception:  # a damaged file can fail in any part of a parser
         raise damaged from None
@@ -88,24 +92,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def not_pytorch(head: bytes) -> str:
-    """Return what is wrong with a file that begins with `head` but is not PyTorch's, or "" if it may be."""
+    """Return why a file that starts with `head` cannot be a PyTorch file, or "" if it may be one."""
     if not head:
         return "the file is empty"
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return ""
     text = all(31 < byte < 127 or byte in b"\t\r\n" for byte in head)
-    return f"not a PyTorch weights file, it is {'a text file' if text else 'of an unknown format'}"
+    return f"not a PyTorch weights file but {'a text file' if text else 'a file of an unknown format'}"
 
 
 def check_version(content: dict[str, Any], path: str | Path) -> None:
-    """Raise UserError unless an own file is of a format that this version reads."""
+    """Raise UserError if the checkpoint's format is not supported by this version."""
     version = content["yolact"]
     if not isinstance(version, int) or not 1 <= version <= FORMAT:
-        raise UserError(f"{path}: has format {version!r}, this version reads 1 to {FORMAT}; update the project")
+        raise UserError(f"{path}: has format {version!r}, but this version reads 1 to {FORMAT}; update the project")
 
 
 def state_digest(state: State) -> str:
-    """Return the SHA-256 of names and values. A file carries it, to show that its weights are those that were saved."""
+    """Return the SHA-256 of all names and values, which is stored in the file to detect changed weights."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -114,20 +118,23 @@ def state_digest(state: State) -> str:
 
 
 def check_values(state: dict[str, Any], path: str | Path) -> State:
-    """Return weights as float32, and counters as they are. Raises UserError for NaN, complex or integer weights."""
+    """Return the weights in float32 and the batch counters unchanged.
+
+    Raises UserError for entries that are not tensors, larger than their storage, not floating point, or not finite.
+    """
     checked: State = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            # Strides of 0 let a few bytes claim terabytes, which the next operation would allocate.
-            raise UserError(f"{path}: {name} claims {value.numel()} values and has fewer; the file is damaged")
+            # With strides of 0, a tensor of a few bytes can have a shape of terabytes, which `float` would allocate.
+            raise UserError(f"{path}: {name} has a shape of {value.numel()} values but fewer are stored; damaged file")
         if name.endswith("num_batches_tracked"):
             checked[name] = value
             continue
         if not value.is_floating_point():
-            raise UserError(f"{path}: {name} has the type {value.dtype}, weights must be floating point")
+            raise UserError(f"{path}: {name} has the dtype {value.dtype}, but weights must be floating point")
         if not bool(value.isfinite().all()):
-            raise UserError(f"{path}: {name} contains values that are not finite; the training that wrote it failed")
+            raise UserError(f"{path}: {name} contains values that are not finite; the training run has diverged")
         checked[name] = value.float()
     return checked

@@ -1,7 +1,7 @@
-"""Released weights -> our names and order, and the configuration that they belong to.
+"""Convert released weights to this project's names and channel order, and identify their configuration.
 
-Two foreign layouts are known: the authors' (dbolya/yolact: a bare state_dict) and MMDetection's 2.x and 3.x
-(`{"meta": ..., "state_dict": ...}`). The content of the file decides, not its name.
+Two layouts are supported: the authors' (dbolya/yolact, a bare state_dict) and that of MMDetection 2.x and 3.x
+(`{"meta": ..., "state_dict": ...}`). The layout is detected from the content of the file, not from its name.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from config import CONFIGS, Config, canonical_name
 from utils.errors import UserError, shorten
 from weights.checkpoint import State, check_values
 
-# Name in the file -> name in Yolact. Entries that match nothing are reported.
+# Patterns for names in the file -> names in Yolact. An entry that matches no pattern is an error.
 AUTHORS = (
     (r"backbone\.(layers\.|conv1\.|bn1\.|_preconv\.)(.+)", r"backbone.\1\2"),
     (r"proto_net\.([024])\.(.+)", r"protonet.\1.\2"),
-    (r"proto_net\.8\.(.+)", r"protonet.7.\1"),  # their ReLU after the upsampling changes nothing and is left out here
+    (r"proto_net\.8\.(.+)", r"protonet.7.\1"),  # no ReLU after upsampling here: it changes nothing
     (r"proto_net\.10\.(.+)", r"protonet.9.\1"),
+    # The authors number these layers from C5 to C3; here C3 comes first.
     (r"fpn\.lat_layers\.0\.(.+)", r"fpn.lateral.2.\1"),
     (r"fpn\.lat_layers\.1\.(.+)", r"fpn.lateral.1.\1"),
     (r"fpn\.lat_layers\.2\.(.+)", r"fpn.lateral.0.\1"),
@@ -36,7 +37,7 @@ AUTHORS = (
     (r"semantic_seg_conv\.(.+)", r"semantic.\1"),
     (r"maskiou_net\.maskiou_net\.(.+)", r"mask_iou.\1"),
 )
-# Left behind by the authors' first versions in files that they released later.
+# Unused entries of the authors' v1.0 code that released files still contain. The authors' loader drops them, too.
 AUTHORS_OLD = re.compile(r"backbone\.layer\d|fpn\.downsample_layers\.([2-9]|\d\d)")
 
 MMDET = (
@@ -62,24 +63,24 @@ MMDET = (
 
 @dataclass
 class Weights:
-    """What a file holds, in our names."""
+    """The content of a weights file, under this project's names."""
 
     state: State
     layout: str  # own, authors or mmdet
     config: Config
-    ambiguous: tuple[str, ...] = ()  # configurations that the content fits equally well
+    ambiguous: tuple[str, ...] = ()  # names of the configurations that match equally well, if there are several
 
 
 def convert(content: dict[str, Any], source: str) -> Weights:
-    """Convert what `torch.load` returned.
+    """Convert the content of a file of released weights.
 
     Args:
-        content: the file's content.
-        source: the file's path. It names the file in errors, and decides between configurations that no entry of a
-            state_dict distinguishes.
+        content: what `read_checkpoint` returned.
+        source: the path of the file. It is used in error messages, and its name to choose between configurations that
+            the state_dict does not distinguish.
 
     Raises:
-        UserError: if it is not a YOLACT, or incomplete.
+        UserError: if the weights are incomplete, invalid, or not those of a YOLACT model.
     """
     if "state_dict" in content and isinstance(content["state_dict"], dict):
         state, layout = _rename(content["state_dict"], MMDET, None, source), "mmdet"
@@ -91,7 +92,7 @@ def convert(content: dict[str, Any], source: str) -> Weights:
     elif any(str(name).startswith("prediction_layers.") for name in content):
         state, layout, names = check_values(_rename(content, AUTHORS, AUTHORS_OLD, source), source), "authors", None
     else:
-        raise UserError(f"{source}: these are not the weights of a YOLACT (the authors', MMDetection's or ours)")
+        raise UserError(f"{source}: not the weights of a YOLACT model of the authors, MMDetection or this project")
     config, ambiguous = _recognise(state, layout, names, source)
     return Weights(state, layout, config, ambiguous)
 
@@ -109,12 +110,15 @@ def _rename(content: dict[str, Any], rules: tuple[tuple[str, str], ...], old: re
         else:
             unknown.append(str(name))
     if unknown:
-        raise UserError(f"{source}: {len(unknown)} entries are not of a YOLACT: {shorten(unknown)}")
+        raise UserError(f"{source}: {len(unknown)} entries do not belong to a YOLACT model: {shorten(unknown)}")
     return state
 
 
 def _background_first(name: str, value: Tensor, state: State) -> Tensor:
-    """MMDetection has the background as the last class of each anchor, here it is the first."""
+    """Move the background from the last class of each anchor, as in MMDetection, to the first.
+
+    The output channels are num_anchors groups of C + 1 classes.
+    """
     if not name.startswith("head.cls."):
         return value
     num_anchors = state["head.box.bias"].shape[0] // 4
@@ -122,14 +126,14 @@ def _background_first(name: str, value: Tensor, state: State) -> Tensor:
 
 
 def _names_from_meta(meta: dict[str, Any]) -> tuple[str, ...] | None:
-    """Class names as MMDetection 2.x (`CLASSES`) and 3.x (`dataset_meta`) keep them."""
+    """Return the class names that MMDetection 2.x (`CLASSES`) or 3.x (`dataset_meta`) stored, or None."""
     dataset = meta.get("dataset_meta") or {}
     names = meta.get("CLASSES") or dataset.get("classes") or dataset.get("CLASSES")
     return tuple(map(str, names)) if names else None
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Return what a state_dict shows of a configuration, beside the number of classes."""
+    """Return the properties of a configuration that a state_dict reveals, except the number of classes."""
     model = config.model
     return {
         "backbone": model.backbone,
@@ -141,7 +145,7 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source: str) -> tuple[Config, tuple[str, ...]]:
-    """Find the configuration that fits a state_dict, and the names of others that fit as well."""
+    """Find the configuration that matches a state_dict; also return the names of all that match if it is ambiguous."""
     try:
         num_classes = state["semantic.bias"].shape[0]
         shown = {
@@ -154,15 +158,15 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
     except KeyError as error:
         raise UserError(f"{source}: incomplete weights, {error.args[0]!r} is missing") from None
     fitting = [config for config in CONFIGS.values() if facts(config) == shown]
-    # A bare state_dict has no class names: with as many classes as COCO it is COCO's. With as many as Pascal it may be
-    # somebody's own data, so Pascal's names and anchors are taken only if the file's name says so.
+    # A bare state_dict has no class names. 80 classes are assumed to be COCO's. 20 classes may be custom data, so
+    # Pascal's names and anchors are used only if the name of the file is that of Pascal's configuration.
     hint = canonical_name(re.split(r"[/\\]", source)[-1])
     coco = [config for config in fitting if config.num_classes == 80]
     named = [config for config in fitting if config.name == hint and config.num_classes in (80, num_classes)]
     if not coco:
-        raise UserError(f"{source}: a YOLACT of no known configuration ({shown})")
+        raise UserError(f"{source}: these YOLACT weights match no known configuration ({shown})")
     config = (named or coco)[0]
-    # What is left open: sizes that share their shapes, and data sets that share their number of classes.
+    # A state_dict does not reveal the input size, or which of several data sets with this number of classes was used.
     choices = [c for c in fitting if c.num_classes == num_classes or (c.num_classes == 80 and num_classes != 80)]
     open_questions = len({c.model.max_size for c in choices}) > 1 or len({c.class_names for c in choices}) > 1
     if names is not None and len(names) == num_classes:
@@ -174,7 +178,7 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
 
 
 def with_unnamed_classes(config: Config, num_classes: int) -> Config:
-    """Return `config` for classes whose names are not known: class_1, class_2, ..."""
+    """Return `config` with `num_classes` generic class names: class_1, class_2, ..."""
     ids = tuple(range(1, num_classes + 1))
     return replace(config, class_names=tuple(f"class_{i}" for i in ids), category_ids=ids)
 
@@ -182,6 +186,7 @@ def with_unnamed_classes(config: Config, num_classes: int) -> Config:
 def _backbone(state: State) -> str:
     if "backbone._preconv.0.weight" in state:
         return "darknet53"
+    # C4 has 23 blocks in ResNet-101 and 6 in ResNet-50.
     return "resnet101" if "backbone.layers.2.22.conv1.weight" in state else "resnet50"
 
 
@@ -189,4 +194,5 @@ def _dcn_interval(state: State) -> int:
     offsets = [name for name in state if "conv_offset_mask.weight" in name]
     if not offsets:
         return 0
+    # The second block of C3 is deformable with an interval of 1, but not with 3, the only other released interval.
     return 1 if "backbone.layers.1.1.conv2.conv_offset_mask.weight" in state else 3

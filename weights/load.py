@@ -1,4 +1,4 @@
-"""File -> model."""
+"""Load models from weights files of any supported layout."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from yolact import Yolact
 
 
 def load_model(path_or_name: str | Path, config: Config | None = None) -> Yolact:
-    """Return the model in a file, in evaluation mode on the CPU.
+    """Load a model, in evaluation mode on the CPU.
 
     Args:
-        path_or_name: an own checkpoint, a released file, or the name of released weights, which are downloaded once.
-        config: a configuration to use instead of the file's. It must give the weights the same meaning.
+        path_or_name: a checkpoint of this project, the folder of a run, a released file, or the name of released
+            weights, which are downloaded once.
+        config: a configuration to use instead of the file's. It must agree in all fields that the weights depend on.
+            With a checkpoint of this project, the class names remain those of the file.
 
     Raises:
-        UserError: if the file is missing, damaged, of an unknown format, or does not fit `config`.
+        UserError: if the file is missing, damaged, of an unknown format, or does not match `config`.
     """
     path = find_weights(path_or_name)
     weights = read_weights(path)
@@ -31,8 +33,8 @@ def load_model(path_or_name: str | Path, config: Config | None = None) -> Yolact
         if weights.ambiguous:
             others = ", ".join(weights.ambiguous)
             print(
-                f"{path}: these weights fit {others}; taking {config.name} with {config.num_classes} classes "
-                "(choose with --config)"
+                f"{path}: these weights fit {others}; using {config.name} with {config.num_classes} classes "
+                "(select another one with --config)"
             )
     else:
         config = _reconcile(config, weights, path)
@@ -42,67 +44,78 @@ def load_model(path_or_name: str | Path, config: Config | None = None) -> Yolact
 
 
 def load_weights(model: Yolact, path: str | Path) -> None:
-    """Load a file of any known layout into `model`, in place.
+    """Load a weights file of any supported layout into `model`, in place.
 
-    Raises UserError unless every entry finds its place and means the same in both configurations.
+    Raises UserError unless all names and shapes match, and the configurations agree in all fields that weights depend
+    on. To load only the weights that match, use `weights.transfer`.
     """
     weights = read_weights(path)
     _reconcile(model.config, weights, Path(path))
     if weights.layout == "own" and weights.config.class_names != model.config.class_names:
-        raise UserError(f"{path}: its classes are not the model's; weights.transfer loads what matches")
+        raise UserError(f"{path}: its class names differ from the model's; see weights.transfer")
     _load_strictly(model, weights, path)
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Return the weights in a file of any known layout, in our names, with their configuration."""
+    """Read a weights file of any supported layout. Raises UserError if it is missing, damaged or unsupported."""
     return weights_from(read_checkpoint(path), path)
 
 
 def weights_from(content: dict[str, Any], path: str | Path) -> Weights:
-    """Return the weights in what `read_checkpoint` returned for the file at `path`."""
+    """Return the weights in `content`, which `read_checkpoint` returned for `path`.
+
+    Raises UserError if the content is incomplete, damaged, or of an unsupported version or layout.
+    """
     if "yolact" not in content:
         return convert(content, str(path))
     check_version(content, path)
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path}: incomplete, it has no configuration or no weights")
+        raise UserError(f"{path}: incomplete, because it has no configuration or no weights")
     try:
         config = from_dict(content["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its configuration cannot be used: {error}") from None
     state = check_values(content["model"], path)
     if content.get("digest") not in (None, state_digest(content["model"])):  # files of format 1 have none
-        raise UserError(f"{path}: damaged, its weights are not those that were saved; use another copy")
+        raise UserError(f"{path}: damaged, because its weights do not match the stored digest; use another copy")
     return Weights(state, "own", config)
 
 
 def build_model(weights: Weights, path: str | Path) -> Yolact:
-    """Return a model with the weights and the configuration of a file."""
+    """Build the model of a file's configuration and load its weights. Raises UserError if they do not match."""
     model = Yolact(weights.config)
     _load_strictly(model, weights, path)
     return model
 
 
 def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
-    """Return `config` with the classes of the file; UserError if it would give the weights another meaning."""
+    """Return `config`, with the classes of the file unless a released file has as many as `config`.
+
+    Raises UserError if the weights were trained with a different architecture, anchors or preprocessing.
+    """
     stored = weights.config
     if weights.layout == "own":
         different = differences(config.model, stored.model)
         if different:
             raise UserError(
-                f"{path}: was trained as {stored.name!r} with other {', '.join(different)} than configuration "
-                f"{config.name!r} has; without --config the file's own configuration is used"
+                f"{path}: trained with configuration {stored.name!r}, which has other {', '.join(different)} than "
+                f"{config.name!r}; omit --config to use the configuration in the file"
             )
     elif facts(config) != facts(stored):
         wrong = [f"{key} is {value}" for key, value in facts(stored).items() if facts(config)[key] != value]
         raise _wrong_configuration(config, weights, path, f": their {', '.join(wrong)}")
     elif config.num_classes == stored.num_classes:
-        # Own classes mean own training with the authors' code, whose anchors only its owner knows.
+        # If no named configuration has this number of classes, the weights were trained on custom data. The file does
+        # not store their anchors and preprocessing, so those of `config` are used.
         fitting = [c for c in CONFIGS.values() if facts(c) == facts(stored) and c.num_classes == config.num_classes]
         if fitting and all(differences(config.model, known.model) for known in fitting):
             different = differences(config.model, fitting[0].model)
-            raise UserError(f"{path}: these are weights of {fitting[0].name!r}, with other {', '.join(different)}")
+            raise UserError(
+                f"{path}: these are weights of {fitting[0].name!r}, which has other {', '.join(different)} than "
+                f"{config.name!r}"
+            )
         return config
-    elif stored == CONFIGS[stored.name]:  # classes that are known by name
+    elif stored == CONFIGS[stored.name]:  # the classes are those of a released configuration, and fewer or more
         raise _wrong_configuration(config, weights, path, "")
     return dataclasses.replace(config, class_names=stored.class_names, category_ids=stored.category_ids)
 
@@ -117,13 +130,13 @@ def _wrong_configuration(config: Config, weights: Weights, path: str | Path, det
 
 def _load_strictly(model: Yolact, weights: Weights, path: str | Path) -> None:
     own = model.state_dict()
-    # Nothing here uses the batch counters, and files from before PyTorch 0.4.1 lack them.
+    # The batch counters are not used, and files written before PyTorch 0.4.1 do not have them.
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights.state}
     problems = []
     for what, names in (
         ("missing", [k for k in own if k not in state]),
-        ("left over", [k for k in state if k not in own]),
-        ("of another shape", [k for k in own if k in state and own[k].shape != state[k].shape]),
+        ("unexpected", [k for k in state if k not in own]),
+        ("of a different shape", [k for k in own if k in state and own[k].shape != state[k].shape]),
     ):
         if names:
             problems.append(f"{len(names)} {what}: {shorten(names, 3)}")

@@ -1,4 +1,4 @@
-"""The released weights: their names and addresses, and how they are downloaded."""
+"""Names and URLs of released weights, and their download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weights.convert import convert
 WEIGHTS_DIR = Path(__file__).resolve().parent
 BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
 
-MIN_RATE = 1000  # bytes per second of a download, on average after a minute
+MIN_RATE = 1000  # bytes per second; a slower download is aborted, by default after a minute
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/yolact/"
 _AUTHORS = "https://huggingface.co/dbolya/"
@@ -29,13 +29,13 @@ _AUTHORS = "https://huggingface.co/dbolya/"
 
 @dataclass(frozen=True)
 class Released:
-    """One file that others published."""
+    """A file of weights published by the authors or by MMDetection."""
 
-    config: str  # its name, and that of its configuration
+    config: str  # the name of the weights and of their configuration
     url: str
     source: str
     mask_ap: str  # as published, on COCO
-    sha256: str = ""  # the first digits, if the publisher states them
+    sha256: str = ""  # the first digits, if the publisher provides them
 
     @property
     def file_name(self) -> str:
@@ -69,10 +69,12 @@ RELEASED = {
 
 
 def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
-    """Return the file that is meant.
+    """Find the weights file for a path, the folder of a run, or the name of released weights.
 
-    A path is returned as it is, and a run's folder as its `best.pth` or else `last.pth`. The name of released weights
-    becomes their file in `folder`, which is downloaded if it is not there.
+    A run's folder gives its `best.pth`, or `last.pth` if there is none. The name of released weights gives their file
+    in `folder`, which is downloaded if it does not exist.
+
+    Raises UserError if there is no such file or name, or the download fails.
     """
     path = Path(path_or_name)
     if path.is_dir():
@@ -83,7 +85,7 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     name = canonical_name(given)
     if path.parent == Path("."):
         local = [folder / given, folder / f"{given}.pth"]
-        if not path.suffix:  # a name also means the file of that configuration that was saved here by hand
+        if not path.suffix:  # also find files of this configuration saved by hand
             local += [p for p in sorted(folder.glob("*.pth")) if canonical_name(p.name) == name]
         for candidate in local:
             if candidate.is_file():
@@ -96,11 +98,11 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
 
 
 def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth")) -> Path:
-    """Return the first of a run's checkpoints that is there."""
+    """Return the first of the checkpoints `names` that exists in a run's folder. Raises UserError if none does."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder}: this folder has no {' or '.join(names)}")
+    raise UserError(f"{folder}: the folder contains no {' or '.join(names)}")
 
 
 class _HttpOnly(urllib.request.HTTPRedirectHandler):
@@ -108,19 +110,20 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         if not newurl.lower().startswith(("http://", "https://")):
-            raise OSError(f"it redirects to {newurl.split(':')[0]}, only http and https are followed")
+            raise OSError(f"the server redirects to {newurl.split(':')[0]}; only http and https are allowed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0, patience: float = 60.0) -> Path:
-    """Return the file of `entry` in `folder`, downloading and checking it first if it is not there.
+    """Return the file of `entry` in `folder`. If it does not exist, download and verify it.
 
     Args:
-        timeout: seconds without any data before giving up.
-        patience: seconds after which the average must have reached MIN_RATE.
+        timeout: maximum time without data, in seconds.
+        patience: time in seconds after which the average speed must be at least MIN_RATE.
 
     Raises:
-        UserError: if that fails, with what to do by hand. Nothing incomplete or wrong is left behind.
+        UserError: if the download or its verification fails. No file is left behind, and the message explains how to
+            download it by hand.
     """
     target = folder / entry.file_name
     if target.is_file():
@@ -137,7 +140,7 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
                 raise UserError(f"the server stopped after {received} of {size} bytes")
             if not digest.hexdigest().startswith(entry.sha256):
                 raise UserError(f"SHA-256 starts with {digest.hexdigest()[: len(entry.sha256)]}, not {entry.sha256}")
-            # The authors' files have no checksum, and a login page also comes with status 200.
+            # The authors publish no checksums, and a login page also has status 200, so parse the file as well.
             out.flush()
             temporary = Path(out.name)
             try:
@@ -155,7 +158,7 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
 
 
 def _receive(response: IO[bytes], out: IO[bytes], digest: Any, name: str, patience: float) -> int:
-    """Copy a response to a file and into a digest; return the number of bytes."""
+    """Copy a response to a file and update the digest; return the number of bytes. Raises UserError if too slow."""
     size = int(getattr(response, "headers", {}).get("Content-Length") or 0)
     received, started = 0, time.monotonic()
     with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
@@ -166,5 +169,5 @@ def _receive(response: IO[bytes], out: IO[bytes], digest: Any, name: str, patien
             bar.update(len(chunk))
             seconds = time.monotonic() - started
             if seconds > patience and received < MIN_RATE * seconds:
-                raise UserError(f"the server is too slow, {received} bytes in {seconds:.0f} seconds")
+                raise UserError(f"the server is too slow: {received} bytes in {seconds:.0f} seconds")
     return received

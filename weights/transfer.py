@@ -1,4 +1,4 @@
-"""Where training starts: random weights, an ImageNet backbone, or the weights of a YOLACT for other classes."""
+"""Initialisation of training: random weights, an ImageNet backbone, or YOLACT weights, also for other classes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ from weights.load import weights_from
 from weights.released import find_weights
 from yolact import Yolact
 
-# The layers with outputs for each class, and whether background is one of them.
+# The layers that have outputs for each class, and whether the background is one of the classes.
 CLASS_LAYERS = {"head.cls": True, "semantic": False, "mask_iou.10": False}
 
 
 @dataclass
 class Start:
-    """What --init names, read once."""
+    """The weights that --init specifies, already read."""
 
-    source: str  # none, imagenet, or the file's path
-    weights: Weights | None = None  # of a whole YOLACT
-    backbone: dict[str, Any] | None = None  # of a backbone alone
+    source: str  # "none", "imagenet", or the path of the file
+    weights: Weights | None = None  # if the file holds YOLACT weights
+    backbone: dict[str, Any] | None = None  # the file's content, if it holds only a backbone
 
     @property
     def config(self) -> Config:
-        """The configuration of the weights, for a run without --config."""
+        """The configuration of the weights, for a run without --config. Raises UserError if there is none."""
         if self.weights is None:
             raise UserError(f"--init {self.source} has no configuration of its own; give --config")
         return self.weights.config
 
 
 def read_start(source: str | Path) -> Start:
-    """Read what training starts from: "none", "imagenet", a file, a run's folder, or the name of released weights."""
+    """Read the initial weights: "none", "imagenet", a file, a run's folder, or the name of released weights.
+
+    Raises UserError if the file or name does not exist, or the file cannot be used.
+    """
     if str(source) in ("none", "imagenet"):
         return Start(str(source))
     path = find_weights(source)
@@ -53,10 +56,12 @@ def read_start(source: str | Path) -> Start:
 
 
 def init_model(model: Yolact, start: Start) -> None:
-    """Initialise `model`.
+    """Load initial weights into `model`, in place, and print a summary.
 
-    Of a YOLACT all matching weights are loaded, and the outputs of classes with the same name are copied. What
-    differs is printed: the configuration, the classes, and the entries that keep their random values.
+    From YOLACT weights, all matching weights are loaded; in layers with outputs for each class, those of classes with
+    the same name are copied. The rest keeps its random initialisation. The summary lists the differences.
+
+    Raises UserError if backbone weights do not match, or ImageNet weights are not available.
     """
     if start.weights is not None:
         print(_init_from_yolact(model, start.weights, start.source))
@@ -69,7 +74,7 @@ def init_model(model: Yolact, start: Start) -> None:
 
 
 def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
-    """Load the matching weights and describe what does not match."""
+    """Load the matching weights; return a summary that lists the differences."""
     config, other = model.config, weights.config
     own = model.state_dict()  # the tensors of the model themselves
     common = [name for name in config.class_names if name in other.class_names]
@@ -88,27 +93,27 @@ def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
     lines = [f"starting from {path} ({other.name}, {other.num_classes} classes)"]
     different = differences(config.model, other.model)
     if different:
-        lines.append(f"  its configuration differs in {', '.join(different)}, so its weights mean something else here")
+        lines.append(f"  its configuration differs in {', '.join(different)}, so these weights are less useful here")
         lines.append(f"  to keep them: --set {_as_settings(other, different)}")
     if other.class_names != config.class_names:
         new = [name for name in config.class_names if name not in common]
-        lines.append(f"  outputs copied for classes of the same name: {shorten(common, 12) or 'none'}")
-        lines.append(f"  classes with random outputs: {shorten(new, 12) or 'none'}")
+        lines.append(f"  outputs copied for classes with the same name: {shorten(common, 12) or 'none'}")
+        lines.append(f"  classes with randomly initialised outputs: {shorten(new, 12) or 'none'}")
     if fresh:
-        lines.append(f"  {len(fresh)} entries do not match and are initialised: {shorten(fresh)}")
+        lines.append(f"  {len(fresh)} entries do not match and are randomly initialised: {shorten(fresh)}")
     return "\n".join(lines)
 
 
 def _as_settings(config: Config, keys: Iterable[str]) -> str:
-    """Keys and values as they are written after --set in a shell."""
+    """Format keys and values as arguments of --set, quoted for a shell."""
     values = {key: str(value).replace(" ", "") for key, value in to_dict(config).items()}
     return " ".join(f'"{pair}"' if "(" in pair else pair for pair in (shown(values, [key]) for key in keys))
 
 
 def _copy_classes(value: Tensor, theirs: Tensor, config: Config, other: Config, background: bool) -> bool:
-    """Copy the rows of classes with the same name, and of the background, for every anchor.
+    """Copy the outputs of classes with the same name, and of the background, from `theirs` to `value`.
 
-    Returns False if the layers differ in more than their classes.
+    The first dimension of both is anchors * classes. Returns False if the layers differ in more than their classes.
     """
     mine, their_names = config.class_names, other.class_names
     ours_per_anchor, theirs_per_anchor = len(mine) + background, len(their_names) + background
@@ -126,25 +131,33 @@ def _copy_classes(value: Tensor, theirs: Tensor, config: Config, other: Config, 
 
 
 def init_backbone(model: Yolact, content: dict[str, Any], source: str) -> None:
-    """Load ImageNet weights, as `torch.load` returned them, into the backbone; `source` names them in errors."""
+    """Load ImageNet weights into the backbone of `model`, in place.
+
+    Args:
+        content: a state_dict, or a dictionary with one under "state_dict".
+        source: the name of the weights in error messages.
+
+    Raises:
+        UserError: if the weights are not those of this backbone.
+    """
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     state = state_from_imagenet(model.backbone, content)
     own = model.backbone.state_dict()
-    # Deformable layers start as plain ones: the 3x3 weights are loaded, biases and offsets stay zero.
+    # Deformable layers load the 3x3 weights of regular ones. Their biases and offsets are not in the file and stay 0.
     optional = ("num_batches_tracked", "conv2.bias", "conv_offset_mask.weight", "conv_offset_mask.bias")
     missing = [k for k in own if k not in state and not k.endswith(optional)]
     wrong = [k for k in state if k not in own or state[k].shape != own[k].shape]
     if missing or wrong:
         raise UserError(
-            f"{source}: not weights of a {model.config.model.backbone} ({len(missing)} missing, {len(wrong)} do not "
-            f"fit: {shorten(missing + wrong, 3)})"
+            f"{source}: not weights of a {model.config.model.backbone} ({len(missing)} missing, {len(wrong)} "
+            f"unexpected or of a different shape: {shorten(missing + wrong, 3)})"
         )
     model.backbone.load_state_dict({**own, **state})
 
 
 def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
-    """The ImageNet weights that a backbone declares, and where they come from."""
+    """Return the ImageNet weights that a backbone declares, and their path or URL. Raises UserError on failure."""
     kind, _, name = BACKBONES[backbone].imagenet.partition(":")
     if kind == "package":
         pip_name = name.replace("_pytorch_model", "-pytorch-model").replace("_", "-")
@@ -158,14 +171,14 @@ def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
     if kind == "torchvision":
         from torchvision.models import get_model_weights  # imports every model of torchvision
 
-        weights = get_model_weights(name)["IMAGENET1K_V1"]  # the ones that the published numbers started from
+        weights = get_model_weights(name)["IMAGENET1K_V1"]  # used for the published results
         try:
             return dict(weights.get_state_dict(progress=True, check_hash=True)), weights.url
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{weights.url}: cannot be downloaded ({error}); save it by hand and name it with --init"
+                f"{weights.url}: cannot be downloaded ({error}); download it by hand and give the file with --init"
             ) from None
     known = [key for key, value in BACKBONES.items() if value.imagenet]
     raise UserError(
-        f"no ImageNet weights are offered for {backbone!r}, give a file with --init{nearest(backbone, known)}"
+        f"no ImageNet weights are available for {backbone!r}; give a file with --init{nearest(backbone, known)}"
     )

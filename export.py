@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from config import DetectionConfig, override, parse_overrides
-from data.image import normalise, read_image, resize
-from deploy.onnx_export import describe, to_onnx, write_onnx
-from deploy.openvino_export import quantise, to_openvino, write_openvino
+from data.image import read_image
+from deploy.exporting import write_export
 from deploy.parity import check_export
 from inference.images import find_images
 from inference.runtime import ExportedNetwork
@@ -46,7 +45,7 @@ def build_parser() -> ArgumentParser:
     add("--size", help="the network's input as HxW or one number, to which images are resized")
     add("--raw", action="store_true", help="the network alone: normalised image in, raw outputs out")
     add("--int8", action="store_true", help="quantise the network to int8 (OpenVINO)")
-    add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred photos are enough")
+    add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred are enough")
     add("--check", nargs="+", default=[], help="images to check the export on; by default two that are included")
     add("--score_threshold", type=fraction, help="drop detections below it; by default the configuration's, for AP")
     add("--top_k", type=integer(1), help="detections per image: 100, or what the configuration says")
@@ -71,23 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     detection = choose_detection(model, args)
     images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
 
-    precision = "int8" if args.int8 else "fp16" if to_ir else "fp32"
-    proto = to_onnx(model, size, detection, args.raw)
-    converted = None
-    if to_ir:
-        converted = to_openvino(proto, describe(model, size, detection, args.raw, precision))
-    if args.int8:
-        paths = list_images(args.calibration)[:MAX_CALIBRATION]
+    paths = list_images(args.calibration)[:MAX_CALIBRATION]
+    if paths:
         print(f"calibrating on {len(paths)} images")
-        batches = list(calibration(paths, model, size, args.raw))
-        converted = quantise(converted, batches)
 
     with scratch_folder(args.output) as folder:
         draft = Path(folder) / args.output.name
-        if converted is None:
-            write_onnx(proto, draft)
-        else:
-            write_openvino(converted, draft)
+        write_export(model, draft, size, detection, args.raw, read_images(paths))
         report, problems = check_export(ExportedNetwork(draft), model, detection, images)
         if problems:
             raise UserError(f"{args.output}: not written, it differs from the model: {'; '.join(problems)}")
@@ -120,19 +109,13 @@ def list_images(paths: Sequence[str]) -> list[Path]:
     return [source.path for source in sources]
 
 
-def calibration(paths: Sequence[Path], model: Yolact, size: tuple[int, int], raw: bool) -> Iterator[np.ndarray]:
-    """Yield images as the exported graph takes them, at the network's size. Unreadable ones are named and skipped."""
-    settings = model.config.model
+def read_images(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Yield the images that can be read. Others are reported and skipped."""
     for path in paths:
         try:
-            image = resize(read_image(path), size, uint8=not raw or settings.resize_uint8)
+            yield read_image(path)
         except UserError as error:
             print(f"{error}, skipped", file=sys.stderr)
-            continue
-        if raw:
-            yield normalise(image, settings.mean, settings.std)[None]
-        else:
-            yield np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2))
 
 
 def scratch_folder(output: Path) -> tempfile.TemporaryDirectory[str]:

@@ -1,12 +1,13 @@
-"""Beside the original (github.com/dbolya/yolact): same weights, same image, same machine, in turns in one run.
+"""Compare the speed with the original (github.com/dbolya/yolact) on the same weights, image and machine.
 
 python benchmarks/compare.py --original ../yolact --output benchmarks/compare_cpu.json
 python benchmarks/compare.py --original ../yolact --device cuda --training --output benchmarks/compare_cuda.json
 
-Two things are timed: `network`, the network and its NMS on one input that is ready, and `image`, from a uint8 image
-of 480 x 640 in memory to its masks in memory. With --training also a training step, without reading and augmenting.
-The weights are random, with a background that leaves about 40 detections. It first checks that both find the same.
-The original runs from the folder given, unchanged, in a separate process; on a CPU with `.cuda()` replaced by a no-op.
+Two things are timed: `network`, the network and NMS on a preprocessed input, and `image`, from a uint8 image of 480x640
+in memory to its masks in memory. With --training, a training step is timed too, without reading and augmenting images.
+The weights are random, with the background bias set so that about 40 detections remain. The script first checks that
+both projects find the same detections. The original runs unmodified from the given folder in a separate process, except
+that `.cuda()` is a no-op on a CPU. Both projects are measured alternately in one run.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def main() -> int:
     parser.add_argument("--configs", nargs="+", default=["yolact_resnet50", "yolact_base"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5, help="in a round; the first of each is left out")
-    parser.add_argument("--training", action="store_true", help="a training step too")
-    parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls per round, after one warm-up call")
+    parser.add_argument("--training", action="store_true", help="also time a training step")
+    parser.add_argument("--exports", action="store_true", help="also the exported model in its runtimes, on a CPU")
+    parser.add_argument("--batch_size", type=int, default=8, help="batch size of the training step")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", choices=["ours", "original"], help=argparse.SUPPRESS)
     parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
@@ -60,7 +62,9 @@ def main() -> int:
         return 0
     report = {
         "command": f"python benchmarks/compare.py --original {args.original.name} --configs {' '.join(args.configs)} "
-        f"--device {args.device} --rounds {args.rounds} --repeats {args.repeats}{' --training' * args.training}",
+        f"--device {args.device} --rounds {args.rounds} --repeats {args.repeats}{' --training' * args.training}"
+        + " --exports"
+        * args.exports,
         "torch": torch.__version__,
         "image": IMAGE_SIZE,
         "rows": [],
@@ -73,7 +77,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Measure one configuration into `rows`; what the machine is."""
+    """Measure one configuration, append the results to `rows`, and return a description of the machine."""
     times: dict[str, list[float]] = {}
     memory: dict[str, int | None] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +111,7 @@ def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -
 def take_turns(
     workers: Sequence[Worker], args: argparse.Namespace, times: dict[str, list[float]], memory: dict[str, int | None]
 ) -> None:
-    """Measure the jobs of all workers, round by round: milliseconds into `times`, MiB of a GPU into `memory`."""
+    """Measure the jobs of all workers alternately; add milliseconds to `times` and GPU MiB to `memory`."""
     for _ in range(args.rounds):
         for worker in workers:
             for name in worker.jobs:
@@ -117,7 +121,7 @@ def take_turns(
 
 
 class Worker:
-    """A process that measures what it is asked for: two projects with modules of the same names can take turns."""
+    """A subprocess that runs measurements on request, so that two projects with equal module names can alternate."""
 
     def __init__(self, name: str, options: list[str]):
         self.name = name
@@ -142,7 +146,7 @@ class Worker:
 
 
 def serve(jobs: Jobs, device: str) -> None:
-    """Do what is asked for on standard input: a job of `jobs`, timed, or one whose answer counts."""
+    """Run the jobs that are requested on standard input; reply with their times, or for some with their result."""
 
     def answer(value: Any) -> None:
         print("\x1e" + json.dumps(value), flush=True)
@@ -169,25 +173,25 @@ def serve(jobs: Jobs, device: str) -> None:
 
 
 def test_image() -> np.ndarray:
-    """Smooth colours, the same in both processes."""
+    """Return a smooth colour image, uint8 BGR, which is the same in both processes."""
     small = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
     return cv2.resize(small, IMAGE_SIZE[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """How well the detections agree; SystemExit when they do not."""
+    """Return a description of how well the detections agree. Raises SystemExit if they do not."""
     count = len(theirs["scores"])
     if not count or theirs["labels"] != ours["labels"]:
-        raise SystemExit(f"not the same detections: {theirs['labels']} and {ours['labels']}")
+        raise SystemExit(f"the detections differ: labels {theirs['labels']} and {ours['labels']}")
     score = max(abs(a - b) for a, b in zip(theirs["scores"], ours["scores"], strict=True))
     area = max(abs(a - b) / max(a, 1) for a, b in zip(theirs["areas"], ours["areas"], strict=True))
     if score > 0.01 or area > 0.02:
         raise SystemExit(f"detections differ: scores by {score:.4f}, mask areas by {100 * area:.2f} %")
-    return f"the same {count} detections, scores to {score:.1e}, mask areas to {100 * area:.2f} %"
+    return f"the same {count} detections (scores within {score:.1e}, mask areas within {100 * area:.2f} %)"
 
 
 def our_jobs(args: argparse.Namespace) -> Jobs:
-    """What of this project is timed: each precision and path that the device has."""
+    """Return the jobs of this project: every precision that the device supports, uncompiled and compiled."""
     from benchmarks.stages import device_name, matmul_peak, network_flops
     from inference import Predictor
     from utils.device import choose_precision
@@ -206,11 +210,16 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
         predictor = Predictor(model, args.device, score_threshold=THRESHOLD, **options)
         jobs[f"network {name}"] = network_job(predictor, image)
         jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
+    if args.exports:
+        for name, predictor in exported(model, args.weights.parent, image).items():
+            jobs[f"network {name}"] = network_job(predictor, image)
+            jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks
+    for job in jobs.values():  # warm-up
         for _ in range(3):
-            jobs[f"network {name}"](), jobs[f"image {name}"]()
-    torch.backends.cudnn.allow_tf32 = False  # for the comparison of what is found
+            job()
+    torch.backends.cudnn.allow_tf32 = False  # for an exact comparison of the detections
     exact = Predictor(model, args.device, "fp32", score_threshold=THRESHOLD)(image)
-    torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     found = {"labels": exact.labels.tolist(), "scores": exact.scores.tolist()}
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
     jobs["machine"] = lambda: {
@@ -221,8 +230,30 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     return jobs
 
 
+def exported(model: Any, folder: Path, image: np.ndarray) -> dict[str, Any]:
+    """Return predictors of the model in ONNX Runtime and OpenVINO, in each precision that they have.
+
+    int8 is calibrated on noisy copies of one image, which is enough for measuring speed, and for nothing else.
+    """
+    from deploy.exporting import write_export
+    from inference import Predictor
+
+    side = model.config.model.max_size
+    rng = np.random.default_rng(0)
+    noisy = [(image + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8) for _ in range(10)]
+    files = {"onnx": folder / "model.onnx", "float": folder / "float.xml", "int8": folder / "int8.xml"}
+    for name, path in files.items():
+        write_export(model, path, (side, side), model.config.detection, calibration=noisy if name == "int8" else ())
+    variants = {"ONNX Runtime float32": ("onnx", "fp32"), "OpenVINO float32": ("float", "fp32")}
+    variants |= {"OpenVINO bfloat16": ("float", "bf16"), "OpenVINO int8": ("int8", "auto")}
+    return {
+        name: Predictor.from_weights(files[key], precision=precision, score_threshold=THRESHOLD)
+        for name, (key, precision) in variants.items()
+    }
+
+
 def network_job(predictor: Any, image: np.ndarray) -> Callable[[], Any]:
-    """Network and NMS on an input that is on the device."""
+    """Return a job that runs the network and NMS on an input that is already on the device."""
     batch = predictor.preprocess(image)[None]
 
     @torch.inference_mode()
@@ -233,7 +264,7 @@ def network_job(predictor: Any, image: np.ndarray) -> Callable[[], Any]:
 
 
 def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each image boxes with labels [n, 5], relative, and masks [n, size, size]: filled boxes."""
+    """Return random targets per image: relative boxes with labels [n, 5], and filled boxes as masks [n, size, size]."""
     rng = np.random.default_rng(0)
     targets = []
     for _ in range(batch_size):
@@ -247,7 +278,7 @@ def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[n
 
 
 def our_training_step(args: argparse.Namespace) -> Jobs:
-    """A step with the configuration's optimiser, in float32 and in what training takes by itself."""
+    """Return jobs for a training step in float32 and in the precision that "auto" selects."""
     from config import get_config
     from data.loader import Batch
     from training.settings import Settings
@@ -283,7 +314,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
 
 
 def original_jobs(args: argparse.Namespace) -> Jobs:
-    """The original's own network, NMS, transform and masks, as its evaluation calls them."""
+    """Return the jobs of the original: its transform, network, NMS and masks, called as in its evaluation."""
     from original import load
 
     detect = load(args.original, args.configs[0], args.device, args.weights, test_image(), THRESHOLD)
@@ -295,7 +326,7 @@ def original_jobs(args: argparse.Namespace) -> Jobs:
 
 
 def original_training_step(args: argparse.Namespace) -> Jobs:
-    """The original's step of SGD."""
+    """Return a job for the original's training step."""
     from original import training_step
 
     targets = training_targets(550, args.batch_size)

@@ -1,9 +1,9 @@
-"""Where weights fail, on free images: one person smaller and smaller, and a crowd.
+"""Show failure cases of weights on freely licensed images: one person at decreasing sizes, and a crowd.
 
     python benchmarks/failures.py --output data/demo/failures.jpg
 
-Both images are put together from `data/demo/camera.jpg`, so that they can be shown here and made again. What is
-printed is how many copies a detection covers with an IoU of at least 0.5, and at which heights in pixels.
+Both images are composed from `data/demo/camera.jpg`, so that they can be published and reproduced. The script prints
+how many copies are detected with a box IoU of at least 0.5, and at which heights in pixels.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from layers.boxes import box_iou  # noqa: E402
 from weights import load_model  # noqa: E402
 
 WEIGHTS = ROOT / "weights" / "yolact_lite_person.pth"
-MAN = (0, 60, 285, 505)  # left, top, right, bottom of the man in the photo of 512x512
+MAN = (0, 60, 285, 505)  # (x1, y1, x2, y2) of the man in the 512x512 image
 HEIGHTS = (240, 160, 110, 75, 50, 34, 24, 16)  # of the copies
 SIDE = 416
 
 
 def shrunk(photo: NDArray[np.uint8], height: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The man, cut out with a margin, `height` pixels tall: the piece, and his box within it."""
+    """Crop the man with a margin and resize him to `height` pixels; return the crop and his box within it."""
     left, top, right, bottom = MAN
     margin = 6
     scale = height / (bottom - top)
@@ -43,7 +43,7 @@ def shrunk(photo: NDArray[np.uint8], height: int) -> tuple[NDArray[np.uint8], ND
 
 
 def paste(canvas: NDArray[np.uint8], photo: NDArray[np.uint8], height: int, x: int, y: int) -> NDArray[np.float32]:
-    """Puts a copy with its upper left corner at (x, y); returns the man's box on the canvas."""
+    """Paste a copy with its top-left corner at (x, y); return the man's box on the canvas."""
     piece, box = shrunk(photo, height)
     piece = piece[: canvas.shape[0] - y, : canvas.shape[1] - x]
     canvas[y : y + piece.shape[0], x : x + piece.shape[1]] = piece

@@ -1,9 +1,9 @@
-"""How much private memory a forked worker adds over an epoch of reading the annotation index, at COCO's size.
+"""Measure how much private memory a forked worker gains while it reads the annotation index of a COCO-sized data set.
 
 python benchmarks/index_memory.py
 
-The index is generated: 118,287 images and 860,001 annotations with polygons of 20 points, as train2017 has. A child
-process reads every entry once, in random order; its growth in private memory is what each DataLoader worker costs.
+The index is synthetic: like train2017 it has 118,287 images and 860,001 annotations, here with polygons of 20 points. A
+child process reads every entry once in random order; each DataLoader worker costs the growth of its private memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How many training samples a second one core delivers, beside the original (github.com/dbolya/yolact).
+"""Measure the time per training sample on one core, compared with the original (github.com/dbolya/yolact).
 
 python benchmarks/loader.py --original ../yolact --annotations train.json --image_dir images --output loader.json
 
-Both read the same images with objects and augment them for 550 px in one process with one OpenCV thread, in turns. The
-original is run from the folder given, unchanged but for two names that NumPy has dropped since.
+Both projects read and augment the same images for 550 px, alternately, in one process with one OpenCV thread. The
+original runs from the given folder, unmodified except for two uses of NumPy that newer versions no longer support.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--original", type=Path, required=True, help="a clone of the authors' repository")
     parser.add_argument("--annotations", type=Path, required=True)
     parser.add_argument("--image_dir", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=150, help="in each of three rounds")
+    parser.add_argument("--samples", type=int, default=150, help="samples in each of three rounds")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/loader.json")
     parser.add_argument("--only", choices=["ours", "original"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def processor() -> str:
-    """What the processor calls itself, and how many cores there are."""
+    """Return the name of the processor and the number of threads."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -73,7 +73,7 @@ def processor() -> str:
 
 
 def measure(read: Callable[[int], object], samples: int, warmup: int = 10) -> list[float]:
-    """Seconds of each sample, the first ones left out."""
+    """Return the seconds per sample, after `warmup` samples that are not timed."""
     cv2.setNumThreads(1)
     times = []
     for index in range(samples + warmup):
@@ -84,7 +84,7 @@ def measure(read: Callable[[int], object], samples: int, warmup: int = 10) -> li
 
 
 def ours(args: argparse.Namespace) -> Callable[[int], object]:
-    """Read and augment by this project."""
+    """Return a function that reads and augments a sample with this project."""
     sys.path.insert(0, str(ROOT))
     from config import get_config
     from data.coco import CocoDataset
@@ -92,7 +92,7 @@ def ours(args: argparse.Namespace) -> Callable[[int], object]:
 
     dataset = CocoDataset(args.annotations, args.image_dir)
     training = TrainingSet(dataset, get_config("yolact_base"), seed=0)
-    # The original has the images with objects alone, in the order of the annotations.
+    # The original uses only images with objects, in the order of the annotations.
     entries = json.loads(args.annotations.read_text(encoding="utf-8"))["annotations"]
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     indices = [position[image_id] for image_id in dict.fromkeys(int(entry["image_id"]) for entry in entries)]
@@ -100,11 +100,11 @@ def ours(args: argparse.Namespace) -> Callable[[int], object]:
 
 
 def original(args: argparse.Namespace) -> Callable[[int], object]:
-    """Read and augment by the original."""
+    """Return a function that reads and augments a sample with the original."""
     annotations, image_dir, folder = (p.resolve() for p in (args.annotations, args.image_dir, args.original))
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    np.float = float  # gone since NumPy 1.24
+    np.float = float  # removed in NumPy 1.24
     from utils.augmentations import RandomSampleCrop, SSDAugmentation
 
     from data import COCODetection, cfg, set_cfg
@@ -113,7 +113,7 @@ def original(args: argparse.Namespace) -> Callable[[int], object]:
     cfg.max_size = 550
     augmentation = SSDAugmentation()
     for step in augmentation.augment.transforms:
-        if isinstance(step, RandomSampleCrop):  # NumPy no longer makes an array of these by itself
+        if isinstance(step, RandomSampleCrop):  # NumPy no longer creates ragged arrays implicitly
             step.sample_options = np.array(step.sample_options, dtype=object)
     dataset = COCODetection(str(image_dir), str(annotations), transform=augmentation)
     dataset.target_transform.label_map = dict.fromkeys(dataset.coco.getCatIds(), 1)  # any category ids

@@ -1,9 +1,9 @@
-"""What each NMS, and each way to crop masks, does to AP and to time (the paper's Table 2a, repeated).
+"""Measure the effect of each NMS and each way of cropping masks on AP and time (compare Table 2a of the paper).
 
 python benchmarks/nms.py --weights runs/mine/best.pth --annotations val.json --image_dir images --output nms.json
 
-AP is COCOeval's. Time is that of the step alone, median over the images: from raw outputs to detections for the NMS,
-from detections to masks at the images' size for the crops.
+AP is computed by COCOeval. The time is the median over images of the varied step alone: from raw outputs to detections
+for NMS, and from detections to masks at the image's size for cropping.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _median(dataset: CocoDataset, prepare: Callable[[Any], Any], step: Callable[[Any], Any], images: int = 40) -> float:
-    """Median milliseconds of `step` on what `prepare` makes of the first images, after a warm-up."""
+    """Return the median milliseconds of `step` on `prepare(image)` for the first images, after three warm-up calls."""
     times = []
     with torch.inference_mode():
         for index in range(min(images, len(dataset))):

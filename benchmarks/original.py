@@ -1,4 +1,4 @@
-"""The original as compare.py measures it: its modules, imported from a clone, called as its eval.py calls them."""
+"""Run the original for compare.py: import its modules from a clone and call them as its eval.py and train.py do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Original:
-    """The original's way from an image to masks, for one image."""
+    """The original's pipeline from an image to masks, for one image."""
 
     def __init__(self, net: Any, transform: Any, postprocess: Any, image: np.ndarray, threshold: float, device: str):
         self.net, self.transform, self.postprocess, self.image = net, transform, postprocess, image
@@ -37,12 +37,12 @@ class Original:
     def answer(self) -> dict[str, Any]:
         torch.backends.cudnn.allow_tf32 = False
         labels, scores, _, masks = self.image_to_masks()
-        torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
+        torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
         return {"labels": labels.tolist(), "scores": scores.tolist(), "areas": masks.sum(dim=(1, 2)).tolist()}
 
 
 def load(folder: Path, config: str, device: str, weights: Path, image: np.ndarray, threshold: float) -> Original:
-    """The original with random weights that detect something, which are also written to `weights`."""
+    """Return the original with random weights that yield detections, and save these weights to `weights`."""
     net = _network(folder, config, device)
     from layers.output_utils import postprocess
     from utils.augmentations import FastBaseTransform
@@ -56,8 +56,8 @@ def load(folder: Path, config: str, device: str, weights: Path, image: np.ndarra
 
 
 def _network(folder: Path, config: str, device: str) -> Any:
-    """The original's network with random weights. From here on its modules are the ones that are imported."""
-    if device == "cpu":  # it asks for a GPU when it is imported
+    """Return the original's network with random weights. Afterwards, imports resolve to the original's modules."""
+    if device == "cpu":  # the original requires a GPU at import
         torch.cuda.current_device = lambda: 0
         torch.Tensor.cuda = lambda self, *_, **__: self
     else:
@@ -88,14 +88,14 @@ def _spread_scores(net: Any, original: Original, threshold: float, count: int = 
             background = scores[:, 0] * np.exp(middle)
             best = scores[:, 1:].amax(dim=1) / (background + scores[:, 1:].sum(dim=1))
             low, high = (middle, high) if (best > threshold).sum() > count else (low, middle)
-        conf.bias[:: scores.shape[1]] += high + 0.002  # each anchor's first output; no score is left at the threshold
+        conf.bias[:: scores.shape[1]] += high + 0.002  # the background logits, with a margin
     net.detect = detect
 
 
 def training_step(
     folder: Path, config: str, device: str, images: list[tuple[np.ndarray, np.ndarray]]
 ) -> Callable[[], Any]:
-    """A step of SGD as the original's train.py takes it, with its loss. images: boxes [n, 5], masks [n, h, w]."""
+    """Return an SGD step as in the original's train.py. `images` has boxes [n, 5] and masks [n, h, w] per image."""
     net = _network(folder, config, device)
     from layers.modules import MultiBoxLoss
 

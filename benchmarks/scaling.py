@@ -1,9 +1,9 @@
-"""How time and memory grow with the input's size, the batch, the number of detections and the image.
+"""Measure how time and memory grow with the input size, the batch size, the number of detections and the image size.
 
 python benchmarks/scaling.py --config yolact_lite --output benchmarks/scaling_lite.json
 python benchmarks/scaling.py --config yolact_resnet50 --device cuda --output benchmarks/scaling_r50_cuda.json
 
-Weights are random and detections provided. Each case runs in a process of its own, so that its memory is its own.
+Weights are random and detections are synthetic. Each case runs in its own process, so that peak memory is per case.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
-    """The report of benchmarks.stages of one case."""
+    """Run benchmarks.stages for one case and return its report."""
     from benchmarks.stages import benchmark
     from config import get_config
     from inference import Predictor

@@ -1,4 +1,4 @@
-"""Time every stage from an image file to a drawn image, beside what the hardware can do at most.
+"""Time every stage from an image file to a drawn image, and compare the network with the peak of the hardware.
 
 python eval.py --config yolact_resnet50 --benchmark
 """
@@ -24,7 +24,7 @@ from layers.structures import Candidates, Predictions
 from utils.device import cpu_features
 from yolact import Yolact
 
-WARM_UP = 3  # at least; torch.compile and libraries choose their kernels
+WARM_UP = 3  # minimum number of warm-up passes, in which torch.compile and libraries select kernels
 STAGES = (
     "read", "resize and normalise", "backbone", "FPN", "prototypes", "head", "detect", "masks", "copy to host", "draw",
 )  # fmt: skip
@@ -39,14 +39,15 @@ def benchmark(
 ) -> dict[str, Any]:
     """Return medians and 10th and 90th percentiles in ms of every stage, after warm-up, for one image size.
 
-    The report also has the network's frames per second, those from image in memory to masks in memory, peak memory,
-    and the measured peak of the hardware with the share of it that is reached.
+    The report also contains frames per second (of the network, and from image to masks in memory), peak memory in MiB,
+    and the measured peak of the hardware in GFLOP/s with the fraction that the network reaches.
 
     Args:
-        batch_size: images at once.
-        provide: for random weights, which find nothing: replace the detections by this many all over the image.
-        image_size: height and width of the image.
-        repeats: measured passes.
+        predictor: the predictor to measure.
+        batch_size: number of images per batch.
+        provide: if not 0, replace the detections by this many synthetic ones. Random weights detect nothing.
+        image_size: (height, width) of the image in pixels.
+        repeats: number of measured passes.
     """
     image = _test_image(*image_size)
     encoded = cv2.imencode(".jpg", image)[1]
@@ -59,10 +60,10 @@ def benchmark(
             if repeat >= 0:
                 for stage, seconds in measured.items():
                     times[stage].append(1000 * seconds)
+    # Stages that were not measured are left out: an exported network runs as a whole.
     stages = {stage: dict(zip(("p10", "median", "p90"), np.percentile(v, (10, 50, 90)).tolist(), strict=True))
               for stage, v in times.items() if v}  # fmt: skip
-    # An exported network runs as a whole, so it has no rows for its parts.
-    memory = _peak_memory(predictor.device)  # before the probes below take theirs
+    memory = _peak_memory(predictor.device)  # before the measurements below allocate memory
     flops = network_flops(predictor.config, predictor.size, batch_size)
     peak = matmul_peak(predictor.device, predictor.dtype)
     seconds = stages["network"]["median"] / 1000
@@ -101,7 +102,8 @@ def _one_pass(
     clock.time("read", lambda: cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     batch = clock.time("resize and normalise", lambda: torch.stack([predictor.preprocess(x) for x in images]))
     if isinstance(model, Yolact):
-        # Part by part, and then as a whole, uninterrupted: the parts may not add up to it.
+        # The parts are timed one by one, and then the whole network without synchronisation between the parts; their
+        # times may not add up to it.
         inputs = batch.to(predictor.dtype, memory_format=torch.channels_last)
         features = clock.time("backbone", lambda: model.backbone(inputs))
         levels = clock.time("FPN", lambda: model.fpn(features))
@@ -129,7 +131,7 @@ def _one_pass(
 
 
 class _Clock:
-    """Times calls, synchronising with the device before and after."""
+    """Time calls, synchronising with the device before and after each."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -152,7 +154,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _test_image(height: int, width: int) -> np.ndarray:
-    """Smooth colours and some noise, so that JPEG has ordinary work."""
+    """Return a smooth colour image with noise, uint8 BGR, so that JPEG decoding takes a realistic time."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
     noise = rng.integers(-8, 9, (height, width, 3))
@@ -160,7 +162,7 @@ def _test_image(height: int, width: int) -> np.ndarray:
 
 
 def _provided(predictor: Predictor, rng: np.random.Generator, count: int) -> Candidates:
-    """Boxes of many sizes all over the image, with coefficients that give masks."""
+    """Return `count` synthetic detections with boxes of various sizes and random mask coefficients."""
     low = rng.uniform(0, 0.7, (count, 2))
     boxes = np.concatenate((low, low + rng.uniform(0.05, 0.3, (count, 2))), axis=1)
     config = predictor.config
@@ -175,12 +177,12 @@ def _provided(predictor: Predictor, rng: np.random.Generator, count: int) -> Can
 
 
 def network_flops(config: Config, size: tuple[int, int], batch_size: int = 1) -> float:
-    """Return the operations of the network, counting a multiplication and an addition as two."""
+    """Return the number of floating-point operations of a batch; a multiply-add counts as two."""
 
     def deformable(_x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
-    # Shapes are all that is needed, but torchvision's kernel needs real values.
+    # Counting needs only shapes (meta tensors), but torchvision's deformable convolution needs real tensors.
     with torch.device("cpu" if config.model.dcn_interval else "meta"), torch.no_grad():
         model = Yolact(config).eval()
         with FlopCounterMode(
@@ -191,7 +193,7 @@ def network_flops(config: Config, size: tuple[int, int], batch_size: int = 1) ->
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second of the best of a few large matrix products."""
+    """Return the measured peak in FLOP/s: the fastest of six large matrix products."""
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device).to(dtype)
     b = torch.randn(side, side, device=device).to(dtype)
@@ -199,7 +201,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_peak(device: torch.device) -> float:
-    """Return the bytes per second that the best of a few large copies reads and writes."""
+    """Return the measured memory bandwidth in bytes/s (reads plus writes) of the fastest of six large copies."""
     size = 2**28 if device.type == "cuda" else 2**26
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -213,7 +215,7 @@ def _timed(device: torch.device, call: Callable[[], Any]) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the hardware in words."""
+    """Return the name of the device; for a CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = cpu_features().get("cpu_name") or platform.processor() or platform.machine()
@@ -244,7 +246,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [
         f"network {report['network_fps']:.1f} frames/s, image in memory to masks in memory "
         f"{report['image_to_masks_fps']:.1f} frames/s",
-        f"{report['gflop']:.1f} GFLOP a batch, {report['gflops_reached']:.0f} of "
+        f"{report['gflop']:.1f} GFLOP per batch, {report['gflops_reached']:.0f} of "
         f"{report['matmul_peak_gflops']:.0f} GFLOP/s measured peak "
         f"({100 * report['share_of_peak']:.0f} %), memory copy {report['memory_copy_gb_s']:.1f} GB/s",
         f"peak memory {report['peak_memory_mib'] or 0:.0f} MiB",

@@ -1,7 +1,7 @@
-"""Entries of a COCO file: ids, boxes and masks, in the spellings that such files have in practice.
+"""Parse the entries of COCO files: ids, boxes and masks, in the variants that occur in practice.
 
-Everything that a file says is checked here once, before it reaches pycocotools: that library trusts its input, and
-damaged run lengths or huge coordinates make it read foreign memory, hang or crash.
+Every value is checked here once, before it reaches pycocotools. That library trusts its input: damaged run lengths or
+huge coordinates make it read out-of-bounds memory, hang or crash.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pycocotools import mask as rle
 from utils.errors import UserError
 
 Box = tuple[float, float, float, float]
-LARGEST_ID = 2**53  # beyond it JSON readers disagree
-# A stated area is used where it agrees with the mask's: by this factor, or by this many pixels for small objects, whose
-# polygons and pixels differ most. It keeps the areas of COCO's own files, which are those of the polygons.
+LARGEST_ID = 2**53  # JSON readers that store numbers as float64 round larger integers
+# The file's area is used if it is within this factor of the mask's area, or, for small objects, within this many
+# pixels. COCO's own files give the areas of the polygons, which differ from the pixel counts of small masks the most.
 AREA_FACTOR, AREA_PIXELS = 2.0, 64.0
 
 
@@ -36,13 +36,14 @@ class Annotation:
     stated_area: float | None
 
     def mask_area(self, height: int, width: int) -> float | None:
-        """Return the number of pixels in the mask, None without one."""
+        """Return the number of pixels in the mask, or None if there is no usable mask."""
         return None if self.segmentation is None else float(rle.area(to_rle(self.segmentation, height, width)))
 
     def area(self, height: int, width: int) -> tuple[float, bool]:
-        """Return the area for COCO's size classes, and whether a stated one was rejected.
+        """Return the area in pixels that COCO's size ranges use, and whether the file's area was rejected.
 
-        The stated area is used where it agrees with the mask, otherwise the mask's own, and without a mask the box's.
+        The file's area is used if it agrees with the mask (see AREA_FACTOR), otherwise the area of the mask. An
+        annotation without a mask has the file's area, or else the area of its box.
         """
         own = self.mask_area(height, width)
         if own is None:
@@ -67,7 +68,10 @@ class Sample:
 
 
 def as_id(value: Any, where: str) -> int:
-    """Return an id as an int. Some files have ids as strings of digits. `where` names the entry in the error."""
+    """Return an id as an int; ids stored as strings of digits or as integral floats are accepted.
+
+    Raises UserError, beginning with `where`, if the value is not an integer below LARGEST_ID.
+    """
     number = value
     as_text = isinstance(value, str) and len(value) < 20 and re.fullmatch(r"\s*-?[0-9]+\s*", value)
     if as_text or (isinstance(value, float) and value.is_integer()):
@@ -79,20 +83,23 @@ def as_id(value: Any, where: str) -> int:
 
 
 def is_crowd(annotation: dict[str, Any]) -> bool:
-    """Whether an annotation is a crowd region; some files have "0" and "1", or true and false.
+    """Return whether an annotation is a crowd region. Besides 0 and 1, "0", "1", true and false are accepted.
 
-    Raises ValueError for anything else: a typo must not turn an object into a region that is ignored.
+    Raises ValueError for any other value, so that a typo does not turn an object into an ignored region.
     """
     value = annotation.get("iscrowd")
     if value in (None, 0, 1, "0", "1", ""):
         return value in (1, "1")
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    raise ValueError(f"iscrowd is {value!r}, it must be 0 or 1")
+    raise ValueError(f"iscrowd is {value!r}, but it must be 0 or 1")
 
 
 def parse_annotation(annotation: dict[str, Any], label: int, height: int, width: int) -> Annotation:
-    """Check one entry of a file for an image of `height` x `width` pixels."""
+    """Check one entry of a file, with class `label` (0..C-1), for an image of `height` x `width` pixels.
+
+    Unusable boxes, masks and areas become None. Raises ValueError if iscrowd is invalid.
+    """
     segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)
     stated = _numbers(annotation.get("bbox"))
     stated_box = stated.tolist() if stated is not None and len(stated) == 4 else None
@@ -107,11 +114,11 @@ def parse_annotation(annotation: dict[str, Any], label: int, height: int, width:
 
 
 def exact_copies(annotations: Sequence[dict[str, Any]]) -> list[int]:
-    """Return the positions of annotations of one image that repeat an earlier one in all but their id."""
+    """Return the indices of those annotations of one image that equal an earlier one except for id and area."""
     groups: dict[Any, list[int]] = {}
     copies = []
     for position, annotation in enumerate(annotations):
-        # Comparing category and box first keeps this fast: segmentations are long and rarely need a look.
+        # Segmentations are long, so they are compared only for annotations with the same category and box.
         earlier = groups.setdefault((str(annotation["category_id"]), str(annotation.get("bbox"))), [])
         fields = ("segmentation", "iscrowd")
         if any(all(annotations[i].get(f) == annotation.get(f) for f in fields) for i in earlier):
@@ -146,19 +153,19 @@ def normalise_segmentation(segmentation: Any, height: int, width: int) -> Any:
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Return what `normalise_segmentation` gave as one RLE."""
+    """Return a segmentation from `normalise_segmentation` as a single RLE of `height` x `width` pixels."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
     return segmentation
 
 
 def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return what `normalise_segmentation` gave as a bool mask [H, W]."""
+    """Return a segmentation from `normalise_segmentation` as a bool mask [H, W]."""
     return rle.decode(to_rle(segmentation, height, width)).astype(bool)
 
 
 def _run_lengths(counts: Any) -> np.ndarray | None:
-    """Run lengths from COCO's compressed text or a list, int64 [n]; None if they are neither."""
+    """Return run lengths, int64 [n], from COCO's compressed string or from a list; None if `counts` is neither."""
     if isinstance(counts, list):
         numbers = _numbers(counts)
         if numbers is None or (numbers != numbers.round()).any() or (np.abs(numbers) > 2**40).any():
@@ -171,8 +178,8 @@ def _run_lengths(counts: Any) -> np.ndarray | None:
             return None
     if not isinstance(counts, bytes) or not counts:
         return None
-    # Each number is a group of characters from "0" (48) on: five bits of value each, the sixth says that more follow,
-    # and the highest value bit of the last is the sign.
+    # COCO's variable-length code: each character minus 48 ("0") holds five bits of a number, lowest bits first. Bit 32
+    # says that another character follows; bit 16 of a number's last character is its sign.
     values = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     last = (values & 32) == 0
     if (values < 0).any() or (values > 63).any() or not last[-1]:
@@ -180,21 +187,21 @@ def _run_lengths(counts: Any) -> np.ndarray | None:
     ends = np.flatnonzero(last) + 1
     starts = np.concatenate(([0], ends[:-1]))
     lengths = ends - starts
-    if lengths.max() > 8:
+    if lengths.max() > 8:  # 40 bits are more than any image needs; longer numbers could overflow int64
         return None
     position = np.arange(len(values)) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((values & 31) << (5 * position), starts)
     numbers -= np.where(values[ends - 1] & 16, np.int64(1) << (5 * lengths), 0)
-    # From the fourth on, each is the difference from the one before the last.
+    # From the fourth number on, the file stores the difference from the number two positions earlier.
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     return numbers
 
 
 def _near(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A polygon [2n] clipped to the image and as much around it, if it extends further (Sutherland and Hodgman 1974).
+    """Clip a polygon [2n] to the image plus a margin of its longer side (Sutherland and Hodgman 1974).
 
-    pycocotools walks along every edge, so a coordinate of 1e8 would exhaust the memory.
+    pycocotools allocates points along every edge, so a coordinate of 1e8 would exhaust the memory.
     """
     margin = max(height, width)
     low, high = np.array((-margin, -margin)), np.array((width + margin, height + margin))
@@ -210,7 +217,7 @@ def _near(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _clip_side(points: np.ndarray, axis: int, limit: float, sign: float) -> np.ndarray:
-    """The part of a polygon [n, 2] on one side of an axis-parallel line."""
+    """Return the part of a polygon [n, 2] where sign * (coordinate - limit) >= 0 along `axis`."""
     distance = sign * (points[:, axis] - limit)
     kept: list[np.ndarray] = []
     for i in range(len(points)):
@@ -225,7 +232,7 @@ def _clip_side(points: np.ndarray, axis: int, limit: float, sign: float) -> np.n
 
 
 def _clipped_box(stated: list[float] | None, segmentation: Any, height: int, width: int) -> Box | None:
-    """The stated box, otherwise the mask's, as corners clipped to the image; None if nothing is left of it."""
+    """Return the file's box, or else the mask's, as corners clipped to the image; None if its area is zero."""
     if stated is not None:
         x, y, w, h = stated
     elif isinstance(segmentation, list):
@@ -240,7 +247,7 @@ def _clipped_box(stated: list[float] | None, segmentation: Any, height: int, wid
 
 
 def _area(value: Any) -> float | None:
-    """A stated area: a finite number that is not negative, else None."""
+    """Return an area from a file as a float, or None unless it is a finite, non-negative number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -249,7 +256,7 @@ def _area(value: Any) -> float | None:
 
 
 def _numbers(values: Any) -> np.ndarray | None:
-    """Finite numbers [n] of a list, through nested lists; None if it holds anything else, such as numbers as text."""
+    """Flatten a (nested) list of finite numbers to float64 [n]; None if it holds anything else, such as strings."""
     if not isinstance(values, (list, tuple)):
         return None
     try:

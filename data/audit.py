@@ -1,11 +1,11 @@
-"""Find what is wrong with a data set before training does.
+"""Check a data set for problems before training.
 
 python -m data.audit --annotations train.json --image_dir images [--config yolact_r50 --set max_size=400]
 python -m data.audit --annotations train.json --image_dir images --val_annotations val.json --val_images images
 
 Every image is read and every object measured at the network's size. The command prints a table of the classes and the
 findings, writes `audit.json` and `sheet.jpg` (ground truth drawn on images) into the folder of --output, and exits with
-1 if there is an error. An error is what makes train.py refuse to start; a warning is what training copes with.
+1 if there is an error. train.py refuses to start if there are errors; warnings do not prevent training.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, run_main
 from utils.files import write_json
 
-SAMPLE = 100  # images that the quick form reads
+SAMPLE = 100  # `quick_audit` reads at most this many images
 NEAR_COPY_BITS = 12  # of 256: the fingerprints of two unrelated images differ in about half
 
 
 @dataclass
 class ImageReport:
-    """What was measured in one image. Sides are those of the boxes, in pixels at the network's size."""
+    """Measurements of one image. `sides` are the (width, height) of its boxes in pixels of the network's input."""
 
     digest: str = ""
     fingerprint: np.ndarray | None = None
@@ -58,7 +58,7 @@ class ImageReport:
 class Report:
     """The result of an audit."""
 
-    basis: str  # the configuration and size that objects were measured at
+    basis: str  # the configuration and the input size for which objects were measured
     findings: list[Finding]
     classes: list[dict[str, Any]]  # name, id, objects, images, median_side
     images: int
@@ -82,7 +82,7 @@ class Report:
                 f"{row['name'][:23]:<24}{row['id']:>8}{row['objects']:>9}{share:>8.1%}{row['images']:>8}"
                 f"{f'{side:.0f} px' if side else '-':>13}"
             )
-        return "\n".join([*lines, "", *(map(str, self.findings) if self.findings else ["nothing is wrong"])])
+        return "\n".join([*lines, "", *(map(str, self.findings) if self.findings else ["no problems found"])])
 
     def as_dict(self) -> dict[str, Any]:
         findings = [dataclasses.asdict(finding) | {"error": finding.is_error} for finding in self.findings]
@@ -96,11 +96,14 @@ def audit(
     val: CocoDataset | None = None,
     progress: bool = False,
 ) -> Report:
-    """Measure a data set for the network of `config`.
+    """Check a data set for training the network of `config`.
 
     Args:
-        sample: indices of the images to read, by default all.
-        val: a validation set to compare with: the same classes, no image in both.
+        dataset: the data set to check.
+        config: gives the input and prototype sizes at which objects are measured.
+        sample: indices of the images to read. Default: all images.
+        val: a validation set, which must have the same classes and share no images with `dataset`.
+        progress: show a progress bar if the output is a terminal.
     """
     indices = range(len(dataset)) if sample is None else sample
     reports = _inspect_all(dataset, indices, config, progress)
@@ -111,7 +114,7 @@ def audit(
     listed = [dataset.annotations(i) for i in range(len(dataset))]
     ids = [a.get("id") for some in listed for a in some] + [orphan["id"] for orphan in dataset.orphans]
     used = {label for report in reports for label in report.labels}
-    if sample is not None:
+    if sample is not None:  # a class is unused only if no image of the file has it, read or not
         used |= {dataset.label_of(a) for some in listed for a in some if not a["iscrowd"]}
     names = [dataset.file_name(i) for i in range(len(dataset))]
     problems["listed_twice"] = _repeated(names)
@@ -126,6 +129,7 @@ def audit(
         problems["no_object"] = [dataset.path.name]
     with_masks = any(a.get("segmentation") for some in listed for a in some)
     if any(listed) and not with_masks:
+        # One error for a detection data set, instead of one about masks that are missing or damaged.
         problems["detection_only"] = problems.pop("no_mask", [])
     objects = sum(len(report.labels) for report in reports)
     totals = {
@@ -136,7 +140,7 @@ def audit(
         "objects": objects,
         "classes": len(dataset.class_names),
         "files": 1,
-        "ids": len(dataset) + len(dataset.class_names) + 3 * len(ids),
+        "ids": len(dataset) + len(dataset.class_names) + 3 * len(ids),  # id, image_id, category_id
         "classes of both files": len(set(dataset.class_names) | set(() if val is None else val.class_names)),
         "val images": 0 if val is None else len(val),
     }
@@ -165,7 +169,7 @@ def _inspect_all(dataset: CocoDataset, indices: Sequence[int], config: Config, p
 
 
 def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageReport:
-    """Read an image and measure its objects."""
+    """Read an image, measure its objects and return a report; an unreadable image is a problem, not an exception."""
     report, size = ImageReport(), dataset.stated_size(index)
     try:
         path = dataset.image_path(index)
@@ -174,7 +178,7 @@ def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageRepo
         else:
             image = dataset.read_image(index)
             size = (image.shape[0], image.shape[1])
-            report.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            report.digest = hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()  # of the pixels
             report.fingerprint = fingerprint(image)
     except UserError as error:
         outside = "out of the image folder" in str(error)
@@ -194,7 +198,10 @@ def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageRepo
 def _inspect_annotation(
     report: ImageReport, entry: dict[str, Any], annotation: Annotation, config: Config, size: tuple[int, int]
 ) -> Iterator[str]:
-    """Measure one annotation of an image of `size`, and yield the kinds of what is wrong with it."""
+    """Add the measurements of one annotation to `report`; yield the kinds (keys of KINDS) of its problems.
+
+    `size` is the (height, width) of the image in pixels.
+    """
     height, width = size
     if entry.get("bbox") is not None and annotation.stated_box is None:
         yield "bad_box"
@@ -202,6 +209,7 @@ def _inspect_annotation(
         yield "unusable"
         return
     coordinates = np.array(annotation.stated_box or annotation.box)
+    # Integral boxes such as (0, 0, 1, 1) may be real objects of one pixel.
     if coordinates.max() <= 1 and (coordinates != coordinates.round()).any():
         yield "relative"
         return
@@ -225,6 +233,7 @@ def _inspect_annotation(
     if annotation.area(height, width)[1]:
         yield "area"
     drawn = rle.toBbox(code).tolist()
+    # A box that matches its mask only when its values are read as x1, y1, x2, y2 was stored in that form.
     if _iou([x1, y1, x2 - x1, y2 - y1], drawn) < 0.5:
         a, b, c, d = annotation.stated_box or (0, 0, 0, 0)
         yield "corner_box" if _iou([a, b, c - a, d - b], drawn) > 0.7 else "box_and_mask"
@@ -236,7 +245,10 @@ def _inspect_annotation(
 
 
 def _iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """IoU of boxes (x, y, w, h), with a pixel more on each side: masks consist of whole pixels, objects may be tiny."""
+    """Return the IoU of two boxes (x, y, w, h), each padded by one pixel on every side.
+
+    Boxes of masks are rounded to whole pixels, which would dominate the IoU of tiny objects.
+    """
     if min(a[2], a[3], b[2], b[3]) < 0:
         return 0.0
     grown = [[x - 1, y - 1, w + 2, h + 2] for x, y, w, h in (a, b)]
@@ -244,15 +256,16 @@ def _iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _looks_like_corners(box: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether a box without a mask exceeds the image as x, y, w, h and fits it as x1, y1, x2, y2."""
+    """Return whether a box exceeds the image if read as (x, y, w, h), but lies within it as (x1, y1, x2, y2)."""
     (a, b, c, d), (height, width) = box, size
     return (a + c > width + 1 or b + d > height + 1) and c > a and d > b and c <= width + 1 and d <= height + 1
 
 
 def fingerprint(image: np.ndarray) -> np.ndarray | None:
-    """Return 256 bits that survive resizing and compression: whether each cell is brighter than its left neighbour.
+    """Return a difference hash, bool [256], that is robust to resizing and compression.
 
-    None for an image without contrast, whose bits would be noise.
+    Each bit says whether a cell of a 16x17 thumbnail is brighter than its left neighbour. Returns None for an image
+    without contrast, whose bits would be noise.
     """
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (17, 16), interpolation=cv2.INTER_AREA).astype(int)
     return (grey[:, 1:] > grey[:, :-1]).ravel() if grey.std() > 4 else None
@@ -266,7 +279,10 @@ def _compare(
     problems: dict[str, list[str]],
     progress: bool,
 ) -> None:
-    """Add what is wrong between a training and a validation set to `problems`."""
+    """Add differences in classes and shared images of a training and a validation set to `problems`.
+
+    `reports` are those of all images of `train`, in order.
+    """
     only = set(train.class_names) ^ set(val.class_names)
     problems["other_classes"] = sorted(only)
     if not only and train.class_names != val.class_names:
@@ -301,7 +317,7 @@ def _repeated(names: list[str]) -> list[str]:
 
 
 def _class_rows(dataset: CocoDataset, reports: list[ImageReport]) -> list[dict[str, Any]]:
-    """How many objects and images of each class, and the median of the square root of the boxes' areas."""
+    """Count the objects and images of each class; `median_side` is the median of sqrt(w * h) over its boxes."""
     sides: dict[int, list[float]] = defaultdict(list)
     seen: Counter[int] = Counter()
     for report in reports:
@@ -321,9 +337,10 @@ def _class_rows(dataset: CocoDataset, reports: list[ImageReport]) -> list[dict[s
 
 
 def quick_audit(dataset: CocoDataset, config: Config) -> list[Finding]:
-    """Audit the annotations and a sample of the images, print the findings that matter, and return the errors.
+    """Audit the annotations and a sample of the images when training or evaluation starts.
 
-    Used when training or evaluation starts. Small objects and the like are left to the full audit.
+    Prints errors and warnings except those about small objects, repeated images and ids, which only the full audit
+    reports. Returns the errors.
     """
     sample = range(0, len(dataset), -(-len(dataset) // SAMPLE))
     report = audit(dataset, config, sample)
@@ -332,25 +349,26 @@ def quick_audit(dataset: CocoDataset, config: Config) -> list[Finding]:
     for finding in shown:
         print(f"{dataset.path}: {finding}")
     if shown:
-        print(f"python -m data.audit --annotations {dataset.path} --image_dir {dataset.image_dir} reports everything")
+        command = f"python -m data.audit --annotations {dataset.path} --image_dir {dataset.image_dir}"
+        print(f"for the full report, run: {command}")
     return report.errors
 
 
 def default_output(annotations: Path) -> Path:
-    """Return a folder under `audit` named after the file, with a number where an earlier audit has that name."""
+    """Return a folder under `audit` named after the file, with a number appended if that folder exists."""
     base = Path("audit") / annotations.stem
     candidates = [base, *(base.with_name(f"{base.name}_{n}") for n in range(2, 1000))]
     return next((path for path in candidates if not path.exists()), base)
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Find out what is wrong with a data set.", allow_abbrev=False)
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO JSON")
+    parser = ArgumentParser(description="Check a data set for problems before training.", allow_abbrev=False)
+    parser.add_argument("--annotations", type=Path, required=True, help="annotation file (COCO JSON)")
     parser.add_argument("--image_dir", type=Path, required=True, help="the folder of its images")
-    parser.add_argument("--val_annotations", type=Path, help="COCO JSON of the validation set, to compare with")
-    parser.add_argument("--val_images", type=Path, help="the folder of its images, by default --image_dir")
+    parser.add_argument("--val_annotations", type=Path, help="annotation file of the validation set to compare with")
+    parser.add_argument("--val_images", type=Path, help="image folder of the validation set (default: --image_dir)")
     parser.add_argument("--follow_links", action="store_true", help="accept links that lead out of the image folder")
-    parser.add_argument("--config", default="yolact_r50", help="whose input and prototype size objects are measured at")
+    parser.add_argument("--config", default="yolact_r50", help="configuration at whose input size to measure objects")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="as in train.py")
     parser.add_argument("--output", type=Path, help="folder for audit.json and sheet.jpg, by default audit/NAME")
     return parser

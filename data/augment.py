@@ -1,8 +1,8 @@
 """SSD's augmentation as YOLACT uses it (paper, section 5; Liu et al. 2016): photometric, expand, crop, mirror, resize.
 
-The geometry is chosen first, from the boxes only, as one window of the image. Then that window is resized to the
-network's input in a single step, and the masks are drawn at the size at which the loss compares them with the
-prototypes. Nothing is computed for what the crop removes.
+The geometry is sampled first, from the boxes alone, as a single window of the image. That window is then resized to
+the network's input in one step, and the masks are rasterised at the resolution of the mask loss. No pixels are
+computed for regions that the crop removes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data.annotation import Sample, to_mask
 from data.image import normalise
 from layers.anchors import prototype_size
 
-CANVAS_BGR = (103.94, 116.78, 123.68)  # the mean colour of COCO's images, around those that were shrunk
+CANVAS_BGR = (103.94, 116.78, 123.68)  # COCO's mean colour; fills the canvas around an expanded image
 
 
 @dataclass
@@ -26,16 +26,19 @@ class Augmented:
     """What the network and the loss receive, as arrays."""
 
     image: np.ndarray  # float32 [3, S, S], RGB, normalised
-    boxes: np.ndarray  # float32 [n, 4], corner form, relative
-    labels: np.ndarray  # int64 [n]
-    masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the size the loss compares at
-    crowds: np.ndarray  # float32 [m, 4], corner form, relative
-    seed: np.ndarray  # int64 [], for what the loss samples
+    boxes: np.ndarray  # float32 [n, 4], (x1, y1, x2, y2) relative to the input, 0..1
+    labels: np.ndarray  # int64 [n], 0..C-1
+    masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the resolution of the mask loss
+    crowds: np.ndarray  # float32 [m, 4], (x1, y1, x2, y2) relative to the input, 0..1
+    seed: np.ndarray  # int64 [], seeds the sampling of masks in the loss
 
 
 @dataclass(frozen=True)
 class Window:
-    """The part of the plane that becomes the network's input, in pixels of the image; mirrored or not."""
+    """A rectangle, in pixels of the image, that is resized to the network's input and mirrored if `mirror` is set.
+
+    It may extend beyond the image.
+    """
 
     x1: float
     y1: float
@@ -44,15 +47,19 @@ class Window:
     mirror: bool = False
 
     def points(self, xy: np.ndarray, width: float, height: float) -> np.ndarray:
-        """Map points [..., 2] of the image to an input of width x height. Pixels lie between whole coordinates."""
+        """Map points [..., 2] (x, y) of the image to an input of `width` x `height` pixels.
+
+        Pixel i covers the coordinates from i to i + 1, so its centre is at i + 0.5.
+        """
         out = (xy - (self.x1, self.y1)) * (width / (self.x2 - self.x1), height / (self.y2 - self.y1))
         if self.mirror:
             out[..., 0] = width - out[..., 0]
         return out
 
     def matrix(self, width: int, height: int) -> np.ndarray:
-        """Return the same map as a 2 x 3 matrix for cv2.warpAffine, whose coordinates are those of pixel centres."""
+        """Return the same mapping as a 2 x 3 matrix for cv2.warpAffine, in which pixel i has its centre at i."""
         sx, sy = width / (self.x2 - self.x1), height / (self.y2 - self.y1)
+        # To pixel edges (+ 0.5), through the mapping of `points`, and back to pixel centres (- 0.5).
         tx, ty = (0.5 - self.x1) * sx - 0.5, (0.5 - self.y1) * sy - 0.5
         if self.mirror:
             sx, tx = -sx, width - 1 - tx
@@ -60,7 +67,7 @@ class Window:
 
 
 class Augment:
-    """`augment(sample, rng)` -> Augmented, by the configuration's augmentation section."""
+    """Augment samples as `config.augmentation` says: `augment(sample, rng)` returns an `Augmented`."""
 
     def __init__(self, config: Config):
         self.config: AugmentationConfig = config.augmentation
@@ -83,11 +90,12 @@ class Augment:
         )
 
     def choose_window(self, sample: Sample, rng: np.random.Generator) -> Window:
-        """Expand, crop and mirror, expressed as a window."""
+        """Sample the expansion, the crop and the mirroring, and return them as one window."""
         height, width = sample.image.shape[:2]
         x1, y1, x2, y2 = 0, 0, width, height
         if self.config.augment_expand > 1 and rng.random() < 0.5:
             ratio = rng.uniform(1, self.config.augment_expand)
+            # Placing the image at random on a larger canvas is a window that extends beyond the image.
             x1, y1 = -int(rng.uniform(0, width * ratio - width)), -int(rng.uniform(0, height * ratio - height))
             x2, y2 = x1 + int(width * ratio), y1 + int(height * ratio)
         if self.config.augment_crop:
@@ -95,10 +103,11 @@ class Augment:
         return Window(x1, y1, x2, y2, self.config.augment_mirror and rng.random() < 0.5)
 
     def _boxes(self, boxes: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """The boxes whose centre lies in the window, clipped to it, relative; and a mask [n] of which they are."""
+        """Return the boxes whose centres lie in the window, relative and clipped to it, and a bool mask [n] of them."""
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (centres > (window.x1, window.y1)).all(axis=1) & (centres < (window.x2, window.y2)).all(axis=1)
         corners = window.points(boxes.reshape(-1, 2, 2).astype(np.float64), 1, 1)
+        # Mirroring swaps left and right, so the corners are sorted again.
         low, high = corners.min(axis=1).clip(0, 1), corners.max(axis=1).clip(0, 1)
         # The encoding of a box takes the logarithm of its sides, so they must not be zero.
         smallest = max(self.config.min_box_size, 0.01) / self.size
@@ -116,7 +125,7 @@ class Augment:
             borderValue=CANVAS_BGR,
         ).astype(np.float32)
         if self.config.augment_photometric:
-            # The canvas around the image keeps the mean colour.
+            # Only pixels of the image are distorted, so that the canvas around it keeps the mean colour.
             height, width = image.shape[:2]
             corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
             (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
@@ -128,12 +137,16 @@ class Augment:
 def sample_crop(
     area: tuple[int, int, int, int], boxes: np.ndarray, rng: np.random.Generator, min_side: float = 0.3
 ) -> tuple[int, int, int, int]:
-    """Return a random part (x1, y1, x2, y2) of `area` that holds the centre of at least one box, or all of it.
+    """Return a random crop (x1, y1, x2, y2) of `area` that contains the centre of at least one box, or `area` itself.
 
-    SSD requires a smallest overlap of the part with some box, but in its released code, and in YOLACT's, that test
-    never fails; with it repaired YOLACT was reported to lose half its AP. So there is none here. What remains: the
-    whole area in one of six cases, otherwise a part with sides of `min_side` to 1 and an aspect ratio of 1/2 to 2, in
-    50 tries per case. Images without objects are cropped freely.
+    SSD also requires a minimum overlap of the crop with a box, but in its released code and in YOLACT's that check
+    never fails, and fixing it was reported to halve YOLACT's AP. It is therefore omitted here. Each round returns the
+    whole area with probability 1/6; otherwise it tries up to 50 crops with sides of `min_side` to 1 times those of the
+    area and h / w of 1/2 to 2. Images without objects may be cropped anywhere.
+
+    Args:
+        area: (x1, y1, x2, y2) in pixels of the image; with expansion it extends beyond the image.
+        boxes: [n, 4], (x1, y1, x2, y2) in pixels of the image.
     """
     x1, y1, x2, y2 = area
     width, height = x2 - x1, y2 - y1
@@ -155,7 +168,7 @@ def sample_crop(
 
 @dataclass(frozen=True)
 class Distortion:
-    """A change of brightness, contrast, saturation and hue, as in SSD. Values are not clipped to 0..255."""
+    """SSD's photometric distortion: brightness, contrast, saturation and hue. The result is not clipped to 0..255."""
 
     brightness: float = 0.0  # added
     contrast: float = 1.0  # factor
@@ -165,7 +178,7 @@ class Distortion:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Distortion:
-        """Draw a random one. Each of the four changes is made in half of the cases."""
+        """Sample a distortion. Each of the four parameters is changed with probability 0.5."""
         brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
         contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
         contrast_first = rng.random() < 0.5
@@ -174,19 +187,19 @@ class Distortion:
         return cls(brightness, contrast, contrast_first, saturation, hue)
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """Return float32 BGR [H, W, 3] of values 0..255, changed."""
+        """Distort a float32 BGR image [H, W, 3] with values 0..255; the result may exceed that range."""
         if image.size == 0:
             return image
         image = image + np.float32(self.brightness)
         if self.contrast_first:
             image *= np.float32(self.contrast)
         if self.saturation != 1 and not self.hue:
-            # In HSV saturation scales the distance from the largest channel. Computed directly it also holds for
-            # the negative values that a lower brightness leaves.
+            # Scaling the saturation in HSV scales each channel's distance from the largest one. Computed directly,
+            # this also handles negative values, which a lower brightness produces.
             largest = image.max(axis=2, keepdims=True)
             image = largest + (image - largest) * np.float32(self.saturation)
         elif self.hue:
-            hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)  # of a float image: hue in degrees
+            hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)  # for float images, hue is in degrees
             hsv[..., 0] = (hsv[..., 0] + np.float32(self.hue)) % 360
             hsv[..., 1] *= np.float32(self.saturation)
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
@@ -194,9 +207,9 @@ class Distortion:
 
 
 def draw_mask(segmentation: Any, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """Draw the part of an object inside the window, uint8 0 or 1 [h, w] for `size` (h, w).
+    """Rasterise the part of an object inside the window: uint8 [h, w] with values 0 and 1, for `size` (h, w).
 
-    Polygons are mapped and then drawn, which keeps them sharp at any size; an RLE is resized.
+    Polygons are mapped to `size` before they are rasterised, so that they stay sharp; an RLE is decoded and resized.
     """
     height, width = size
     if isinstance(segmentation, list):

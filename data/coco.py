@@ -1,4 +1,4 @@
-"""A COCO JSON and its images -> samples. The classes, their number and their ids come from the file.
+"""Read a COCO annotation file and its images as samples. The classes and their ids come from the file.
 
 dataset = CocoDataset("instances_train.json", "images")
 sample = dataset[0]                                  # a Sample: the image and its objects, in pixels
@@ -28,11 +28,11 @@ LONGEST_NAME = 255  # bytes, in Linux, macOS and Windows
 
 
 class PackedList(Generic[T]):
-    """A list whose items lie serialised in one array, and are rebuilt when they are asked for.
+    """A read-only list that stores its items pickled in one array and unpickles them on access.
 
-    A data set's index has millions of small Python objects. In a forked worker each access to one changes its
-    reference count and so copies its memory page, until every worker holds the whole index (pytorch#13246). An array
-    is never copied.
+    The index of a data set has millions of small Python objects. In a forked worker, each access to one changes its
+    reference count and so copies its memory page, until every worker holds the whole index (pytorch#13246). The pages
+    of a single array are not written to, so they stay shared.
     """
 
     def __init__(self, items: Iterable[T]):
@@ -51,17 +51,17 @@ class PackedList(Generic[T]):
 
 
 class CocoDataset(Dataset[Sample]):
-    """The images of an annotation file, in its order, including those without objects.
+    """The images of a COCO annotation file in the order of the file, including images without objects.
 
-    `class_names` and `category_ids` are in the order of the file's `categories`, whatever the ids are.
+    `class_names` and `category_ids` have the order of the file's `categories`; label i is their i-th entry.
 
     Args:
-        annotations: the COCO JSON.
+        annotations: path of the COCO JSON file.
         image_dir: the folder that the file names are relative to.
-        follow_links: accept images that are links to files outside of the folder.
+        follow_links: accept symbolic links to files outside the folder.
 
     Raises:
-        UserError: if the file is missing or is not a COCO annotation file.
+        UserError: if the file or the folder is missing, or the file is not a valid COCO annotation file.
     """
 
     def __init__(self, annotations: str | Path, image_dir: str | Path, follow_links: bool = False):
@@ -88,7 +88,7 @@ class CocoDataset(Dataset[Sample]):
 
     def _check_ids(self) -> None:
         if not len(self.image_ids):
-            raise UserError(f"{self.path}: it lists no images")
+            raise UserError(f"{self.path}: the file lists no images")
         if not self.class_names:
             raise UserError(f"{self.path}: its list of categories is empty")
         for what, ids in (("image", self.image_ids), ("category", self.category_ids)):
@@ -97,7 +97,7 @@ class CocoDataset(Dataset[Sample]):
                 raise UserError(f"{self.path}: {what} id {repeated[0]} is used more than once")
 
     def _by_image(self, annotations: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The annotations of each image, checked and reduced to the fields that are used."""
+        """Group the annotations by image, with checked ids and only the fields that are used."""
         position = {image_id: index for index, image_id in enumerate(self.image_ids)}
         grouped: list[list[dict[str, Any]]] = [[] for _ in position]
         for annotation in annotations:
@@ -127,7 +127,7 @@ class CocoDataset(Dataset[Sample]):
         """Raise UserError if not a single image of the file is in the folder."""
         if not any((self.image_dir / self.file_name(index)).is_file() for index in range(len(self))):
             raise UserError(
-                f"{self.image_dir}: none of the images of {self.path} is there, such as {self.file_name(0)}; is it the "
+                f"{self.image_dir}: none of the images of {self.path} exists, such as {self.file_name(0)}; is it the "
                 "right folder?"
             )
 
@@ -139,32 +139,35 @@ class CocoDataset(Dataset[Sample]):
             raise UserError(f"{self.path}: {len(missing)} of {len(self)} images are missing, the first is {missing[0]}")
 
     def file_name(self, index: int) -> str:
-        """Return an image's name as the file has it."""
+        """Return the `file_name` of an image."""
         return self._images[index][0]
 
     def stated_size(self, index: int) -> tuple[int, int] | None:
-        """Return height and width of an image as the file has them, None where it does not state them."""
+        """Return the (height, width) of an image from the annotation file, or None if it gives none."""
         return self._images[index][1]
 
     def image_path(self, index: int) -> Path:
-        """Return where an image lies. Names and links that lead out of the image folder are refused."""
+        """Return the path of an image. Raises UserError if its name or a link leads out of the image folder."""
         name = Path(self.file_name(index))
         path = self.image_dir / name
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{self.path}: file_name {str(name)!r} leads out of the image folder")
         if not self.follow_links and not Path(os.path.realpath(path)).is_relative_to(self._root):
-            raise UserError(f"{path}: a link that leads out of the image folder; --follow_links accepts it")
+            raise UserError(f"{path}: this link leads out of the image folder; --follow_links accepts it")
         return path
 
     def read_image(self, index: int) -> np.ndarray:
-        """Read an image, uint8 BGR [H, W, 3]. Raises UserError if it cannot be read or is not of the stated size."""
+        """Read an image as uint8 BGR [H, W, 3].
+
+        Raises UserError if it cannot be read or its size is not the one in the annotation file.
+        """
         path, stated = self.image_path(index), self.stated_size(index)
         where = f"image {self.image_ids[index]} of {self.path.name}"
         try:
             image = read_image(path)
             if stated is None or image.shape[:2] == stated:
                 return image
-            # Some tools annotate the pixels as they are stored, whatever orientation the camera noted.
+            # Some tools annotate the pixels as they are stored and ignore the EXIF orientation.
             stored = read_image(path, ignore_orientation=True)
         except UserError as error:
             raise UserError(f"{error} ({where})") from None
@@ -182,7 +185,7 @@ class CocoDataset(Dataset[Sample]):
         return self._annotations[index]
 
     def parsed(self, index: int, size: tuple[int, ...], copies: bool = True) -> list[Annotation]:
-        """Return the annotations of an image of `size` (H, W), without exact copies unless they are wanted."""
+        """Return the parsed annotations of an image of `size` (H, W); exact copies are dropped if not `copies`."""
         entries = self.annotations(index)
         repeated = set() if copies else set(exact_copies(entries))
         return [
@@ -207,7 +210,7 @@ class CocoDataset(Dataset[Sample]):
             if annotation.box is None:
                 continue
             if annotation.crowd or annotation.segmentation is None:
-                # Without a mask an object cannot be learned, but its region should not be called background.
+                # An object without a mask cannot supervise the mask branch, but must not count as background either.
                 crowds.append(annotation.box)
             else:
                 boxes.append(annotation.box)
@@ -223,7 +226,7 @@ class CocoDataset(Dataset[Sample]):
 
 
 def _text_ids(content: dict[str, Any]) -> list[str]:
-    """The ids in a file that are text instead of numbers. They are understood here, and not by every other tool."""
+    """List the ids that are strings instead of integers. They are accepted here, but not by all other tools."""
     fields = {"images": ("id",), "categories": ("id",), "annotations": ("id", "image_id", "category_id")}
     return [
         f"{key} of {section} {entry[key]!r}"
@@ -237,6 +240,7 @@ def _text_ids(content: dict[str, Any]) -> list[str]:
 def _text(value: Any, where: str, file: bool = False) -> str:
     """Return a name as text. Raises UserError for one that no file system or terminal can represent."""
     text = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    # Lone surrogates are valid in JSON but cannot be encoded as UTF-8.
     printable = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
     if not text or not printable:
         raise UserError(f"{where} {value!a:.60} is not a usable text")
@@ -254,9 +258,9 @@ def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def read_coco_json(path: Path) -> dict[str, Any]:
-    """Read an annotation file and check its outline: lists of objects with the keys that COCO requires.
+    """Read an annotation file and check its structure: lists of objects with the keys that COCO requires.
 
-    Raises UserError that names the file and the entry, and says which other format the file seems to have.
+    Raises UserError that names the file and the invalid entry, and the format if it looks like another known one.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file{other_format(path)}")
@@ -267,7 +271,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     wanted = {"images": ("id", "file_name"), "categories": ("id",), "annotations": ("image_id", "category_id")}
     for key, fields in wanted.items():
         if not isinstance(content, dict) or (key not in content and key != "annotations"):
-            raise UserError(f"{path}: not a COCO annotation file, it has no list of {key!r}{_json_format(content)}")
+            raise UserError(f"{path}: not a COCO annotation file: it has no list of {key!r}{_json_format(content)}")
         entries = content.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path}: {key!r} must be a list of objects")
@@ -279,7 +283,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
 
 
 def other_format(path: Path) -> str:
-    """Name the annotation format that a file or folder seems to have, "" if it is none of the known ones."""
+    """Return a hint that names the annotation format of a file or folder, or "" if it is none of the known ones."""
     if path.is_dir():
         names = {p.suffix.lower() for p in list(path.iterdir())[:1000]}
         kind = {".xml": "Pascal VOC", ".txt": "YOLO text", ".json": "LabelMe"}

@@ -1,6 +1,6 @@
-"""Simple Copy-Paste (Ghiasi et al., CVPR 2021): objects of one training image, pasted over another one.
+"""Simple Copy-Paste (Ghiasi et al., CVPR 2021): paste objects from one training image onto another.
 
-It creates new surroundings, overlaps and sizes from existing objects, which helps most where they are few.
+This shows existing objects in new contexts, overlaps and sizes, which helps most on small data sets.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from pycocotools import mask as rle
 
 from data.annotation import Sample, to_mask
 
-MIN_VISIBLE = 0.2  # of an object's area; an object that shows less is not trained on
+MIN_VISIBLE = 0.2  # objects with a smaller visible fraction of their area are dropped
 
 
 def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smallest: float = 0.5) -> Sample:
-    """Return `sample` with a random choice of the objects of `source` pasted over it, as a new Sample.
+    """Return a new Sample: `sample` with a random subset of the objects of `source` pasted over it.
 
-    They keep their arrangement. All are scaled by the same factor, log-uniform from `smallest` to its inverse, mirrored
-    in half of the cases and moved at random, such that the centre of one of them lies in the image. Masks and boxes of
-    objects that become partly covered are reduced to what remains visible.
+    One transform is applied to all pasted objects, so they keep their arrangement: a scale drawn log-uniformly from
+    `smallest` to 1 / `smallest`, mirroring with probability 0.5, and a translation that puts the centre of one of them
+    inside the image. Masks and boxes of partly covered objects are reduced to their visible part. Crowd regions of
+    `source` are not pasted.
     """
     if not len(source.boxes):
         return sample
@@ -34,6 +35,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     for i in chosen:
         whole = to_mask(source.segmentations[i], *source.image.shape[:2])
         mask = cv2.warpAffine(whole * np.uint8(255), matrix, (width, height), flags=cv2.INTER_LINEAR) > 127
+        # matrix[1, 1] is the scale, so this is the visible fraction of the whole scaled object.
         if mask.sum() >= max(1, MIN_VISIBLE * whole.sum() * matrix[1, 1] ** 2):
             present.append((mask, int(source.labels[i])))
     if not present:
@@ -45,6 +47,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     objects = []
     for box, label, segmentation in zip(sample.boxes, sample.labels, sample.segmentations, strict=True):
         x1, y1, x2, y2 = np.array((*np.floor(box[:2]), *np.ceil(box[2:])), int)
+        # Objects whose box is not touched keep their polygons and their annotated box.
         if cover[y1:y2, x1:x2].any():
             mask = to_mask(segmentation, height, width)
             visible = mask & ~cover
@@ -66,7 +69,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
 
 
 def _placement(box: np.ndarray, size: tuple[int, int], rng: np.random.Generator, smallest: float) -> np.ndarray:
-    """[2, 3] for cv2.warpAffine: scale, mirror and move so that the box's centre lies within `size` (h, w)."""
+    """Return a random [2, 3] matrix for cv2.warpAffine that maps the centre of `box` into an image of `size` (h, w)."""
     scale = np.exp(rng.uniform(np.log(smallest), -np.log(smallest)))
     across = -scale if rng.random() < 0.5 else scale
     x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
@@ -75,7 +78,7 @@ def _placement(box: np.ndarray, size: tuple[int, int], rng: np.random.Generator,
 
 
 def _outline(mask: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """The box (x1, y1, x2, y2) and the RLE of a bool mask [h, w]."""
+    """Return the box (x1, y1, x2, y2) in pixels and the RLE of a bool mask [h, w]."""
     encoded = rle.encode(np.asfortranarray(mask, np.uint8))
     x, y, w, h = rle.toBbox(encoded)
     return np.array((x, y, x + w, y + h), np.float32), encoded

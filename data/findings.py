@@ -1,24 +1,24 @@
-"""What an audit can find: the kinds of problems, when each is an error, and how one is reported."""
+"""The kinds of problems that an audit reports, and the conditions under which they are errors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-EXAMPLES = 5  # that a finding shows
+EXAMPLES = 5  # number of examples in a finding
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that can be wrong, what to do about it, and when it is an error.
+    """A kind of problem: its description, the advice, and the condition under which it is an error.
 
-    It is an error if it concerns more than the share `limit` of what there is, and more than `tolerated` cases.
+    It is an error if more than `tolerated` cases occur and they exceed the fraction `limit` of all items `of` a type.
     """
 
     text: str
     advice: str
-    limit: float = math.inf  # infinite: never more than a warning
-    of: str = "objects"  # images, annotations, objects: of those read; listed images and annotations, classes: of all
+    limit: float = math.inf  # fraction, 0..1; with infinity it is always a warning
+    of: str = "objects"  # a key of `totals` in data.audit.audit
     tolerated: int = 0
 
 
@@ -30,8 +30,8 @@ KINDS = {
     "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
     "same_image": Kind("images are byte for byte the same as another", "remove the copies", of="images"),
     "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
-    "same_id": Kind("annotation ids are used more than once", "they are not used here", of="listed annotations"),
-    "text_id": Kind("ids are not whole numbers", "write them as numbers, other tools need it", of="ids"),
+    "same_id": Kind("annotation ids are used more than once", "they are ignored", of="listed annotations"),
+    "text_id": Kind("ids are not whole numbers", "write them as integers, which other tools require", of="ids"),
     "unusable": Kind(
         "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
         "they are ignored", 0.5, "annotations",
@@ -41,7 +41,7 @@ KINDS = {
         "training and mask AP ignore their regions; box AP counts them", 0.5, "annotations",
     ),
     "detection_only": Kind(
-        "annotations have no segmentation at all", "this is a detection data set, YOLACT needs masks", 0, "annotations"
+        "annotations have no segmentation at all", "YOLACT needs masks, not only boxes", 0, "annotations"
     ),
     "bad_box": Kind("boxes are not four finite numbers", "the box of the mask is used instead", of="annotations"),
     "corner_box": Kind(
@@ -60,7 +60,7 @@ KINDS = {
         "look for swapped x and y, or masks made for another image size", 0.1, "objects",
     ),
     "empty_mask": Kind(
-        "objects have a mask without a single pixel", "training ignores them, AP counts them as missed", 0.5
+        "objects have an empty mask", "training ignores them, AP counts them as missed", 0.5
     ),
     "vanishing_mask": Kind(
         "objects have a mask that vanishes at the prototypes' size", "raise max_size, or remove such objects"
@@ -68,12 +68,12 @@ KINDS = {
     "tiny": Kind(
         "objects are under 4 px wide or high at the network's size", "raise max_size, or cut images into tiles"
     ),
-    "unused_class": Kind("classes have no object", "fine if other files have some", of="classes"),
-    "same_name": Kind("classes share their name with another", "give each a name of its own", of="classes"),
+    "unused_class": Kind("classes have no object", "this is fine if other files contain objects of them", of="classes"),
+    "same_name": Kind("classes share their name with another", "give each class a unique name", of="classes"),
     "no_object": Kind("files have no object in any image", "check image_id and segmentation", 0, "files"),
-    "other_classes": Kind("classes are in one file only", "make their categories equal", 0, "classes of both files"),
+    "other_classes": Kind("classes are in one file only", "give both the same categories", 0, "classes of both files"),
     "shared_image": Kind(
-        "images of the validation set are also in the training set", "remove them, they inflate AP", 0.01, "val images"
+        "images of the validation set are also in the training set", "remove them: they inflate AP", 0.01, "val images"
     ),
     "near_copy": Kind(
         "images of the validation set look almost like one of the training set",
@@ -84,7 +84,7 @@ KINDS = {
 
 @dataclass
 class Finding:
-    """How often a kind of problem occurs, with examples."""
+    """The number of occurrences of one kind of problem among `total` items, with examples."""
 
     kind: str
     count: int

@@ -1,6 +1,6 @@
-"""Image files: the only reader, the only normalisation, and writing.
+"""Read, normalise and write images. No other module does so.
 
-Everywhere in this project an image is uint8 [H, W, 3] in BGR order, as OpenCV reads it, unless a name says otherwise.
+Throughout this project an image is uint8 [H, W, 3] in BGR order, as OpenCV reads it, unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from utils.errors import UserError
 from utils.files import write_bytes
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
-MARK = b"made by YOLACT"  # a comment in the images that are written, which tells results from photos
-MAX_PIXELS = 200_000_000  # 600 MB as 8-bit colour; a small file can claim any size
+MARK = b"made by YOLACT"  # a comment in images that are written, by which results are recognised
+MAX_PIXELS = 200_000_000  # 600 MB as 8-bit colour; the header of a small file can declare any size
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read an image file as uint8 BGR [H, W, 3], upright by its EXIF orientation unless that is to be ignored.
+    """Read an image file as uint8 BGR [H, W, 3] and apply its EXIF orientation.
 
-    Grey, palette, CMYK and transparent images become 8-bit colour. 16-bit images are scaled by the depth that the
-    file states and floating-point ones from 0..1, never by their own brightness, so that two frames of one camera
-    get the same factor.
+    Grey, palette, CMYK and transparent images are converted to 8-bit colour. 16-bit images are scaled by the bit depth
+    that the file declares, and floating-point images from 0..1. The scale never depends on the image's own range, so
+    that it is the same for all frames of a camera.
 
     Args:
         path: the file.
-        ignore_orientation: return the pixels as they are stored.
+        ignore_orientation: return the pixels as they are stored, without applying the EXIF orientation.
         max_pixels: refuse larger images before they are decoded.
 
     Raises:
-        UserError: if there is no such regular file, or it is truncated, damaged, too large or of an unsupported kind.
+        UserError: if `path` is not a regular file, or the image is truncated, damaged, too large or unsupported.
     """
     path = Path(path)
-    if not path.is_file():  # also refuses devices and pipes, whose reading would not end
+    if not path.is_file():  # also refuses devices and pipes, which may never reach their end
         raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such image'}")
     try:
         data = path.read_bytes()  # cv2.imread does not take every path on Windows
@@ -50,7 +50,7 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
     if not data:
         raise UserError(f"{path}: the file is empty")
     if is_truncated(data):
-        raise UserError(f"{path}: the end of the file is missing, copy it again")
+        raise UserError(f"{path}: the end of the file is missing; copy it again")
     height, width = declared_size(data)
     if height * width > max_pixels:
         raise UserError(f"{path}: {width}x{height} is more than the limit of {max_pixels:,} pixels")
@@ -73,13 +73,13 @@ def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:
     if image.dtype.kind == "f":
         image = np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
         if np.median(image) > 1:
-            raise UserError(f"{path}: floating-point images must have values of 0 to 1, most of these are above")
+            raise UserError(f"{path}: floating-point images must have values of 0 to 1, but most values exceed 1")
         return (image * 255).round().clip(0, 255).astype(np.uint8)
-    raise UserError(f"{path}: images with {image.dtype} pixels are not supported, save it as 8 or 16 bit")
+    raise UserError(f"{path}: {image.dtype} pixels are not supported; save the image with 8 or 16 bits per channel")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield kind, position and length of a PNG's chunks, as long as they lie within the file."""
+    """Yield type, data offset and data length of a PNG's chunks, up to the first that exceeds the file."""
     position = len(PNG_SIGNATURE)
     while position + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[position : position + 8])
@@ -90,7 +90,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _significant_bits(data: bytes) -> int | None:
-    """The bit depth that a PNG's sBIT chunk states: a 12-bit camera's 16-bit file says 12 there."""
+    """Return the bit depth in a PNG's sBIT chunk, for example 12 in a 16-bit file from a 12-bit camera."""
     if data.startswith(PNG_SIGNATURE):
         for kind, position, length in _png_chunks(data):
             if kind == b"sBIT" and length and 1 <= data[position] <= 16:
@@ -99,9 +99,9 @@ def _significant_bits(data: bytes) -> int | None:
 
 
 def declared_size(data: bytes) -> tuple[int, int]:
-    """Return height and width in the header of a JPEG, PNG, BMP, GIF, TIFF or WebP file, (0, 0) for other files.
+    """Return (height, width) from the header of a JPEG, PNG, BMP, GIF, TIFF or WebP file, or (0, 0) for other formats.
 
-    OpenCV itself refuses more than 2^30 pixels, in any format.
+    OpenCV itself refuses images of more than 2^30 pixels, in any format.
     """
     if data.startswith(PNG_SIGNATURE) and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
@@ -146,11 +146,11 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def is_truncated(data: bytes) -> bool:
-    """Whether the end of a JPEG, PNG or WebP file is missing. OpenCV fills such an image with grey without a word."""
+    """Return whether the end of a JPEG, PNG or WebP file is missing. OpenCV silently fills the rest with grey."""
     if data.startswith(b"\xff\xd8"):
         return data.find(b"\xff\xd9", _first_scan(data)) < 0
     if data.startswith(PNG_SIGNATURE):
-        # The chunks are walked, because OpenCV allocates whatever length a damaged one states.
+        # All chunks are checked, because OpenCV allocates the length that a damaged chunk declares.
         return all(kind != b"IEND" for kind, _, _ in _png_chunks(data))
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) < int.from_bytes(data[4:8], "little") + 8
@@ -160,7 +160,7 @@ def is_truncated(data: bytes) -> bool:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield marker and position of a JPEG's segments up to its first scan.
 
-    They have to be walked: a segment may embed a preview with a size and an end marker of its own.
+    Searching for the markers is not enough: a segment may embed a thumbnail with its own size and end marker.
     """
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
@@ -168,19 +168,19 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
         yield marker, position
         if marker == 0xDA:  # start of scan
             return
-        # Fill bytes and markers without a length.
+        # Fill bytes (0xFF) and stand-alone markers have no length field.
         alone = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
         step = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         position += (1 if marker == 0xFF else 2) if alone else step
 
 
 def _first_scan(data: bytes) -> int:
-    """Where a JPEG's first scan begins."""
+    """Return the offset of a JPEG's first scan."""
     return max((position for _, position in _jpeg_segments(data)), default=2)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width in a JPEG's frame header."""
+    """Return (height, width) from a JPEG's frame header, or (0, 0) if there is none."""
     for marker, position in _jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and position + 9 <= len(data):
             height, width = struct.unpack(">HH", data[position + 5 : position + 9])
@@ -191,7 +191,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 def resize(image: np.ndarray, size: tuple[int, int], uint8: bool) -> np.ndarray:
     """Resize a uint8 image to `size` (H, W), bilinear with half-pixel centres and without antialiasing.
 
-    The authors interpolate the float image; with `uint8` the 8-bit one is interpolated and rounded, as in MMDetection.
+    By default the image is interpolated as float32, as in the authors' code, and returned as float32 [H, W, 3]. With
+    `uint8` the 8-bit image is interpolated and rounded, as in MMDetection, and returned as uint8.
     """
     if uint8:
         return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
@@ -201,7 +202,10 @@ def resize(image: np.ndarray, size: tuple[int, int], uint8: bool) -> np.ndarray:
 
 
 def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """BGR [H, W, 3] of values 0..255 -> RGB float32 [3, H, W], (x - mean) / std; mean and std are RGB."""
+    """Convert a BGR image [H, W, 3] with values 0..255 to RGB float32 [3, H, W] and normalise it: (x - mean) / std.
+
+    `mean` and `std` are in RGB order.
+    """
     out = np.empty((3, *image.shape[:2]), np.float32)
     for channel in range(3):
         np.multiply(image[..., 2 - channel], np.float32(1 / std[channel]), out=out[channel])
@@ -216,7 +220,7 @@ def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, .
 
 
 def write_image(path: Path, image: np.ndarray, mark: bool = True) -> None:
-    """Write an image in the format of the path's suffix, with the comment MARK if it is a result.
+    """Write a BGR image in the format of the path's suffix; with `mark`, JPEG and PNG files get the comment MARK.
 
     Raises UserError if the format is unknown or the file cannot be written.
     """
@@ -226,7 +230,7 @@ def write_image(path: Path, image: np.ndarray, mark: bool = True) -> None:
     except cv2.error:
         done = False
     if not done:
-        raise UserError(f"{path}: OpenCV cannot write images of this kind")
+        raise UserError(f"{path}: OpenCV cannot write this image format")
     write_bytes(path, _marked(data.tobytes()) if mark else data.tobytes())
 
 
@@ -243,7 +247,7 @@ def _marked(data: bytes) -> bytes:
 
 
 def is_result(path: Path) -> bool:
-    """Whether an image was written by an earlier run."""
+    """Return whether an image file carries MARK, so was written by an earlier run."""
     try:
         with path.open("rb") as file:
             return MARK in file.read(256)

@@ -1,4 +1,4 @@
-"""Batches for training, in an order that the seed alone decides."""
+"""Training batches, in an order that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Item = tuple["Augmented | None", int, list[str]]
 
 
 class TrainingSet(Dataset[Item]):
-    """Augmented samples. The seed and the key (epoch, index) decide everything random, in whatever process."""
+    """Augmented samples. Randomness depends only on the seed and the key (epoch, index), not on the process."""
 
     def __init__(self, dataset: CocoDataset, config: Config, seed: int):
         self.dataset = dataset
@@ -35,9 +35,9 @@ class TrainingSet(Dataset[Item]):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        """Return the sample, its image id, and messages about unusable images that it replaces.
+        """Return a sample, its image id, and messages about unusable images.
 
-        The sample is None after ten unusable images in a row.
+        An unusable image is replaced by a random other one. After ten in a row the sample is None and the id -1.
         """
         epoch, index = key
         problems: list[str] = []
@@ -56,7 +56,13 @@ class TrainingSet(Dataset[Item]):
 
 
 class EndlessShuffle(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) without end, each epoch in an order of its own, from any position on."""
+    """Yield keys (epoch, index) endlessly; each epoch is a permutation that depends only on the seed.
+
+    Args:
+        length: number of images.
+        start: number of keys to skip, counted over all processes.
+        rank, world_size: of every `world_size` consecutive keys, this process gets one.
+    """
 
     def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
@@ -98,7 +104,7 @@ class Batch:
         ]
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader, for faster copies to a GPU."""
+        """Pin the tensors in memory, for faster copies to a GPU. The DataLoader calls this."""
         targets = [{k: v.pin_memory() for k, v in target.items()} for target in self.targets]
         return Batch(self.images.pin_memory(), targets, self.image_ids, self.problems)
 
@@ -117,8 +123,10 @@ def _collate(samples: list[Item]) -> Batch:
 
 
 def _start_worker(_worker: int) -> None:
-    if cv2.getNumThreads() != 1:  # where processes are spawned; a forked one must not touch OpenCV's threads
-        cv2.setNumThreads(1)  # the processes are the parallelism
+    # One thread per worker: parallelism comes from the processes. A forked worker inherits this setting and must not
+    # change it, because OpenCV's thread pool does not survive a fork; only spawned workers set it.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
     torch.set_num_threads(1)
     # Ctrl-C and a batch system's SIGTERM reach every process of a run. The main process finishes its step, saves and
     # then ends the workers; they must not end before it. TrainingLoader.__exit__ ends them without a signal.
@@ -141,7 +149,7 @@ class TrainingLoader:
     config: Config
     batch_size: int  # of this process
     seed: int = 0
-    start: int = 0  # images of the whole run that were already used
+    start: int = 0  # images that the run has already used, over all processes
     workers: int = 0
     ranks: Ranks = field(default_factory=single)
 
@@ -156,7 +164,8 @@ class TrainingLoader:
             worker_init_fn=_start_worker,
             pin_memory=ranks.device.type == "cuda",
         )
-        # A process that is forked while OpenCV has threads hangs in its first call, so there are none for a moment.
+        # A process forked while OpenCV's thread pool is active hangs in its first OpenCV call, so the pool is disabled
+        # while the workers start.
         threads = cv2.getNumThreads()
         cv2.setNumThreads(1)
         self._batches: Iterator[Any] = iter(loader)
@@ -164,7 +173,7 @@ class TrainingLoader:
         return self._batches
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        shutdown = getattr(self._batches, "_shutdown_workers", None)  # of PyTorch's iterator over workers
+        shutdown = getattr(self._batches, "_shutdown_workers", None)  # only PyTorch's multi-process iterator has it
         if shutdown is not None:
             shutdown()
         # PyTorch raises this from a signal handler, wherever the main process is at that moment.

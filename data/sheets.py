@@ -16,12 +16,12 @@ LARGEST_SHEET = 16  # images
 
 
 def label_text(class_names: Sequence[str], label: int) -> str:
-    """Return the class name, and nothing where there is only one class."""
+    """Return the class name, or "" if there is only one class."""
     return class_names[label] if len(class_names) > 1 else ""
 
 
 def draw_truth(sample: Sample, class_names: Sequence[str]) -> np.ndarray:
-    """Return the image with its objects drawn."""
+    """Return a copy of the image, uint8 BGR [H, W, 3], with its ground truth drawn."""
     height, width = sample.image.shape[:2]
     masks = (to_mask(segmentation, height, width) for segmentation in sample.segmentations)
     texts = [label_text(class_names, label) for label in sample.labels]
@@ -29,7 +29,10 @@ def draw_truth(sample: Sample, class_names: Sequence[str]) -> np.ndarray:
 
 
 def truth_sheet(dataset: CocoDataset, seed: int = 0) -> np.ndarray:
-    """Draw some images of a data set with their objects, those without objects last; white if none can be read."""
+    """Draw up to 16 random images with their ground truth; images without objects are used only to fill the sheet.
+
+    Returns uint8 BGR [H, W, 3]; a blank sheet if no image can be read.
+    """
     images: list[np.ndarray] = []
     captions: list[str] = []
     order = np.random.default_rng(seed).permutation(len(dataset))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from config import DetectionConfig, to_dict
 from deploy.graph import DetectionGraph, RawNetwork
 from inference.runtime import IMAGE, METADATA, NORMALISED, RAW, VERSION, needs
 from utils.errors import UserError
-from utils.files import write_bytes
 from yolact import Yolact
 
 OPSET = 20  # DeformConv needs 19
@@ -124,11 +122,6 @@ def describe(
         "category_ids": json.dumps(list(model.config.category_ids)),
         "input": tensor if raw else image,
     }
-
-
-def write_onnx(proto: Any, path: Path) -> None:
-    """Write an onnx.ModelProto whole or not at all."""
-    write_bytes(path, proto.SerializeToString())
 
 
 def _translations() -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""A data set in, COCO metrics out: pycocotools' COCOeval over all images of the file, in training and evaluation."""
+"""Evaluate a predictor on a data set with pycocotools' COCOeval. Both train.py and eval.py use this."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Sizes = dict[int, tuple[int, int]]
 
 @dataclass
 class Prediction:
-    """COCO results of a data set, with the ids of its file."""
+    """COCO results for a data set; image and category ids are those of its annotation file."""
 
     results: list[dict[str, Any]] = field(default_factory=list)
     sizes: Sizes = field(default_factory=dict)  # height and width of every image that was read, by its id
@@ -42,17 +42,18 @@ def predict_dataset(
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> Prediction:
-    """Predict every image of a data set, or its first `max_images`. An image that cannot be read has no detections.
+    """Run the predictor on all images of a data set, or on the first `max_images`.
 
-    Several processes share the images; the main one gets the results of all, the others nothing.
+    An image that cannot be read counts as one without detections. With several processes the images are distributed
+    among them; the main process returns all results, the others an empty `Prediction`.
 
     Raises:
-        UserError: if the file's classes are not the model's.
+        UserError: if the classes of the data set and the model differ.
     """
     check_classes(dataset, predictor.config)
     found: list[tuple[int, tuple[int, int] | None, list[dict[str, Any]], str]] = []
     indices = range(len(dataset))[:max_images][ranks.rank :: ranks.size]
-    # The weights may have other ids for the same classes.
+    # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
     for index in tqdm(indices, desc="evaluating", disable=None if progress and ranks.main else True):
         image_id = dataset.image_ids[index]
@@ -82,17 +83,20 @@ def evaluate(
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
-    """Compute COCO metrics.
+    """Compute the COCO metrics of a predictor on a data set.
+
+    Args:
+        max_images: evaluate only the first images of the file.
+        per_class: also compute AP, AP50, precision and recall for each class.
 
     Returns:
-        {"bbox": {"AP": ..., ...}, "segm": ..., "table": text, "results": COCO results, "problems": messages about
-        unreadable images, "notes": messages about the annotations}. If asked for "per_class"; and "without_copies",
-        the metrics without annotations that repeat another one, if there are any. Values are 0..1, and -1 where there
-        is nothing to measure, as COCOeval has it. Of several processes only the main one gets metrics, the others
-        None.
+        A dictionary in the main process, and None in the others. "bbox" and "segm" map METRICS to values in 0..1, or
+        to -1 if there is no ground truth, as in COCOeval. "table" is COCOeval's text, "results" the COCO results,
+        "problems" messages about unreadable images and "notes" messages about the annotations. "per_class" is present
+        on request, and "without_copies" (metrics without repeated annotations) if there are any.
 
     Raises:
-        UserError: if the data set's classes are not the model's.
+        UserError: if the classes of the data set and the model differ.
     """
     prediction = predict_dataset(predictor, dataset, max_images, progress, ranks)
     if not ranks.main:
@@ -102,7 +106,7 @@ def evaluate(
 
 
 def check_classes(dataset: CocoDataset, config: Config, where: str = "in the weights") -> None:
-    """Raise UserError, with both lists side by side, unless a file has the classes of `config` in their order."""
+    """Raise UserError, which shows both lists of classes, unless a file has the classes of `config` in that order."""
     if dataset.class_names == config.class_names:
         return
     rows = [f"{'label':>5}  {'in the file':<24}  {where}"]
@@ -111,7 +115,7 @@ def check_classes(dataset: CocoDataset, config: Config, where: str = "in the wei
         right = config.class_names[label] if label < config.num_classes else "-"
         rows.append(f"{label:>5}  {left:<24}  {right}{'  <' * (left != right)}")
     table = "\n".join(rows)
-    raise UserError(f"{dataset.path}: its classes are not those {where}\n{table}")
+    raise UserError(f"{dataset.path}: its classes differ from those {where}\n{table}")
 
 
 def coco_metrics(
@@ -121,10 +125,13 @@ def coco_metrics(
     per_class: bool = False,
     sizes: Sizes | None = None,
 ) -> dict[str, Any]:
-    """Return COCOeval's numbers for COCO results. Masks are ranked by their "mask_score" if they have one.
+    """Return COCOeval's metrics for COCO results. Masks are ranked by their "mask_score" if they have one.
 
     Args:
-        sizes: of the images by their ids, used where the file does not state them.
+        sizes: (height, width) of images by image id, for images whose size the file does not give.
+
+    Returns:
+        The dictionary of `evaluate` without "results" and "problems".
     """
     truth = GroundTruth(dataset, sizes or {})
     metrics: dict[str, Any] = {"table": "", "notes": truth.notes()}
@@ -149,7 +156,7 @@ def coco_metrics(
 
 
 class GroundTruth:
-    """The annotation file as pycocotools needs it: whole numbers as ids, areas, and masks that decode."""
+    """The ground truth in the form that pycocotools needs: integer ids, valid areas, and masks that can be decoded."""
 
     def __init__(self, dataset: CocoDataset, sizes: Sizes):
         self.dataset = dataset
@@ -169,10 +176,10 @@ class GroundTruth:
             self.without_mask += sum(annotation.segmentation is None for annotation in self.annotations[-1])
 
     def to_coco(self, kind: str, copies: bool = True) -> COCO:
-        """Return the index for "bbox" or "segm", with or without exact copies.
+        """Return the ground truth for "bbox" or "segm", with or without exact copies.
 
-        An annotation without a usable mask is an object for boxes. For masks its box becomes a region to ignore, as
-        in training: nothing could match it, and a detection there may be right.
+        For "bbox", an annotation without a usable mask is an object like any other. For "segm", its box becomes a crowd
+        region, as in training: detections there are ignored, because no mask could match and they may be correct.
         """
         entries: list[dict[str, Any]] = []
         for image, listed in zip(self.images, self.annotations if copies else self.unique, strict=True):
@@ -186,7 +193,7 @@ class GroundTruth:
                 box = annotation.stated_box or rle.toBbox(to_rle(segmentation, height, width)).tolist()
                 entries.append(
                     {
-                        "id": len(entries) + 1,
+                        "id": len(entries) + 1,  # COCOeval treats a match with id 0 as no match
                         "image_id": image["id"],
                         "category_id": self.dataset.category_ids[annotation.label],
                         "iscrowd": int(crowd),
@@ -208,20 +215,20 @@ class GroundTruth:
         return truth
 
     def notes(self) -> list[str]:
-        """Return messages about annotations that are not used as they are in the file."""
+        """Return messages about annotations that are ignored or corrected."""
         path, notes = self.dataset.path, []
         if self.without_mask:
             notes.append(f"{path}: {self.without_mask} annotations have no usable mask; mask AP ignores their regions")
         if self.wrong_areas:
             notes.append(
-                f"{path}: {self.wrong_areas} stated areas differ from their masks' by more than a factor of two; the "
-                "masks' own are used for AP of small, medium and large objects"
+                f"{path}: {self.wrong_areas} stated areas differ from the mask areas by more than a factor of two; the "
+                "mask areas are used for AP of small, medium and large objects"
             )
         return notes
 
 
 def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:
-    """The size of an image that no one stated; of one that cannot be read, a size that holds no annotation."""
+    """Return the size of an image file, or (1, 1) if it cannot be read, so that its annotations become unusable."""
     try:
         height, width = dataset.read_image(index).shape[:2]
     except UserError:
@@ -230,13 +237,16 @@ def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:
 
 
 def _box_mask(annotation: Annotation, height: int, width: int) -> dict[str, Any]:
-    """The rectangle of an annotation's box as an RLE."""
+    """Return the box of an annotation as a rectangular mask in RLE."""
     x1, y1, x2, y2 = annotation.box or (0.0, 0.0, 0.0, 0.0)
     return to_rle([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
 
 
 def _scored(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Results for one kind: without the other's geometry, and with the score that ranks it."""
+    """Return results for "bbox" or "segm" with only that geometry and the score that ranks it.
+
+    COCO.loadRes takes the area from the box if a result has one, so mask results must not have boxes.
+    """
     dropped = "segmentation" if kind == "bbox" else "bbox"
     return [
         {k: v for k, v in r.items() if k != dropped}
@@ -246,7 +256,7 @@ def _scored(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def _coco_eval(truth: COCO, scored: list[dict[str, Any]], kind: str, image_ids: list[int]) -> tuple[COCOeval, str]:
-    """Run COCOeval; return it and its table."""
+    """Run COCOeval; return the evaluation and its table as text."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         if scored:
@@ -259,15 +269,15 @@ def _coco_eval(truth: COCO, scored: list[dict[str, Any]], kind: str, image_ids: 
         evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
-        log.truncate(0)
+        log.truncate(0)  # drop the progress messages, so that only the table remains
         log.seek(0)
         evaluation.summarize()
     return evaluation, log.getvalue()
 
 
 def _per_class(evaluation: COCOeval, dataset: CocoDataset) -> dict[str, dict[str, float]]:
-    """AP, AP50, and at IoU 0.5 the best F1 with its precision and recall, for every class with ground truth."""
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class
+    """Return AP, AP50, and precision and recall at the best F1 for IoU 0.5, of every class with ground truth."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] for all areas, 100 detections
     recall_steps = evaluation.params.recThrs
     order = list(evaluation.params.catIds)  # COCOeval sorts the ids
     table = {}

@@ -1,4 +1,4 @@
-"""Images in, detections out."""
+"""Predict detections for images and videos."""
 
 from inference.detections import Detections
 from inference.predictor import Predictor

@@ -1,4 +1,4 @@
-"""What was found in an image."""
+"""The detections of an image, with masks that are computed on demand."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from utils.draw import draw_objects
 
 @dataclass(eq=False)
 class Detections:
-    """The detections of one image, best first. Indexing with a number, slice, list or mask gives fewer of them.
+    """The detections of one image, best first. Indexing with an integer, slice, list or mask returns a subset.
 
-    Masks are computed from prototypes and coefficients when they are asked for. All tensors are this object's own:
-    they can be changed, and keep nothing else alive.
+    Masks are computed from prototypes and coefficients on access. `Predictor` clones the tensors, so they can be
+    modified in place and do not keep the rest of the batch in memory.
     """
 
     boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels, clipped to the image
@@ -44,14 +44,18 @@ class Detections:
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.scores.device)
             if index.ndim == 0 and not -len(self) <= int(index) < len(self):
-                raise IndexError(f"detection {int(index)} of {len(self)}")
+                raise IndexError(f"index {int(index)} is out of range for {len(self)} detections")
+            # as_tensor([]) is a float tensor, which cannot index; an integer is kept as a dimension of size 1.
             index = (index if index.numel() else index.long()).reshape(-1)
         names = ("boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
     @cached_property
     def masks(self) -> Tensor:
-        """[N, H, W] bool, at the image's size. For many objects in a large image `iter_masks` needs less memory."""
+        """All masks, bool [N, H, W] at the image's size.
+
+        For many objects in large images, `iter_masks` needs less memory.
+        """
         chunks = list(self._chunks(MASK_BUDGET))
         if len(chunks) == 1:
             return chunks[0]
@@ -75,7 +79,7 @@ class Detections:
         return encoded
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
-        """Return COCO results, one dictionary per detection: box as x, y, width, height, mask as RLE."""
+        """Return COCO results, one dictionary per detection. "bbox" is (x, y, width, height), "segmentation" an RLE."""
         boxes, scores, mask_scores = self.boxes.tolist(), self.scores.tolist(), self.mask_scores.tolist()
         results = []
         for i, (label, segmentation) in enumerate(zip(self.labels.tolist(), self.encode_masks(), strict=True)):
@@ -94,7 +98,10 @@ class Detections:
         return results
 
     def draw(self, image: np.ndarray, alpha: float = 0.45) -> np.ndarray:
-        """Return a copy of the image, uint8 BGR [H, W, 3], with masks of opacity `alpha`, boxes, names and scores."""
+        """Draw masks, boxes, class names and scores on a copy of `image`, uint8 BGR [H, W, 3].
+
+        `alpha` is the opacity of the masks, 0..1. Raises ValueError if the image is not of the detections' size.
+        """
         if image.shape[:2] != tuple(self.size):
             raise ValueError(f"the detections are of an image of {self.size}, not {image.shape[:2]}")
         texts = [

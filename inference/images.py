@@ -1,4 +1,4 @@
-"""Which images to segment: files, globs, folders and lists, each with the place where its results go."""
+"""Find the images to segment (files, globs, folders and lists) and the paths of their results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from data.image import SUFFIXES, is_result
 from utils.errors import UserError
 
-# Suffixes that an output folder does not have: whoever names one expects a file of that kind.
+# An --output with one of these suffixes is refused: it names a file type that is not written, rather than a folder.
 NOT_IMAGES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv"}
 
 
-LONGEST_STEM = 190  # bytes; endings and the names of temporary files are added to it, and 255 is the limit
+LONGEST_STEM = 190  # bytes; suffixes of results and temporary files are added, and file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ def split_output(text: str) -> tuple[str, str | None]:
 
 
 def find_images(images: Iterable[str], folders: Iterable[str], output: Path | None) -> tuple[list[Source], list[str]]:
-    """Return the images that `--image` (paths, globs, `-` for a list on stdin) and `--images` (folders) mean.
+    """Resolve `--image` (paths, globs, `-` for a list on stdin) and `--images` (folders) to images and output paths.
 
-    Results go to `output`, which is a folder, or a file for a single image; to the path after the colon of `in:out`;
-    or to `results`. In a folder they keep the names of the images and of the folders they lie in. They replace results
-    of earlier runs, but neither each other nor any other image.
+    Results are written to the path after the colon of `in:out`, otherwise to `output` (a folder, or a file for a
+    single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They
+    replace results of earlier runs, but never each other or any other image.
 
     Returns:
-        The images, and messages about folders that have none.
+        The images, and messages about folders without images.
 
     Raises:
-        UserError: if there is nothing to do.
+        UserError: if there are no images, or `output` is unusable or would replace an input image.
     """
     jobs: list[tuple[Path, Path, str | None]] = []  # image, its name within the output folder, the output given with it
     base = output or Path("results")
@@ -103,9 +103,9 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
 
 
 def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
-    """`target` without its suffix, or a longer name where that one is taken or would lie beside the image.
+    """Return `target` without its suffix, or a longer name if that one is taken or is in the folder of the image.
 
-    An image that is already there and is not a result of an earlier run is not replaced either.
+    An existing image that is not a result of an earlier run is not replaced either.
     """
 
     def foreign(output: Path) -> bool:
@@ -115,18 +115,19 @@ def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
     if _real(target.parent) == _real(path.parent) or foreign(target.with_suffix("")):
         target = target.with_name(f"{target.stem}.yolact{target.suffix}")
     stem = _shortened(target.name.removesuffix(target.suffix))
+    # For a.png: a, then a_png (a.jpg may have taken a), then a_2, a_3, ...
     candidates = itertools.chain((stem, target.name.replace(".", "_")), (f"{stem}_{n}" for n in itertools.count(2)))
     outputs = (target.with_name(name) for name in candidates)
     return next(output for output in outputs if output not in taken and not foreign(output))
 
 
 def _real(path: Path) -> str:
-    """The path without links. Unlike `Path.resolve` it accepts a link to itself, which is reported when it is read."""
+    """Resolve symbolic links. Unlike `Path.resolve` this accepts a link to itself, which is reported on reading."""
     return os.path.realpath(path)
 
 
 def _shortened(stem: str) -> str:
-    """A name that leaves room for endings; a checksum keeps two long names apart."""
+    """Shorten a name to LONGEST_STEM bytes; a checksum keeps shortened names distinct."""
     data = stem.encode("utf-8", "surrogateescape")
     if len(data) <= LONGEST_STEM:
         return stem
@@ -142,7 +143,7 @@ def _with_stdin(images: Iterable[str]) -> list[str]:
 
 
 def _expand(text: str) -> tuple[list[tuple[Path, Path]], str | None]:
-    """The images that one argument of `--image` means, with their names, and where their results go."""
+    """Return the images of one `--image` argument as (path, relative name), and the target of `in:out` or None."""
     pattern, target = split_output(text)
     if os.path.isdir(pattern):
         return [(path, path.relative_to(pattern)) for path in _images_in(Path(pattern))], target
@@ -153,7 +154,10 @@ def _expand(text: str) -> tuple[list[tuple[Path, Path]], str | None]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images in a folder and below it, without results of earlier runs. Dangling links are kept, to be reported."""
+    """List the images in a folder and its subfolders, except results of earlier runs.
+
+    Broken links are included, so that they are reported on reading. Raises UserError if there are no images.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder, use --image' if folder.exists() else 'no such folder'}")
     found = sorted(

@@ -1,9 +1,9 @@
-"""The one door for speed: a copy of a model that computes the same function faster.
+"""Optimise a model for inference. All optimisations are applied here, and none changes the function it computes.
 
-What is behind it: batch norm is folded into convolutions, tensors are channels_last, weights are cast once, and
-optionally `torch.compile`. Measured in one run, image of 480x640 to masks, ResNet-50 at 550 px in float32 on two
-cores of an AMD EPYC with AVX-512: this 275 ms; with Winograd convolutions, 1x1 convolutions as matrix products and a
-merged head in addition, which an earlier version had, 325 ms. They were faster on a processor with AVX2 only.
+Batch norm is folded into convolutions, tensors are channels_last, weights are cast once, and the network is optionally
+compiled with `torch.compile`. An earlier version also had Winograd convolutions, 1x1 convolutions as matrix products
+and a merged head. They helped on a processor with AVX2, but not with AVX-512: ResNet-50 at 550 px in float32, from an
+image of 480x640 to masks on two cores of an AMD EPYC, takes 275 ms without them and 325 ms with them (in one run).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from yolact import Yolact
 
 
 def optimize(model: Yolact, device: torch.device, dtype: torch.dtype) -> Yolact:
-    """Return a copy of `model` for inference in `dtype` on `device`; the model itself is left as it is.
+    """Return a copy of `model` for inference in `dtype` on `device`; the model itself is not modified.
 
     Modules that declare `keep_float32` keep float32: the mask re-scoring network and deformable convolutions.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norm(fast)
     _cast(fast, dtype)
-    # channels_last is the layout that convolution kernels compute in; otherwise each one would convert its input.
+    # Convolution kernels compute in channels_last; with another layout each of them would convert its input first.
     return fast.to(memory_format=torch.channels_last).to(device)
 
 
@@ -57,8 +57,8 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 def compile_network(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Tensor], Predictions], float]:
     """Compile `model` for inputs of `size` (H, W); return it and the seconds that compiling took.
 
-    On a CPU the weights become constants. On a GPU the mode "reduce-overhead" captures CUDA graphs; this has not been
-    run on one yet. Raises UserError where this machine cannot compile.
+    On a CPU the weights are frozen to constants. On a GPU the mode "reduce-overhead" captures CUDA graphs, which has
+    not been tested on a GPU yet. Raises UserError if compilation fails on this machine.
     """
     weight = model.fpn.lateral[0].weight
     assert isinstance(weight, Tensor)
@@ -70,7 +70,7 @@ def compile_network(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Ten
             network = torch.compile(model, mode="reduce-overhead")
         with torch.inference_mode():
             network(weight.new_zeros(1, 3, *size).contiguous(memory_format=torch.channels_last))
-    except Exception as error:  # of many kinds, by what is missing: a C++ compiler, Python's headers, Triton
+    except Exception as error:  # its type depends on what is missing: a C++ compiler, Python's headers, Triton
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"this machine cannot compile the network ({reason[0][:120]}); install a C++ compiler, or run without it"

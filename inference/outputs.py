@@ -1,4 +1,4 @@
-"""Results in files: overlays, COCO JSON, instance maps, polygons, prototypes. Each is written whole or not at all."""
+"""Write overlays, COCO JSON, instance maps, polygons and prototypes. Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("overlay", "json", "masks", "polygons", "prototypes")
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
-    """Split "overlay,json" into ("overlay", "json"). Raises UserError for an unknown one."""
+    """Split "overlay,json" into ("overlay", "json"). Raises UserError if a kind is unknown or none is given."""
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     for kind in kinds:
         if kind not in KINDS:
@@ -38,10 +38,11 @@ def write_results(
 
     Args:
         image: uint8 BGR [H, W, 3].
-        output: the path that all results are named after.
-        kinds: any of KINDS.
-        origin: where the image came from ("file_name", or "video" and "frame"); it goes into the JSON files.
-        suffix: the overlay's.
+        detections: the detections of this image.
+        output: the path of all results without their suffixes.
+        kinds: a subset of KINDS.
+        origin: the source of the image ("file_name", or "video" and "frame"), which is added to the JSON files.
+        suffix: suffix of the overlay, for example ".jpg".
     """
     written = []
 
@@ -68,7 +69,7 @@ def write_results(
 
 
 def instance_map(detections: Detections) -> np.ndarray:
-    """Return uint16 [H, W]: 0, or the number of the best detection at each pixel, counted from 1."""
+    """Return a uint16 map [H, W] with the number (from 1) of the best detection at each pixel; 0 is background."""
     out = np.zeros(detections.size, np.uint16)
     for number, mask in enumerate(detections.iter_masks(), start=1):
         out[mask & (out == 0)] = number
@@ -76,7 +77,7 @@ def instance_map(detections: Detections) -> np.ndarray:
 
 
 def instance_table(detections: Detections) -> list[dict[str, Any]]:
-    """Return what the numbers of the instance map mean."""
+    """Return class, scores and box (x1, y1, x2, y2 in pixels) for each value of the instance map."""
     rows = zip(
         detections.labels.tolist(),
         detections.scores.tolist(),
@@ -98,7 +99,7 @@ def instance_table(detections: Detections) -> list[dict[str, Any]]:
 
 
 def rings(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Return the outlines of a bool mask [H, W] as points [n, 2] (x, y), and whether each is a hole."""
+    """Return the contours of a bool mask [H, W] as pairs: points [n, 2] (x, y) in pixels, and whether it is a hole."""
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     found = []
     for contour, (_, _, _, parent) in zip(contours, hierarchy[0] if hierarchy is not None else (), strict=True):
@@ -111,7 +112,7 @@ def rings(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
 
 
 def labelme(detections: Detections, image_path: str) -> dict[str, Any]:
-    """Return the detections as LabelMe reads them: one group per instance, holes as shapes with a flag."""
+    """Return the detections in LabelMe's format. The polygons of an instance share a group_id; holes have a flag."""
     shapes = []
     labels, scores = detections.labels.tolist(), detections.scores.tolist()
     for index, mask in enumerate(detections.iter_masks()):
@@ -139,10 +140,11 @@ def labelme(detections: Detections, image_path: str) -> dict[str, Any]:
 
 
 def prototype_sheet(detections: Detections, height: int = 138, best: int = 4) -> np.ndarray:
-    """Draw the prototypes, and how the coefficients of the best detections combine them (paper, figure 5).
+    """Draw the prototypes, and how the coefficients of the `best` detections combine them (paper, figure 5).
 
-    One row per detection: the sum of its 1, 2, 4, 8, 16 and all prototypes with the largest coefficients, the sigmoid
-    of it, and the final mask. Red is positive, blue negative. Tiles have the image's proportions, up to 2:1.
+    Each detection has a row: the weighted sums of the 1, 2, 4, 8, 16 and all prototypes with the largest absolute
+    coefficients, the sigmoid of the full sum, and the final mask. Red is positive, blue negative. Tiles are `height`
+    pixels high and have the image's aspect ratio, limited to 1/2..2. Returns uint8 BGR.
     """
     tile = (height, round(height * min(max(detections.size[1] / detections.size[0], 0.5), 2)))
     prototypes = detections.prototypes.float().cpu()

@@ -1,7 +1,8 @@
-"""From images to detections.
+"""Predict detections for images.
 
 predictor = Predictor.from_weights("yolact_resnet50")
-detections = predictor(cv2.imread("street.jpg"))
+image = cv2.imread("street.jpg")
+detections = predictor(image)
 for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
     print(detections.class_names[label], float(score), box.tolist())
 cv2.imwrite("out.jpg", detections.draw(image))
@@ -33,28 +34,29 @@ from utils.errors import UserError, nearest
 from weights import load_model
 from yolact import Yolact
 
-MAX_BATCH = 16  # images that go through the network at once
+MAX_BATCH = 16  # largest batch; longer lists are split
 
 
 class Predictor:
-    """Call it with an image, uint8 BGR [H, W, 3] as cv2 reads it, for Detections, or with a list for a list of them.
+    """Predict the `Detections` of an image, uint8 BGR [H, W, 3] as cv2.imread returns it, or of a list of images.
 
-    The model is copied, so changes to its weights after this have no effect.
+    The model is copied, so later changes to its weights have no effect.
 
     Args:
         model: a trained model, or an `ExportedNetwork`, for which `size`, `compile` and `optimize` are fixed.
         device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
         precision: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 where the hardware has it.
         size: (height, width) of the network's input, or one number for both; by default the configuration's.
-        compile: compile the network. It takes seconds to minutes, here and for each further number of images in a
-            list, and needs a C++ compiler.
-        optimize: fold batch norm and use channels_last, see inference.optimize. Otherwise the model runs as written.
+        compile: compile the network. Compilation takes seconds to minutes, here and again for each new batch size,
+            and needs a C++ compiler.
+        optimize: fold batch norm and use channels_last, see inference.optimize. If False, the model runs unchanged in
+            float32.
         detection: any field of DetectionConfig, such as `score_threshold`, `top_k`, `nms` or `crop`, to override the
-            configuration's. At a score threshold of 0.05 the detections are those of the published evaluation, in
-            which the second class of an anchor may score less; at a higher one no detection scores less.
+            configuration's. A score threshold up to 0.05 (the default) selects anchors by their best class, as in
+            the published evaluation, and their other classes may score less. Above 0.05 it applies to every detection.
 
     Raises:
-        UserError: for a device that is not there, or a setting that is unknown or out of range.
+        UserError: if the device is not available, or an option is unknown or out of range.
     """
 
     def __init__(
@@ -68,14 +70,14 @@ class Predictor:
         **detection: Any,
     ):
         self.config = _with_detection(model.config, detection)
-        find_nms(self.config.detection.nms)  # an unknown name is an error now, and not at the first image
+        find_nms(self.config.detection.nms)  # raises for an unknown name here instead of on the first image
         self.compile_seconds = 0.0
         self.model: Yolact | ExportedNetwork
         self.network: Callable[[Tensor], Predictions]
         self.mask_iou: Callable[[Tensor], Tensor] | None
         if isinstance(model, ExportedNetwork):
             if compile or not optimize:
-                raise UserError(f"{model.path}: compile and optimize are for PyTorch models, this one is exported")
+                raise UserError(f"{model.path}: compile and optimize do not apply to an exported model")
             self._start_exported(model, device, precision, size)
         else:
             prepared = self._start_pytorch(model, device, precision, size, optimize)
@@ -100,7 +102,7 @@ class Predictor:
             prepared = optimized(model, self.device, self.dtype)
         else:
             if precision not in ("auto", "fp32", torch.float32):
-                raise UserError(f"precision {precision} needs optimize=True; as written, the model is float32")
+                raise UserError(f"precision {precision} needs optimize=True; otherwise the model runs in float32")
             self.dtype = torch.float32
             prepared = copy.deepcopy(model).eval().to(self.device)
         self.model, self.network, self.mask_iou = prepared, prepared, prepared.mask_iou
@@ -117,7 +119,7 @@ class Predictor:
             raise UserError(f"{model.path}: exported models run on the CPU here, not on {device}")
         if size is not None and _size(size) != model.size:
             height, width = model.size
-            raise UserError(f"{model.path}: was exported for {height}x{width}; export it again with another --size")
+            raise UserError(f"{model.path}: it was exported for {height}x{width}; export it again with another --size")
         self.size, self.device, self.dtype, self.model = model.size, torch.device("cpu"), torch.float32, model
         self.network = model.start(precision)
         self.mask_iou = model.start_mask_iou(precision)
@@ -126,7 +128,7 @@ class Predictor:
     def from_weights(cls, path_or_name: str | Path, **options: Any) -> Predictor:
         """Load a checkpoint, released weights by file or name, or an exported .onnx or .xml file.
 
-        The options are those of the class.
+        `options` are the other arguments of the class.
         """
         model = ExportedNetwork(path_or_name) if is_exported(path_or_name) else load_model(path_or_name)
         return cls(model, **options)
@@ -138,7 +140,10 @@ class Predictor:
     def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
 
     def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> Detections | list[Detections]:
-        """Return the detections of an image, or of each image of a list; they may differ in size."""
+        """Return the detections of an image, or a list of detections for a list of images, whose sizes may differ.
+
+        Raises TypeError or ValueError if an input is not a uint8 array [H, W, 3].
+        """
         if images is None or isinstance(images, (str, bytes)):
             raise TypeError(f"expected an image as cv2.imread returns it, not {images!r}: does the file exist?")
         if isinstance(images, np.ndarray):
@@ -157,25 +162,33 @@ class Predictor:
         return found
 
     def preprocess(self, image: np.ndarray) -> Tensor:
-        """uint8 BGR [H, W, 3] -> normalised RGB [3, h, w] at the network's size, on the device."""
+        """Resize and normalise uint8 BGR [H, W, 3] to float32 RGB [3, h, w] at the network's size, on the device."""
         model = self.config.model
         resized = resize(image, self.size, model.resize_uint8)
         return torch.from_numpy(normalise(resized, model.mean, model.std)).to(self.device)
 
     def predict(self, batch: Tensor) -> Predictions:
-        """[B, 3, h, w] normalised RGB -> the network's raw outputs."""
+        """Return the network's raw outputs for normalised RGB images [B, 3, h, w]."""
         return self.network(batch.to(self.dtype, memory_format=torch.channels_last))
 
     def detect(self, predictions: Predictions) -> Candidates:
-        """Raw outputs -> at most `top_k` slots per image."""
+        """Decode raw outputs and apply NMS; returns at most `top_k` slots per image, unused ones with the score -1."""
         on_cpu = self.device.type == "cpu"
         return detect(predictions, self.anchors, self.config.detection, drop_weak_anchors=on_cpu)
 
     def postprocess(
         self, candidates: Candidates, prototypes: Tensor, i: int, count: int, size: tuple[int, ...]
     ) -> Detections:
-        """Return the detections of the i-th image, its first `count` slots, for an image of `size` (H, W)."""
-        # Clones, because tensors made in inference mode cannot be changed, and views would keep the whole batch.
+        """Return the detections in the first `count` slots of image `i` of the batch.
+
+        Args:
+            candidates: the output of `detect`.
+            prototypes: [B, h, w, K].
+            i: index of the image in the batch.
+            count: number of used slots of the image.
+            size: (H, W) of the image in pixels, to which the boxes are scaled.
+        """
+        # Cloned, because inference tensors cannot be modified in place, and views would keep the batch in memory.
         boxes, scores, labels, coefficients = (field[i, :count].clone() for field in candidates)
         height, width = size
         limits = boxes.new_tensor((width, height, width, height))
@@ -196,14 +209,17 @@ class Predictor:
 
     @torch.no_grad()
     def _rescore(self, found: Detections) -> Detections:
-        """Multiply scores by the quality of the masks: as YOLACT++ predicts it, and as maskness measures it."""
+        """Multiply the scores by the mask quality that YOLACT++ predicts and by maskness, if enabled, as mask scores.
+
+        Above the published threshold, detections are also sorted and filtered by the mask scores.
+        """
         detection = self.config.detection
         if self.mask_iou is None and not detection.maskness:
             return found
         soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes if detection.crop else None)
         found.mask_scores = mask_scores(found.scores, found.labels, soft, detection, self.mask_iou)
         if detection.above_published:
-            # For display the threshold applies to the re-scored value, as in the authors' code.
+            # Above the published threshold, the threshold also applies to the mask scores, as in the authors' code.
             found = found[found.mask_scores.argsort(descending=True)]
             found = found[found.mask_scores >= detection.score_threshold]
         return found
@@ -215,7 +231,7 @@ def _size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _with_detection(config: Config, detection: dict[str, Any]) -> Config:
-    """Return `config` with overrides of its detection section, and of nothing else."""
+    """Return `config` with fields of its detection section overridden. Raises UserError for any other name."""
     known = set(vars(config.detection))
     for key in detection:
         if key not in known:

@@ -1,7 +1,7 @@
-"""The same network run by ONNX Runtime or OpenVINO, from a file that export.py wrote.
+"""Run the network of a file that export.py wrote with ONNX Runtime or OpenVINO.
 
-The file holds the whole way from an image to masks. `Predictor` takes the network out of it and keeps its own code
-for the rest, so that every option of detection works as with a checkpoint.
+The file contains the whole graph from an image to masks. `Predictor` extracts the network from it and uses its own
+code for the rest, so that all detection options work as with a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from utils.errors import UserError
 SUFFIXES = (".onnx", ".xml")
 INSTALL = "pip install -r requirements-export.txt"
 
-# Names inside an exported file. The whole graph goes from IMAGE to detections, the network alone from NORMALISED to
-# RAW, and the mask re-scoring network of YOLACT++ from SOFT_MASKS to MASK_IOUS.
+# Names of values in an exported graph. The whole graph maps IMAGE to detections, the network maps NORMALISED to RAW,
+# and the mask re-scoring network of YOLACT++ maps SOFT_MASKS to MASK_IOUS.
 IMAGE, NORMALISED = "image", "normalised"
 RAW = ("raw_boxes", "raw_logits", "raw_coefficients", "prototypes")
 SOFT_MASKS, MASK_IOUS = "soft_masks", "mask_ious"
@@ -44,12 +44,12 @@ class Runtime(Protocol):
         ...
 
     def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
-        """Compile the part of the graph between `inputs` and `outputs`; all of it where both are empty."""
+        """Compile the subgraph from `inputs` to `outputs`, or the whole graph if both are empty."""
         ...
 
 
 class OnnxRuntime:
-    """An ONNX file on the CPU, always in float32 unless the file itself says otherwise."""
+    """An ONNX file run on the CPU, in the precision of its graph."""
 
     def __init__(self, path: Path):
         with needs("onnx", "onnxruntime"):
@@ -90,7 +90,7 @@ class OpenVino:
             import openvino
         self.path = path
         if not path.with_suffix(".bin").is_file():
-            raise UserError(f"{path}: the weights are missing, copy {path.with_suffix('.bin').name} beside it")
+            raise UserError(f"{path}: the weights are missing; copy {path.with_suffix('.bin').name} to the same folder")
         self.core = openvino.Core()
         with _unreadable(path, "an OpenVINO model"):
             self.model = self.core.read_model(path)
@@ -116,7 +116,7 @@ class OpenVino:
         return call
 
     def _part(self, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
-        """Return a model of the graph between named values; the graph in the file stays as it is."""
+        """Return the subgraph between named values as a new model; the original model is not modified."""
         import openvino
         from openvino import opset13
 
@@ -134,13 +134,13 @@ class OpenVino:
 
 
 class ExportedNetwork:
-    """A network in an exported file, in the place of a `Yolact` in `Predictor`.
+    """A network in an exported file, which `Predictor` accepts in place of a `Yolact`.
 
     Args:
         path: an .onnx file, or an .xml file with its .bin beside it.
 
     Raises:
-        UserError: if the file is missing, damaged or not of export.py, or a package is not installed.
+        UserError: if the file is missing, damaged or not written by export.py, or a package is not installed.
     """
 
     def __init__(self, path: str | Path):
@@ -157,7 +157,7 @@ class ExportedNetwork:
     def start(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Predictions]:
         """Compile the network; return it as a function from [B, 3, h, w] normalised RGB to Predictions.
 
-        Raises UserError for a precision that the runtime or the processor does not have.
+        Raises UserError if the runtime or the processor does not support `precision`.
         """
         run = self.runtime.start((NORMALISED,), RAW, self.computed_in(precision))
 
@@ -168,7 +168,10 @@ class ExportedNetwork:
         return network
 
     def start_mask_iou(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Tensor] | None:
-        """Compile the mask re-scoring network, from soft masks [N, h, w] to IoUs [N, C]; None for most models."""
+        """Compile the mask re-scoring network, which maps soft masks [N, h, w] to IoUs [N, C].
+
+        Returns None if the model has none. Raises UserError for a raw export, which lacks it.
+        """
         if not self.config.model.mask_iou:
             return None
         if self.raw:
@@ -177,11 +180,11 @@ class ExportedNetwork:
         return lambda masks: torch.from_numpy(run(masks.contiguous().numpy())[0])
 
     def start_graph(self, precision: str | torch.dtype = "auto") -> Call:
-        """Compile everything in the file, as a program that knows nothing of this project would run it."""
+        """Compile the whole graph, from IMAGE to detections, as a program outside this project would use it."""
         return self.runtime.start((), (), self.computed_in(precision))
 
     def computed_in(self, precision: str | torch.dtype) -> str:
-        """Return "fp32" or "bf16", in which the floating-point part of the network is computed."""
+        """Return the precision of floating-point operations, "fp32" or "bf16", for the requested `precision`."""
         if precision == "auto" and isinstance(self.runtime, OnnxRuntime):
             return "fp32"  # the only one that its CPU kernels have
         dtype = choose_precision(precision, torch.device("cpu"))
@@ -194,13 +197,13 @@ class ExportedNetwork:
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether a path has the suffix of an exported model."""
+    """Return whether a path has the suffix of an exported model."""
     return Path(path).suffix in SUFFIXES
 
 
 @contextlib.contextmanager
 def needs(*packages: str) -> Iterator[None]:
-    """Report an optional package that is missing in one line that names the installation."""
+    """Import optional packages; a missing one becomes a UserError that says how to install it."""
     try:
         for package in packages:
             __import__(package)
@@ -211,7 +214,7 @@ def needs(*packages: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unreadable(path: Path, kind: str) -> Iterator[None]:
-    """Report whatever a runtime raises about a file in one line. Their exceptions have no common class."""
+    """Convert any exception of a runtime about a file into a UserError. The runtimes share no exception class."""
     try:
         yield
     except UserError:
@@ -224,11 +227,11 @@ def _unreadable(path: Path, kind: str) -> Iterator[None]:
 def _read_description(text: str, path: Path) -> dict[str, Any]:
     """Parse what `deploy.graph.describe` wrote."""
     if not text:
-        raise UserError(f"{path}: not written by export.py, it does not say what model it is")
+        raise UserError(f"{path}: not written by export.py: it has no description of the model")
     try:
         values = json.loads(text)
         if values["version"] != VERSION:
-            raise UserError(f"{path}: has version {values['version']} of the description, not {VERSION}; export again")
+            raise UserError(f"{path}: its description has version {values['version']}, not {VERSION}; export again")
         for key in ("config", "size", "precision", "raw"):
             values[key]
         return values

@@ -1,4 +1,4 @@
-"""Video in, video out: reading, network and writing overlap in bounded queues, and frames stay in order."""
+"""Segment videos. Reading, inference and writing run in parallel through bounded queues; frames stay in order."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _END = None
 
 @dataclass
 class VideoReport:
-    """Statistics of a video. Latency is from reading a frame to writing its result, throughput over the whole time."""
+    """Statistics of a video. Latency, in seconds, is the time from reading a frame to writing its result."""
 
     frames: int = 0
     seconds: float = 0.0
     interrupted: bool = False
-    missing: int = 0  # frames that the container counts and that could not be read
+    missing: int = 0  # frames that the container declares but that could not be read
     latencies: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class VideoSource:
                 more, frame = self.capture.read()
             except cv2.error:
                 more = False
-            if more and self.camera and self.queue.full():  # of a camera only the newest frame matters
+            if more and self.camera and self.queue.full():  # keep only the newest frame of a camera
                 with contextlib.suppress(queue.Empty):
                     self.queue.get_nowait()
             _put(self.queue, (time.perf_counter(), frame) if more else _END, self.stop)
@@ -89,12 +89,12 @@ class VideoSource:
     def close(self) -> None:
         self.stop.set()
         self.thread.join(timeout=5)
-        if not self.thread.is_alive():  # releasing it during a read would crash
+        if not self.thread.is_alive():  # releasing the capture during a read would crash
             self.capture.release()
 
 
 def _put(items: queue.Queue, item: Any, stop: threading.Event) -> None:
-    """Put an item into a full queue, unless `stop` is set meanwhile."""
+    """Put an item into a bounded queue, waiting while it is full, unless `stop` is set meanwhile."""
     while not stop.is_set():
         try:
             items.put(item, timeout=0.2)
@@ -110,7 +110,7 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 class VideoWriter:
-    """Draws and encodes in a separate thread. `close` finishes the files and gives them their names."""
+    """Draw and encode in a separate thread. The files appear under their final names only when `close` succeeds."""
 
     def __init__(self, output: Path, kinds: tuple[str, ...], name: str, fps: float, report: VideoReport):
         self.output, self.kinds, self.name, self.fps, self.report = output, kinds, name, fps, report
@@ -125,9 +125,9 @@ class VideoWriter:
         self.thread = threading.Thread(target=self._run, daemon=True)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            for left in frame_files(output) if self.per_frame else ():  # an earlier run may have had more of them
+            for left in frame_files(output) if self.per_frame else ():  # an earlier run may have written more frames
                 left.unlink()
-            if "json" in kinds:  # one line per detection, written as they come: a long video has millions
+            if "json" in kinds:  # one line per detection, written at once: a long video has millions
                 self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
                 self.json.write(b"[")
         except OSError as error:
@@ -177,7 +177,7 @@ class VideoWriter:
         return encoder
 
     def close(self) -> None:
-        """Finish the files, or raise the error that occurred while writing; then no file appears."""
+        """Finish the video and JSON files. If an error occurred, discard both and raise it."""
         self.queue.put(_END)
         self.thread.join()
         try:
@@ -211,10 +211,11 @@ def process_video(
     kinds: tuple[str, ...],
     max_frames: int | None = None,
 ) -> VideoReport:
-    """Segment a video file, or a camera by its number, into `output` + .mp4, .json and a folder of per-frame files.
+    """Segment a video file, or a camera given by its number, and return statistics.
 
-    Ctrl-C ends it: the frames that were read are written and the files are closed. Raises UserError for a source that
-    cannot be opened, or has no frame.
+    Results are `output` + ".mp4", `output` + ".json" and a folder `output` of per-frame files, depending on `kinds`.
+    On Ctrl-C the frames that were read are still written and the files are completed. At most `max_frames` frames are
+    processed. Raises UserError if the source cannot be opened or has no frames, or a result cannot be written.
     """
     if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
         raise UserError(f"{source}: the result would replace the video itself; choose another --output")
@@ -241,7 +242,7 @@ def process_video(
                 break
         if report.frames == 0 and not report.interrupted:
             raise UserError(f"{source}: no frame could be read from this video")
-    except BaseException as error:
+    except BaseException as error:  # `writer.close` discards the unfinished files and raises it
         writer.error = writer.error or error
     finally:
         video.close()
@@ -252,7 +253,7 @@ def process_video(
                 signal.signal(signal.SIGINT, before)
     report.seconds = time.perf_counter() - started
     if video.length is not None and max_frames is None and not report.interrupted:
-        # Containers count a frame or two too many; more than that is a file that ends early.
+        # Containers may declare a frame or two too many; a larger difference means that the file ends early.
         short = video.length - report.frames
         report.missing = short if short > max(2, video.length // 100) else 0
     return report

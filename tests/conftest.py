@@ -137,7 +137,7 @@ def train_args(path, *more):
     return ["train.py", "--config", "yolact_lite", *files, "--device", "cpu", "--workers", "0", *SMALL, *more]
 
 
-def photo(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
+def random_image(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
     """Blurred colours."""
     rng = np.random.default_rng(seed)
     return cv2.resize(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)

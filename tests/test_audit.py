@@ -7,7 +7,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from conftest import make_dataset, photo, run, train_args
+from conftest import make_dataset, random_image, run, train_args
 from test_data import edit
 
 from config import get_config
@@ -176,7 +176,7 @@ def test_command_line(tmp_path):
         "--output",
         tmp_path / "a",
     ]
-    assert "nothing is wrong" in run(*args)
+    assert "no problems found" in run(*args)
     assert cv2.imread(str(tmp_path / "a/sheet.jpg")).std() > 20
     report = json.loads((tmp_path / "a/audit.json").read_text())
     assert report["objects"] == 12
@@ -189,7 +189,7 @@ def test_command_line(tmp_path):
 
 
 def test_sheet_shows_the_truth(dataset):
-    """The drawn objects lie where the picture has them."""
+    """The drawn objects lie where the image has them."""
     from data.sheets import draw_truth
 
     sample = CocoDataset(dataset, dataset.parent / "images")[0]
@@ -239,7 +239,7 @@ def odd_boxes(content):
     ],
 )
 def test_defects_of_data_sets_as_downloaded(dataset, change, kind, count, is_error):
-    """Each was "nothing is wrong" once."""
+    """Each was "no problems found" once."""
     found = findings(edit(dataset, change))
     assert kind in found
     assert count is None or found[kind].count == count
@@ -261,7 +261,7 @@ def test_fractional_ids_of_images_are_refused(dataset):
 def test_train_and_val_are_compared(tmp_path):
     train, val = make_dataset(tmp_path / "train", 6, seed=1), make_dataset(tmp_path / "val", 6, seed=2)
     shutil.copy(train.parent / "images/image_0.png", val.parent / "images/image_3.png")
-    near = photo(96, 128, seed=5)
+    near = random_image(96, 128, seed=5)
     cv2.imwrite(str(train.parent / "images/image_1.png"), near)
     compressed = cv2.imdecode(cv2.imencode(".jpg", near, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
     cv2.imwrite(str(val.parent / "images/image_4.png"), compressed)

@@ -1,4 +1,4 @@
-"""The bundled weights and the README's first command: people in a photo, without a download."""
+"""The bundled weights and the README's first command: people in a image, without a download."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
 METRICS = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
 PERSON = ROOT.parent / "shared/data/person"
 KINDS = {"bbox": "box", "segm": "mask"}
-# Drawn by hand: left, top, right, bottom of the person in photos of 512x512.
+# Drawn by hand: left, top, right, bottom of the person in images of 512x512.
 PEOPLE = {"astronaut.jpg": (5, 15, 395, 512), "camera.jpg": (0, 58, 285, 505)}
 
 
@@ -40,12 +40,12 @@ def test_it_knows_people():
     assert all(p.dtype is torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("photo", PEOPLE)
+@pytest.mark.parametrize("image", PEOPLE)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_people_in_the_demo_photos(photo, precision):
+def test_people_in_the_demo_images(image, precision):
     predictor = Predictor(load_model(BUNDLED), device="cpu", precision=precision, score_threshold=0.3)
-    detections = predictor(cv2.imread(str(ROOT / "data/demo" / photo)))
-    left, top, right, bottom = PEOPLE[photo]
+    detections = predictor(cv2.imread(str(ROOT / "data/demo" / image)))
+    left, top, right, bottom = PEOPLE[image]
     x1, y1, x2, y2 = detections.boxes[0].tolist()
     overlap = (min(x2, right) - max(x1, left)) * (min(y2, bottom) - max(y1, top))
     assert overlap / ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap) > 0.6
@@ -66,9 +66,9 @@ def test_first_command_of_the_readme(tmp_path):
     assert "yolact_r50" in ran.stdout
     results = json.loads((tmp_path / "astronaut.json").read_text())
     best = max(results, key=lambda result: result["score"])
-    assert 0.25 < rle.decode(best["segmentation"]).mean() < 0.75  # of the picture is she
-    photo, drawn = (cv2.imread(str(p)) for p in (ROOT / "data/demo/astronaut.jpg", tmp_path / "astronaut.jpg"))
-    assert np.abs(photo.astype(int) - drawn).mean() > 3  # it is painted
+    assert 0.25 < rle.decode(best["segmentation"]).mean() < 0.75  # of the image is she
+    image, drawn = (cv2.imread(str(p)) for p in (ROOT / "data/demo/astronaut.jpg", tmp_path / "astronaut.jpg"))
+    assert np.abs(image.astype(int) - drawn).mean() > 3  # it is painted
 
 
 def test_the_card_says_what_was_measured():
@@ -89,12 +89,12 @@ PINNED = {
 
 
 @pytest.mark.parametrize("optimize", [True, False])
-@pytest.mark.parametrize("photo", PINNED)
-def test_detections_do_not_change(photo, optimize):
+@pytest.mark.parametrize("image", PINNED)
+def test_detections_do_not_change(image, optimize):
     predictor = Predictor.from_weights(BUNDLED, device="cpu", precision="fp32", optimize=optimize, score_threshold=0.3)
-    found = predictor(cv2.imread(str(ROOT / "data/demo" / photo)))
-    assert len(found) == len(PINNED[photo])
-    for i, (score, box, pixels) in enumerate(PINNED[photo]):
+    found = predictor(cv2.imread(str(ROOT / "data/demo" / image)))
+    assert len(found) == len(PINNED[image])
+    for i, (score, box, pixels) in enumerate(PINNED[image]):
         assert float(found.scores[i]) == pytest.approx(score, abs=2e-4)
         assert found.boxes[i].tolist() == pytest.approx(box, abs=0.1)
         assert int(found.masks[i].sum()) == pytest.approx(pixels, rel=1e-3)

@@ -24,7 +24,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def steps_taken(folder):
-    """How far each weight is from where the run began, and the running average from the weights."""
+    """How far each weight is from where the run began, and the EMA from the weights."""
     content = torch.load(folder / "last.pth", weights_only=True)
     torch.manual_seed(0)
     start = Yolact(from_dict(content["config"])).state_dict()
@@ -136,7 +136,7 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
-    """The second process alone gets broken photos, which the audit at the start does not look at; both stop."""
+    """The second process alone gets broken images, which the audit at the start does not read; both stop."""
     path = make_dataset(tmp_path / "data", 230)
     looked_at = range(0, 230, -(-230 // SAMPLE))
     keys = itertools.islice(EndlessShuffle(230, seed=0, rank=1, world_size=2), 10)

@@ -33,7 +33,7 @@ def box_mask(x, y, w, h):
 
 
 def truth(folder, annotations, images=2, categories=(1,)):
-    """A data set of empty pictures; annotations are (image, category, box, crowd)."""
+    """A data set of empty images; annotations are (image, category, box, crowd)."""
     folder.mkdir(exist_ok=True)
     for i in range(images):
         cv2.imwrite(str(folder / f"{i}.png"), np.zeros((SIZE, SIZE, 3), np.uint8))
@@ -61,7 +61,7 @@ def result(image, category, box, score):
 
 
 OBJECT, OTHER, TINY, CROWD = (10, 10, 30, 30), (60, 60, 30, 30), (80, 5, 3, 3), (50, 50, 45, 45)
-ONE, TWO = (0, 1, OBJECT, 0), (1, 1, OTHER, 0)  # objects in picture 0 and 1
+ONE, TWO = (0, 1, OBJECT, 0), (1, 1, OTHER, 0)  # objects in image 0 and 1
 HIT = (0, 1, OBJECT, 0.8)
 # What there is, what is found, and the mask AP that COCOeval gives; the original's metric says otherwise for the first
 # five.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import ROOT, photo, run, spawn
+from conftest import ROOT, random_image, run, spawn
 
 from config import get_config, to_dict
 from data.image import normalise, resize
@@ -39,7 +39,9 @@ def random_model(name, **overrides):
     model = Yolact(config).eval()
     model.load_state_dict(recipe.state_dict({k: list(v.shape) for k, v in model.state_dict().items()}, seed=3))
     side = config.model.max_size
-    images = torch.from_numpy(np.stack([normalise(photo(side, side, i), (127,) * 3, (64,) * 3) for i in range(4)]))
+    images = torch.from_numpy(
+        np.stack([normalise(random_image(side, side, i), (127,) * 3, (64,) * 3) for i in range(4)])
+    )
     with torch.no_grad():
         model.head.cls.weight *= 2 / model(images).logits.std()
         logits = model(images).logits
@@ -81,7 +83,7 @@ def check_graph(path, model, sizes, batch_sizes=(1, 3), **detection):
     total = 0
     for size in sizes:
         for count in batch_sizes:
-            images = [photo(*size, seed=seed) for seed in range(count)]
+            images = [random_image(*size, seed=seed) for seed in range(count)]
             outputs = graph(to_batch(images))
             boxes, scores, labels, masks, counts = outputs[:5]
             scores = outputs[5] if len(outputs) > 5 else scores
@@ -134,7 +136,7 @@ def test_every_layout_exports(tmp_path, name, suffix):
     path = export(model, tmp_path, suffix, "--score_threshold", 0.1, "--top_k", 30)
     check_graph(path, model, SIZES, **detection)
     predictor = Predictor.from_weights(path, precision="fp32", **detection)
-    image = photo(120, 100)
+    image = random_image(120, 100)
     expected = Predictor(model, device="cpu", precision="fp32", **detection)(image)
     found = predictor(image)
     check_same(expected, *(x.numpy() for x in (found.boxes, found.mask_scores, found.labels, found.masks)))
@@ -151,7 +153,7 @@ def test_sizes_of_the_network(tmp_path, weights, size):
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 def test_predictor_and_scripts_take_exported_models(small, weights, tmp_path, dataset, suffix):
     path = small / f"small{suffix}"
-    image = photo(100, 140)
+    image = random_image(100, 140)
     expected = Predictor(load_model(weights), device="cpu", precision="fp32", score_threshold=0.2)(image)
     found = Predictor.from_weights(path, precision="fp32", score_threshold=0.2)(image)
     assert len(found)
@@ -211,7 +213,7 @@ def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     found = ExportedNetwork(path).start_graph("fp32")(images.numpy())
     for a, b in zip(expected, found, strict=False):
         assert np.abs(a.numpy() - b).max() <= (1e-3 if suffix == ".onnx" else 2e-2) * a.abs().max()  # float16 weights
-    image = photo()
+    image = random_image()
     assert len(Predictor.from_weights(path, precision="fp32")(image)) == len(
         Predictor(model, device="cpu", precision="fp32")(image)
     )
@@ -256,7 +258,7 @@ def test_the_whole_way_is_one_torch_export_program(weights):
     loaded = torch.export.load(file).module()
     predictor = Predictor(model, device="cpu", precision="fp32")
     for size in SIZES:
-        images = [photo(*size, seed=1), photo(*size, seed=2)]
+        images = [random_image(*size, seed=1), random_image(*size, seed=2)]
         boxes, scores, labels, masks, count = loaded(torch.from_numpy(to_batch(images)))
         for i, expected in enumerate(predictor(images)):
             found = (x[i, : count[i]].numpy() for x in (boxes, scores, labels, masks))
@@ -268,7 +270,7 @@ def test_rescoring_reorders_as_predictor_does(weights):
     detection = {"maskness": True, "score_threshold": 0.2}
     predictor = Predictor(model, device="cpu", precision="fp32", crop_after_resize=True, **detection)
     graph = DetectionGraph(model, (96, 96), predictor.config.detection).eval()
-    image = photo(96, 96)
+    image = random_image(96, 96)
     boxes, _, labels, masks, count, mask_scores = graph(torch.from_numpy(to_batch([image])))
     used = slice(int(count[0]))
     expected = predictor(image)

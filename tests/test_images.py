@@ -10,7 +10,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from conftest import photo
+from conftest import random_image
 
 from data.image import declared_size, denormalise, normalise, read_image, write_image
 from inference.images import find_images, split_output
@@ -20,7 +20,7 @@ from utils.errors import UserError
 def test_every_kind_of_image_is_read(tmp_path):
     from PIL import Image
 
-    color = photo(40, 60)
+    color = random_image(40, 60)
     rgb = Image.fromarray(color[..., ::-1])
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -65,7 +65,7 @@ def with_significant_bits(path, bits):
 
 def test_deep_images_are_scaled_by_their_type_and_not_by_their_brightness(tmp_path):
     """Two frames of one camera get the same factor; a 12-bit image states its depth."""
-    color = photo(40, 60)
+    color = random_image(40, 60)
     bright, dark = tmp_path / "bright.png", tmp_path / "dark.png"
     cv2.imwrite(str(bright), color.astype(np.uint16) * 257)
     cv2.imwrite(str(dark), color.astype(np.uint16) * 257 // 17)
@@ -81,7 +81,7 @@ def test_deep_images_are_scaled_by_their_type_and_not_by_their_brightness(tmp_pa
 @pytest.mark.parametrize("odd", [1.02, np.nan, np.inf, -np.inf])
 def test_floating_point_images_are_from_0_to_1(tmp_path, odd):
     """A single odd pixel changes nothing else."""
-    color = photo(40, 60)
+    color = random_image(40, 60)
     values = color.astype(np.float32) / 255
     values[0, 0] = odd
     cv2.imwrite(str(tmp_path / "float.tiff"), values, [cv2.IMWRITE_TIFF_COMPRESSION, 1])  # not logarithmic
@@ -95,7 +95,7 @@ def test_floating_point_images_are_from_0_to_1(tmp_path, odd):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
 def test_truncated_images_are_refused(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    cv2.imwrite(str(path), photo(200, 300))
+    cv2.imwrite(str(path), random_image(200, 300))
     data = path.read_bytes()
     read_image(path)
     for share in (0.3, 0.45, 0.7, 0.95, 0.99):
@@ -106,8 +106,8 @@ def test_truncated_images_are_refused(tmp_path, suffix):
 
 def test_a_jpeg_with_a_preview_is_not_taken_for_complete(tmp_path):
     """The preview inside has an end mark of its own."""
-    preview = cv2.imencode(".jpg", photo(20, 30))[1].tobytes()
-    data = cv2.imencode(".jpg", photo(200, 300))[1].tobytes()
+    preview = cv2.imencode(".jpg", random_image(20, 30))[1].tobytes()
+    data = cv2.imencode(".jpg", random_image(200, 300))[1].tobytes()
     segment = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
     whole = data[:2] + segment + data[2:]
     (tmp_path / "a.jpg").write_bytes(whole)
@@ -118,7 +118,7 @@ def test_a_jpeg_with_a_preview_is_not_taken_for_complete(tmp_path):
 
 
 def test_normalising_can_be_undone():
-    image, (mean, std) = photo(40, 60), ((123.68, 116.78, 103.94), (58.40, 57.12, 57.38))
+    image, (mean, std) = random_image(40, 60), ((123.68, 116.78, 103.94), (58.40, 57.12, 57.38))
     planes = normalise(image, mean, std)
     wanted = (image[..., ::-1].transpose(2, 0, 1) - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
     assert np.abs(planes - wanted).max() < 1e-6
@@ -143,7 +143,7 @@ def test_in_and_out(text, wanted):
 def test_names_never_collide(tmp_path):
     for name in ("a.jpg", "a.png", "a_png.bmp", "b/a.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(tmp_path / "in" / name), photo(8, 8))
+        cv2.imwrite(str(tmp_path / "in" / name), random_image(8, 8))
     sources, _ = find_images([], [str(tmp_path / "in")], tmp_path / "out")
     outputs = [s.output.relative_to(tmp_path / "out").as_posix() for s in sources]
     assert len(set(outputs)) == 4
@@ -170,15 +170,15 @@ def test_names_never_collide(tmp_path):
 def test_photos_are_never_replaced_and_results_are(tmp_path):
     for name in ("in/a.jpg", "out/a.jpg", "in/b.png", "out/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        cv2.imwrite(str(tmp_path / name), photo(8, 8))
+        cv2.imwrite(str(tmp_path / name), random_image(8, 8))
     for _ in range(2):
         sources, _ = find_images([], [str(tmp_path / "in")], tmp_path / "out")
         assert [s.output.name for s in sources] == ["a.yolact", "b.yolact"]
         for source in sources:
-            write_image(source.output.with_name(source.output.name + source.suffix), photo(9, 9))
+            write_image(source.output.with_name(source.output.name + source.suffix), random_image(9, 9))
     assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (8, 8, 3)
     assert len(find_images([], [str(tmp_path / "out")], None)[0]) == 2  # results are not segmented
-    assert np.array_equal(cv2.imread(str(tmp_path / "out/b.yolact.png")), photo(9, 9))
+    assert np.array_equal(cv2.imread(str(tmp_path / "out/b.yolact.png")), random_image(9, 9))
 
 
 def png_header(width, height):
@@ -199,7 +199,7 @@ def test_a_small_file_cannot_claim_billions_of_pixels(tmp_path):
 def test_declared_sizes_are_those_of_the_image(tmp_path, suffix):
     for height, width in ((1, 1), (33, 70), (300, 7)):
         path = tmp_path / f"a{suffix}"
-        cv2.imwrite(str(path), photo(height, width))
+        cv2.imwrite(str(path), random_image(height, width))
         assert declared_size(path.read_bytes()) == (height, width)
         with pytest.raises(UserError, match="more than the limit"):
             read_image(path, max_pixels=height * width - 1)
@@ -211,7 +211,7 @@ def test_gif_and_lossless_webp_declare_their_size():
 
     for kind, options in (("gif", {}), ("webp", {"lossless": True}), ("jpeg", {"progressive": True})):
         stream = io.BytesIO()
-        Image.fromarray(photo(33, 70)).save(stream, kind, **options)
+        Image.fromarray(random_image(33, 70)).save(stream, kind, **options)
         assert declared_size(stream.getvalue()) == (33, 70)
 
 
@@ -221,10 +221,10 @@ def test_long_names_and_empty_folders_do_not_end_the_batch(tmp_path):
     folder.mkdir()
     empty.mkdir()
     for letter in "ab":
-        cv2.imwrite(str(folder / ("x" * 250 + letter + ".png")), photo(8, 8))
+        cv2.imwrite(str(folder / ("x" * 250 + letter + ".png")), random_image(8, 8))
     sources, problems = find_images([str(empty)], [str(folder), str(empty), str(tmp_path / "none")], tmp_path / "out")
     assert [len(s.output.name) <= 190 for s in sources] == [True, True]
     assert len({s.output for s in sources}) == 2
     assert len(problems) == 3
     for source in sources:
-        write_image(source.output.with_name(source.output.name + ".prototypes.png"), photo(8, 8))
+        write_image(source.output.with_name(source.output.name + ".prototypes.png"), random_image(8, 8))

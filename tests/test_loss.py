@@ -94,8 +94,8 @@ def test_mask_outside_of_its_box_cannot_explode():
     assert losses["mask"] < 30
 
 
-def test_enlarged_masks_keep_what_is_thinner_than_a_prototype_pixel():
-    """Cut at the prototypes' size such an object is nothing; enlarged as in inference it has an outline to learn."""
+def test_upsampled_masks_keep_what_is_thinner_than_a_prototype_pixel():
+    """Thresholded at the prototypes' size such an object vanishes; upsampled as in inference it keeps its outline."""
     masks = torch.zeros(1, 64, 64)
     masks[:, 10:50, 21:23] = 1  # half of each of two prototype pixels
     boxes, first = torch.tensor([[21 / 64, 10 / 64, 23 / 64, 50 / 64]]), torch.tensor([0])
@@ -119,7 +119,7 @@ def test_enlarged_masks_keep_what_is_thinner_than_a_prototype_pixel():
     assert both / either > 0.45
 
 
-def test_enlarged_masks_cost_what_others_do():
+def test_upsampled_masks_cost_what_others_do():
     """Where nothing is lost by the size; and logits that are sure and wrong stay finite."""
     masks = torch.zeros(1, 64, 64)
     masks[:, 16:48, 16:48] = 1

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 import torch
-from conftest import photo, spawn
+from conftest import random_image, spawn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,7 +66,7 @@ def test_deformable_convolutions_keep_float32_weights():
 @pytest.mark.parametrize(("name", "limit"), [("yolact_lite", 0.02), ("yolact_plus_resnet50", 0.03)])
 def test_bfloat16_is_close(name, limit):
     """The mean error stays at the level of bfloat16's rounding, 2^-9 per operation, over all layers."""
-    model, image = with_statistics(get_config(name, max_size=64)), photo(60, 80)
+    model, image = with_statistics(get_config(name, max_size=64)), random_image(60, 80)
     outputs = []
     for precision in ("fp32", "bf16"):
         predictor = Predictor(model, "cpu", precision)
@@ -105,10 +105,10 @@ def test_the_test_above_notices_a_use_of_values():
 def test_other_devices_give_the_same_detections(predictor):
     """Without dropping weak anchors, as on a GPU, the same slots come out."""
     with torch.inference_mode():
-        raw = predictor.predict(torch.stack([predictor.preprocess(photo(90, 130, seed=s)) for s in range(2)]))
+        raw = predictor.predict(torch.stack([predictor.preprocess(random_image(90, 130, seed=s)) for s in range(2)]))
         fixed = detect(raw, predictor.anchors, predictor.config.detection)
     for i in range(2):
-        wanted = predictor(photo(90, 130, seed=i))
+        wanted = predictor(random_image(90, 130, seed=i))
         used = int((fixed.scores[i] > 0).sum())
         assert used == len(wanted) > 0
         assert fixed.labels[i, :used].tolist() == wanted.labels.tolist()
@@ -120,7 +120,7 @@ def test_compiled_is_the_same(weights):
     model = load_model(weights)
     plain, compiled = Predictor(model, "cpu", "fp32"), Predictor(model, "cpu", "fp32", compile=True)
     assert compiled.compile_seconds > 0
-    images = [photo(90, 130), photo(200, 64, seed=1)]
+    images = [random_image(90, 130), random_image(200, 64, seed=1)]
     for wanted, found in zip(plain(images), compiled(images), strict=True):  # not the batch size it was compiled for
         assert wanted.labels.tolist() == found.labels.tolist()
         assert torch.allclose(wanted.boxes, found.boxes, atol=1e-2)
@@ -131,7 +131,7 @@ def test_as_written_is_the_same(weights):
     model = load_model(weights)
     plain, fast = Predictor(model, "cpu", optimize=False), Predictor(model, "cpu", "fp32")
     assert any(isinstance(m, nn.BatchNorm2d) for m in plain.model.modules())
-    wanted, found = plain(photo()), fast(photo())
+    wanted, found = plain(random_image()), fast(random_image())
     assert wanted.labels.tolist() == found.labels.tolist()
     assert torch.allclose(wanted.scores, found.scores, atol=1e-5)
 
@@ -157,8 +157,8 @@ def test_every_batch_norm_is_declared_for_folding():
 @pytest.mark.parametrize("options", [{}, {"precision": "auto"}, {"compile": True}])
 def test_a_gpu_gives_the_detections_of_the_cpu(weights, options):
     model = load_model(weights)
-    wanted = Predictor(model, "cpu", "fp32")(photo())
-    found = Predictor(model, "cuda", **{"precision": "fp32"} | options)(photo())
+    wanted = Predictor(model, "cpu", "fp32")(random_image())
+    found = Predictor(model, "cuda", **{"precision": "fp32"} | options)(random_image())
     assert torch.allclose(wanted.scores[:5], found.scores[:5].cpu(), atol=0.02)
     assert torch.allclose(wanted.boxes[:5], found.boxes[:5].cpu(), atol=1.0)
 

@@ -1,4 +1,4 @@
-"""Prediction: Predictor, Detections, and eval.py with every kind of picture, result and mistake."""
+"""Prediction: Predictor, Detections, and eval.py with every kind of image, result and mistake."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photo, run, spawn
+from conftest import ROOT, random_image, run, spawn
 from pycocotools import mask as rle
 
 import eval as eval_script
@@ -75,7 +75,7 @@ def test_detections_behave_like_a_list():
     assert len(empty) == 0
     assert empty.masks.shape == (0, 301, 203)
     assert empty.to_coco() == []
-    assert empty.draw(photo(301, 203)).shape == (301, 203, 3)
+    assert empty.draw(random_image(301, 203)).shape == (301, 203, 3)
 
 
 def test_coco_results_hold_the_masks():
@@ -112,27 +112,27 @@ def test_holes_are_rings_of_their_own():
 
 
 def test_a_list_gives_the_same_as_one_by_one(predictor):
-    pictures = [photo(90, 130), photo(200, 64, seed=1)]
-    together = predictor(pictures)
-    for picture, found in zip(pictures, together, strict=True):
-        alone = predictor(picture)
+    images = [random_image(90, 130), random_image(200, 64, seed=1)]
+    together = predictor(images)
+    for image, found in zip(images, together, strict=True):
+        alone = predictor(image)
         assert len(alone) == len(found) > 0
         assert torch.allclose(alone.scores, found.scores, atol=1e-5)
         # Scores that are equal up to rounding may change places.
         one, other = (x.boxes[x.boxes.sum(dim=1).argsort()] for x in (alone, found))
         assert torch.allclose(one, other, atol=1e-2)
-        assert found.size == picture.shape[:2]
+        assert found.size == image.shape[:2]
     assert predictor([]) == []
 
 
 def test_the_same_frame_twice_gives_the_same_masks(predictor):
-    first, second = predictor(photo()), predictor(photo())
+    first, second = predictor(random_image()), predictor(random_image())
     assert torch.equal(first.masks, second.masks)
 
 
 @pytest.mark.parametrize("nms", NMS)
 def test_every_nms_and_threshold(weights, nms):
-    found = Predictor(load_model(weights), "cpu", nms=nms, score_threshold=0.4, top_k=7)(photo())
+    found = Predictor(load_model(weights), "cpu", nms=nms, score_threshold=0.4, top_k=7)(random_image())
     assert 0 < len(found) <= 7
     assert (found.scores >= 0.4).all()
     assert (found.scores.diff() <= 0).all()
@@ -140,27 +140,27 @@ def test_every_nms_and_threshold(weights, nms):
 
 def test_the_configuration_says_how_to_detect(weights):
     model = load_model(weights)
-    plain = Predictor(model, "cpu")(photo())
+    plain = Predictor(model, "cpu")(random_image())
     model.config = override(model.config, mask_threshold=0.3, crop_after_resize=True)
-    found = Predictor(model, "cpu")(photo())
-    leaky = Predictor(model, "cpu", crop_after_resize=False)(photo())
+    found = Predictor(model, "cpu")(random_image())
+    leaky = Predictor(model, "cpu", crop_after_resize=False)(random_image())
     assert torch.equal(found.boxes, plain.boxes)
     assert not (found.masks & ~leaky.masks).any()
     assert (leaky.masks & ~found.masks).any()
     assert not (plain.masks & ~leaky.masks).any()
     assert (leaky.masks & ~plain.masks).any()
     model.config = override(model.config, top_k=7)
-    assert len(Predictor(model, "cpu")(photo())) == 7 < len(plain)
-    assert len(Predictor(model, "cpu", top_k=9)(photo())) == 9
+    assert len(Predictor(model, "cpu")(random_image())) == 7 < len(plain)
+    assert len(Predictor(model, "cpu", top_k=9)(random_image())) == 9
 
 
 def test_maskness_ranks_masks_and_leaves_boxes(weights):
     model = load_model(weights)
-    plain = Predictor(model, "cpu")(photo())
-    found = Predictor(model, "cpu", maskness=True)(photo())
+    plain = Predictor(model, "cpu")(random_image())
+    found = Predictor(model, "cpu", maskness=True)(random_image())
     model.config = override(model.config, maskness=True)
-    assert torch.equal(Predictor(model, "cpu")(photo()).mask_scores, found.mask_scores)
-    assert torch.equal(Predictor(model, "cpu", maskness=False)(photo()).mask_scores, plain.scores)
+    assert torch.equal(Predictor(model, "cpu")(random_image()).mask_scores, found.mask_scores)
+    assert torch.equal(Predictor(model, "cpu", maskness=False)(random_image()).mask_scores, plain.scores)
     assert torch.equal(found.scores, plain.scores)
     assert torch.equal(found.masks, plain.masks)
     soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes)
@@ -169,7 +169,7 @@ def test_maskness_ranks_masks_and_leaves_boxes(weights):
     assert found.mask_scores.tolist() == pytest.approx(
         [a * b for a, b in zip(found.scores.tolist(), sure, strict=True)]
     )
-    shown = Predictor(model, "cpu", score_threshold=0.3)(photo())
+    shown = Predictor(model, "cpu", score_threshold=0.3)(random_image())
     assert 1 < len(shown) < len(plain)
     assert (shown.mask_scores >= 0.3).all()
     assert (shown.mask_scores.diff() <= 0).all()
@@ -177,7 +177,7 @@ def test_maskness_ranks_masks_and_leaves_boxes(weights):
 
 @pytest.mark.parametrize("size", [(64, 160), (128, 48)])
 def test_any_network_size(weights, size):
-    found = Predictor(load_model(weights), "cpu", size=size)(photo(120, 300))
+    found = Predictor(load_model(weights), "cpu", size=size)(random_image(120, 300))
     assert len(found) > 0
     assert (found.boxes[:, 2:] <= torch.tensor([300, 120])).all()
     assert (found.boxes[:, :2] >= 0).all()
@@ -208,10 +208,10 @@ def test_predictor_refuses(weights):
 def test_the_threshold_of_the_configuration_counts(weights, threshold):
     """It used to be ignored: 0.6 changed nothing, and 0.01 removed detections."""
     model = load_model(weights)
-    plain = Predictor(model, "cpu", "fp32", top_k=1000)(photo())
+    plain = Predictor(model, "cpu", "fp32", top_k=1000)(random_image())
     model.config = override(model.config, score_threshold=threshold)
-    found = Predictor(model, "cpu", "fp32", top_k=1000)(photo())
-    given = Predictor(load_model(weights), "cpu", "fp32", top_k=1000, score_threshold=threshold)(photo())
+    found = Predictor(model, "cpu", "fp32", top_k=1000)(random_image())
+    given = Predictor(load_model(weights), "cpu", "fp32", top_k=1000, score_threshold=threshold)(random_image())
     assert torch.equal(found.scores, given.scores)
     if threshold < 0.05:
         assert len(found) >= len(plain)
@@ -220,7 +220,7 @@ def test_the_threshold_of_the_configuration_counts(weights, threshold):
 
 
 def test_detections_are_ordinary_objects(predictor):
-    found, other = predictor([photo(), photo(seed=1)])
+    found, other = predictor([random_image(), random_image(seed=1)])
     found.boxes += 1  # tensors made in inference mode cannot be changed
     found.prototypes.mul_(2)
     assert found != other
@@ -262,7 +262,7 @@ def outside_pixels(results):
 
 def test_masks_of_images_end_at_their_boxes_and_those_for_ap_are_the_published_ones(weights, dataset, tmp_path):
     """Cropping at the prototypes' resolution leaks, which people take for a bug; AP keeps it."""
-    cv2.imwrite(str(tmp_path / "large.png"), photo(900, 1300))
+    cv2.imwrite(str(tmp_path / "large.png"), random_image(900, 1300))
     common = ["eval.py", "--weights", weights, "--device", "cpu", "--precision", "fp32", "--image"]
     run(*common, tmp_path / "large.png", "--output", tmp_path / "a", "--save", "json")
     leaky = ["--set", "crop_after_resize=false", "--output", tmp_path / "b"]
@@ -297,9 +297,9 @@ def test_a_threshold_of_the_configuration_counts_for_images(weights, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links")
 def test_a_dangling_link_is_reported(weights, tmp_path):
-    folder = tmp_path / "photos"
+    folder = tmp_path / "images"
     folder.mkdir()
-    cv2.imwrite(str(folder / "a.jpg"), photo())
+    cv2.imwrite(str(folder / "a.jpg"), random_image())
     (folder / "b.jpg").symlink_to(tmp_path / "gone.jpg")
     out = run("eval.py", "--weights", weights, "--images", folder, "--output", tmp_path / "out", "--device", "cpu",
               code=1)  # fmt: skip
@@ -313,11 +313,11 @@ def test_sizes(text, size):
 
 
 def test_command_line_writes_every_kind(weights, tmp_path):
-    folder = tmp_path / "photos"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(2):
-        cv2.imwrite(str(folder / f"p{i}.jpg"), photo(seed=i))
-    cv2.imwrite(str(folder / "p0.png"), photo(seed=3))
+        cv2.imwrite(str(folder / f"p{i}.jpg"), random_image(seed=i))
+    cv2.imwrite(str(folder / "p0.png"), random_image(seed=3))
     (folder / "broken.jpg").write_bytes(b"x")
     kinds = "overlay,json,masks,polygons,prototypes"
     out = run("eval.py", "--weights", weights, "--images", folder, "--output", tmp_path / "out", "--save", kinds,
@@ -342,14 +342,14 @@ def test_command_line_writes_every_kind(weights, tmp_path):
 
 
 def test_command_line_places_of_results(weights, tmp_path, monkeypatch):
-    cv2.imwrite(str(tmp_path / "a.jpg"), photo())
+    cv2.imwrite(str(tmp_path / "a.jpg"), random_image())
     common = ["eval.py", "--device", "cpu", "--trained_model", weights]
     before = (tmp_path / "a.jpg").read_bytes()
     spawn(ROOT / "eval.py", *common[1:], "--image", "a.jpg", cwd=tmp_path)
     run(*common, "--image", f"{tmp_path}/a.jpg:{tmp_path}/deep/er/b.jpg")
     run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png", "--maskness")
     run(*common, "--image", f"{tmp_path}/*.jpg", "--output", tmp_path)
-    run(*common, "--images", tmp_path, "--output", tmp_path / "results")  # finds the picture, not the results
+    run(*common, "--images", tmp_path, "--output", tmp_path / "results")  # finds the image, not the results
     names = "results/a.jpg results/a.json deep/er/b.jpg deep/er/b.json c.png c.json a.yolact.jpg a.yolact.json"
     for name in names.split():
         assert (tmp_path / name).is_file(), name
@@ -381,7 +381,7 @@ def test_command_line_mistakes(weights, dataset, tmp_path):
         (["--image", dataset, "--set", "nms_treshold=0.6"], "did you mean 'nms_threshold'"),
         (["--image", dataset, "--set", "nms_threshold"], "for instance --set nms_threshold=0.6"),
         (["--image", dataset, "--config", "yolact_r55"], "did you mean 'yolact_r50"),
-        (["--image", dataset, "--config", "yolact_r50"], "without --config"),
+        (["--image", dataset, "--config", "yolact_r50"], "omit --config"),
         (["--image", dataset, "--weights", dataset], "a text file"),
         (["--image", dataset, "--weights", "none.pth"], "no such weights file"),
     ]
@@ -434,9 +434,9 @@ def test_memory_of_a_hundred_masks_on_twelve_megapixels(tmp_path, kind, limit):
 def test_prototype_sheet():
     sheet = prototype_sheet(disc_detections(200, 300))
     assert sheet.dtype == np.uint8
-    assert sheet.shape[1] == 8 * 207  # 2:3 as the picture
+    assert sheet.shape[1] == 8 * 207  # 2:3 as the image
     with pytest.raises(ValueError, match="of an image of"):
-        disc_detections().draw(photo())
+        disc_detections().draw(random_image())
 
 
 def test_overlay_reads_on_small_and_large_pictures():

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import eval as eval_script
+import export
 import train
 from data import audit
 
@@ -20,6 +21,7 @@ COMMANDS = [line for line in LINES if re.match(r"(python|torchrun) ", line)]
 PARSERS = {
     "train.py": train.build_parser(),
     "eval.py": eval_script.build_parser(),
+    "export.py": export.build_parser(),
     "-m data.audit": audit.build_parser(),
 }
 

@@ -1,4 +1,4 @@
-"""The numbers of the two public implementations, from the same weights, picture, predictions and targets."""
+"""The numbers of the two public implementations, from the same weights, image, predictions and targets."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.fixture(scope="module", params=list(FILES))
 def reference(request, tmp_path_factory):
-    """The stored numbers, the picture, and a model loaded from a file in the released format."""
+    """The stored numbers, the image, and a model loaded from a file in the released format."""
     stored = np.load(FIXTURES / FILES[request.param], allow_pickle=False)
     shapes = {n: json.loads(s) for n, s in zip(stored["names"].tolist(), stored["shapes"].tolist(), strict=True)}
     state = recipe.state_dict(shapes, int(stored["seed"]), float(stored["gain"]))
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
     torch.save(state if request.param == "authors" else {"meta": {}, "state_dict": state}, path)
-    picture = recipe.image(*map(int, stored["image_hw"]), int(stored["seed"]))
-    return request.param, stored, picture, load_model(path)
+    image = recipe.image(*map(int, stored["image_hw"]), int(stored["seed"]))
+    return request.param, stored, image, load_model(path)
 
 
 def test_raw_outputs(reference):
-    layout, stored, picture, model = reference
+    layout, stored, image, model = reference
     assert model.config.name == {"authors": "yolact_resnet50", "mmdet": "yolact_r50"}[layout]
-    images = Predictor(model, device="cpu", precision="fp32").preprocess(picture)[None]
+    images = Predictor(model, device="cpu", precision="fp32").preprocess(image)[None]
     assert np.abs(images[0, :, ::50, ::50].numpy() - stored["input_sample"]).max() < 1e-5
     with torch.no_grad():
         out = model(images)
@@ -63,8 +63,8 @@ def test_raw_outputs(reference):
 
 
 def test_detections_and_masks(reference):
-    layout, stored, picture, model = reference
-    found = Predictor(model, device="cpu", precision="fp32")(picture)
+    layout, stored, image, model = reference
+    found = Predictor(model, device="cpu", precision="fp32")(image)
     assert found.labels.tolist() == stored["post_class"].tolist()
     assert np.abs(found.scores.numpy() - stored["post_score"]).max() < 1e-4
     beyond = found.boxes.numpy() - stored["post_box"]
@@ -81,10 +81,10 @@ def test_detections_and_masks(reference):
 
 @pytest.mark.parametrize(("nms", "key", "top_k"), [("fast", "fast", 100), ("cross_class", "cross", 200)])
 def test_nms_variants_of_the_authors(reference, nms, key, top_k):
-    layout, stored, picture, model = reference
+    layout, stored, image, model = reference
     if layout != "authors":
         pytest.skip("stored for the authors' code alone")
-    found = Predictor(model, device="cpu", precision="fp32", nms=nms, top_k=top_k)(picture)
+    found = Predictor(model, device="cpu", precision="fp32", nms=nms, top_k=top_k)(image)
     assert found.labels.tolist() == stored[f"{key}_class"].tolist()
     assert np.abs(found.scores.numpy() - stored[f"{key}_score"]).max() < 1e-4
     assert np.abs(found.relative_boxes.numpy() - stored[f"{key}_box"]).max() < 1e-4

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, photo, spawn
+from conftest import ROOT, random_image, spawn
 from torch import nn
 
 from backbone import BACKBONES
@@ -119,4 +119,4 @@ def test_readme_shows_how_to_extend(tmp_path, monkeypatch):
     assert any(p.grad is not None for p in model.backbone.parameters())
     predictor = Predictor(model, "cpu", "fp32", nms=name, score_threshold=0.0, top_k=10)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in predictor.model.modules())
-    assert 0 < len(predictor(photo())) <= 10
+    assert 0 < len(predictor(random_image())) <= 10

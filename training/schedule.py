@@ -1,4 +1,4 @@
-"""How long to train, at which learning rate and with which optimiser: the configuration, scaled to the batch size."""
+"""Learning rate schedule and optimiser: the values of the configuration, scaled to the actual batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yolact import Yolact
 
 MOMENTUM = 0.9  # SGD's, in the released code and in MMDetection
 LR_GAMMA = 0.1  # the learning rate's factor at each step
-WARMUP_FACTOR = 0.1  # of the learning rate, at the first step
+WARMUP_FACTOR = 0.1  # the first step uses this fraction of the learning rate
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Schedule:
     ) -> Schedule:
         """Return the configuration's schedule for a data set.
 
-        Another `batch_size` scales the learning rate linearly and the length inversely, so that as many images are
-        seen; a given `lr` is used as it is. Another length, in epochs or iterations, moves the steps in proportion.
+        A different `batch_size` scales the learning rate linearly and the length inversely, so that the number of
+        images seen is unchanged; `lr`, if given, is not scaled. A different length, in epochs or iterations, moves the
+        steps in proportion.
         """
         batch_size = batch_size or config.batch_size
         scale = batch_size / config.batch_size
@@ -71,7 +72,7 @@ class Schedule:
         return text
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate for iteration `step`, which counts from 0."""
+        """Return the learning rate of iteration `step`, counted from 0, including the linear warm-up."""
         if self.config.lr_schedule == "cosine":
             lr = self.lr * 0.5 * (1 + math.cos(math.pi * min(1, step / self.max_iter)))
         else:
@@ -82,7 +83,7 @@ class Schedule:
 
 
 def build_optimizer(model: Yolact, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return SGD as published, or AdamW without weight decay on biases and batch norm. Frozen weights are left out."""
+    """Return SGD, as published, or AdamW without weight decay for biases and batch norm; frozen weights excluded."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
@@ -94,9 +95,10 @@ def build_optimizer(model: Yolact, config: TrainingConfig) -> torch.optim.Optimi
 
 
 def update_ema(decay: float, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Move the EMA towards the current weights: averaged = d * averaged + (1 - d) * current.
+    """Update the EMA in place: averaged = d * averaged + (1 - d) * current.
 
-    d is min(decay, (1 + n) / (10 + n)) after n updates, so that the EMA of a short run does not lag behind.
+    d is min(decay, (1 + n) / (10 + n)) with n = `count` previous updates, so that the EMA of a short run does not lag
+    behind. `AveragedModel` calls this from the second update on; the first one copies the weights.
     """
     warm = min(decay, (1 + int(count)) / (10 + int(count)))
     get_ema_multi_avg_fn(warm)(averaged, current, count)

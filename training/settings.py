@@ -1,4 +1,4 @@
-"""What a run is told on the command line. Checkpoints keep it, so that resuming needs no other argument."""
+"""The command line settings of a run. Checkpoints store them, so that --resume needs no other argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from utils.errors import UserError
 
 PATHS = ("train_annotations", "train_images", "val_annotations", "val_images", "output_dir")
-# A run with another value of these would be another run.
+# These settings cannot change on --resume, because the result would not be that of one run.
 FIXED = ("config", "set", "batch_size", "lr", "init", "seed")
 
 
@@ -41,22 +41,23 @@ class Settings:
     set: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for a checkpoint."""
+        """Return the settings as strings, numbers and lists, which a checkpoint can hold."""
         values = dataclasses.asdict(self)
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
         return plain | {"set": list(self.set)}
 
     @classmethod
     def resumed(cls, stored: dict[str, Any], given: dict[str, Any], folder: Path) -> Settings:
-        """Return the settings that a run in `folder` was started with, with what is `given` now.
+        """Return the `stored` settings of the run in `folder`, updated with those `given` now.
 
-        Raises UserError for a setting that cannot change.
+        Raises UserError if a setting in FIXED is given, or the stored settings are damaged.
         """
         for key in FIXED:
             if key in given:
                 raise UserError(f"--{key} cannot change in a run that is resumed; start a new one with --init {folder}")
         names = {item.name for item in dataclasses.fields(cls)}
         values = {key: value for key, value in stored.items() if key in names} | {"output_dir": folder}
+        # Both set the length, so a new value of one replaces a stored value of the other.
         if {"epochs", "max_iter"} & set(given):
             values |= {"epochs": None, "max_iter": None}
         values |= given

@@ -1,4 +1,4 @@
-"""Contact sheets of a run: what the network is fed, and predictions beside the ground truth."""
+"""Contact sheets of a run: the training input of a batch, and predictions beside the ground truth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 
 def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
-    """Draw what the network gets: augmented images with the boxes and masks that the loss compares with."""
+    """Draw up to 16 images of a batch, augmented, with the boxes and masks that the loss uses as targets."""
     images = []
     for planes, target in zip(batch.images[:LARGEST_SHEET], batch.targets, strict=False):
         image = denormalise(planes.cpu().float().numpy(), config.model.mean, config.model.std)
@@ -31,7 +31,7 @@ def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
 
 
 def comparison_sheet(predictor: Predictor, dataset: CocoDataset, count: int = 8, score: float = 0.3) -> np.ndarray:
-    """Draw the first images of a data set twice: the ground truth, and predictions that score at least `score`."""
+    """Draw the first `count` images in pairs: with the ground truth, and with predictions that score >= `score`."""
     images, captions = [], []
     for index in range(min(count, len(dataset))):
         try:

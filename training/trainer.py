@@ -1,4 +1,4 @@
-"""One training step, and the state of a run: everything that a checkpoint holds."""
+"""The training step, and the state of a run that checkpoints store and --resume restores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.files import exclusive, write_error, write_json
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
-# What a checkpoint holds of a run; "validated" is missing in the oldest files.
+# The training state in a checkpoint and its types. "validated" is optional, because the oldest files lack it.
 STATE: dict[str, Any] = {
     "step": int,
     "best": (int, float),
@@ -39,7 +39,7 @@ EMA_STATE: dict[str, Any] = {"raw": dict, "averaged": int}
 
 
 class TrainStep(nn.Module):
-    """Network and loss as one module, so that DDP wraps both: images and targets in, losses out."""
+    """Network and loss in one module, so that DDP wraps both."""
 
     anchors: Tensor
 
@@ -57,18 +57,18 @@ class TrainStep(nn.Module):
         num_positives: Tensor | None = None,
         num_images: int | None = None,
     ) -> dict[str, Tensor]:
-        """images [B, 3, S, S] -> the terms of the loss; see MultiBoxLoss for the rest."""
+        """Return the weighted loss terms for normalised RGB images [B, 3, S, S]; see MultiBoxLoss for the arguments."""
         predictions = self.model(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):  # the loss is computed in float32
             return self.loss(predictions, self.anchors, targets, self.model.mask_iou, num_positives, num_images)
 
 
 class Trainer:
-    """The state of a run, and where it is written.
+    """The state of a run and its training step.
 
-    With several processes each one has a part of the batch, and all take the same step: the one that a single process
-    would take with the whole batch. The same holds for `settings.accumulate` micro-batches. Only batch norm, where it
-    is trained, sees just the images that go through together.
+    With several processes the batch is split among them, and all take the step that a single process would take with
+    the whole batch. The same holds for `settings.accumulate` gradient accumulation steps. The exception is batch norm:
+    where it is trained, its statistics are those of one micro-batch.
     """
 
     def __init__(self, model: Yolact, settings: Settings, ranks: Ranks):
@@ -93,26 +93,30 @@ class Trainer:
         self.step = 0
         self.best = -1.0  # mask AP
         self.validated = 0  # the step of the last validation
-        self.table = ""  # COCOeval's, of the last validation
+        self.table = ""  # COCOeval's table of the last validation
 
     @property
     def batch_norm(self) -> str:
-        """What batch norm does in this run, in a word."""
+        """The mode of batch norm in this run: "frozen", "synchronised" or "trained"."""
         config = self.model.config.training
         if config.freeze_bn:
             return "frozen"
         return "synchronised" if config.sync_bn and self.ranks.size > 1 else "trained"
 
     def train_step(self, batch: Batch, lr: float) -> dict[str, float]:
-        """Take one step of the optimiser; return the weighted losses and their sum, "total"."""
+        """Take one optimiser step at learning rate `lr`; return the weighted losses and their sum, "total".
+
+        Raises UserError if a loss or the gradient norm is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
+        # With an infinite limit nothing is clipped, but the norm is computed for the check below.
         limit = self.model.config.training.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not self.scaler.is_enabled():  # a scaler skips such a step and lowers its scale
+        if not self.scaler.is_enabled():  # GradScaler skips steps with non-finite gradients and lowers its scale
             self._check_finite(batch, losses | {"gradient": norm})
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -124,15 +128,16 @@ class Trainer:
         return named | {"total": sum(named.values())}
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Accumulate the gradients of the batch, one micro-batch after the other; return its losses."""
+        """Accumulate the gradients of the batch over its micro-batches; return the summed, weighted losses."""
         parts = batch.split(self.settings.accumulate)
         num_positives, num_images = None, len(batch.images)
         if len(parts) > 1 or self.ranks.size > 1:
-            # Every part divides by the number of positives of the whole batch, so that the sums add up.
+            # Every micro-batch divides by the number of positives in the whole batch, so that their losses add up.
             mine = self.step_module.loss.match(self.step_module.anchors, batch.targets).positive.sum()
             num_positives = self.ranks.sum(mine).clamp(min=1) / self.ranks.size  # DDP averages the gradients
         sums: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):
+            # DDP reduces the gradients only in the last micro-batch's backward pass.
             postpone = number < len(parts) and isinstance(self.module, DistributedDataParallel)
             with self.module.no_sync() if postpone else contextlib.nullcontext():  # type: ignore[operator]
                 with autocast(self.device, self.dtype):
@@ -161,14 +166,14 @@ class Trainer:
         )
 
     def ema_or_model(self) -> Yolact:
-        """Return the model to validate and to predict with: the EMA if there is one."""
+        """Return the model for validation and inference: the EMA if there is one, otherwise the trained model."""
         if self.ema is None:
             return self.model
         assert isinstance(self.ema.module, Yolact)
         return self.ema.module
 
     def save(self, name: str) -> None:
-        """Write the state as `name` into the run's folder; the main process does it for all."""
+        """Save a checkpoint as `name` in the run's folder. Only the main process writes; all raise if it fails."""
         problem = None
         if self.ranks.main:
             try:
@@ -187,15 +192,16 @@ class Trainer:
             "random": torch.get_rng_state(),
             "args": self.settings.to_dict(),
         }
+        # The checkpoint's own weights are the EMA, which inference uses; "raw" are the weights that are trained.
         if self.ema is not None:
             training["raw"] = self.model.state_dict()
             training["averaged"] = int(self.ema.n_averaged)
         save_checkpoint(self.folder / name, self.ema_or_model(), training)
 
     def load(self, training: dict[str, Any]) -> None:
-        """Continue from what `save` wrote. The model already has the checkpoint's weights, which are the EMA's.
+        """Restore the training state that `save` wrote. The model must already have the checkpoint's weights.
 
-        Raises UserError if the state is not that of this model and configuration.
+        Raises UserError if the state does not match this model and configuration.
         """
         try:
             self._load(training)
@@ -204,6 +210,8 @@ class Trainer:
             raise UserError(f"{self.folder}: its training state is damaged ({reason[:100]})") from None
 
     def _load(self, training: dict[str, Any]) -> None:
+        # With an EMA the checkpoint's weights, which the model and its EMA copy start from, are those of the EMA; the
+        # trained weights replace them in the model only.
         if self.ema is not None:
             self.ema.n_averaged.fill_(training["averaged"])
             self.model.load_state_dict(training["raw"])
@@ -216,10 +224,10 @@ class Trainer:
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Create a run's folder and keep other runs out of it while the block lasts.
+    """Create and lock a run's folder for the duration of the block.
 
-    Removes what this project was writing there when an earlier run was killed, and nothing else. Raises UserError if
-    another process is training in the folder, or it cannot be written.
+    Temporary files that a killed run left are removed; other files are not touched. Raises UserError if another process
+    is training in the folder, or the folder cannot be written.
     """
     busy = f"{folder}: another process is training in it; wait for it, or choose another --output_dir"
     problem = None
@@ -240,7 +248,7 @@ def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def check_resumable(training: dict[str, Any], uses_ema: bool, where: str) -> None:
-    """Raise UserError unless a checkpoint has the whole state of a run, each part of the right type."""
+    """Raise UserError unless `training` has all entries of STATE (and EMA_STATE with an EMA), of the right types."""
     needed = STATE | (EMA_STATE if uses_ema else {})
     missing = [key for key in needed if key not in training]
     if missing:

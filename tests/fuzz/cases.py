@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/fixtures")]
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from conftest import make_dataset, photo, train_args  # noqa: E402
+from conftest import make_dataset, random_image, train_args  # noqa: E402
 
 import eval as eval_script  # noqa: E402
 import train as train_script  # noqa: E402
@@ -153,7 +153,7 @@ def checkpoints(folder: Path, rng: random.Random) -> None:
 def images(folder: Path, rng: random.Random) -> None:
     """Damage an image file; what is read is 8-bit colour of a sensible size."""
     suffix = rng.choice((".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif"))
-    image = photo(rng.randrange(1, 90), rng.randrange(1, 90), rng.randrange(9))
+    image = random_image(rng.randrange(1, 90), rng.randrange(1, 90), rng.randrange(9))
     if suffix == ".gif":
         from PIL import Image
 
@@ -209,35 +209,35 @@ def resume(folder: Path, rng: random.Random) -> None:
 
 def inputs(folder: Path, rng: random.Random) -> None:
     """Strange files among the images of one command: the others are segmented."""
-    photos = folder / "photos"
-    shutil.rmtree(photos, ignore_errors=True)
-    photos.mkdir()
-    cv2.imwrite(str(photos / "good.png"), photo())
+    images = folder / "images"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir()
+    cv2.imwrite(str(images / "good.png"), random_image())
     if not (folder / "weights.pth").exists():
         save_checkpoint(folder / "weights.pth", Yolact(SMALL))
     kind = rng.choice(("long", "empty folder", "folder", "pipe", "link", "bomb", "bytes", "loop"))
     more: list[str] = []
     if kind == "long":
-        cv2.imwrite(str(photos / ("x" * 251 + ".png")), photo())
+        cv2.imwrite(str(images / ("x" * 251 + ".png")), random_image())
     elif kind == "empty folder":
         (folder / "nothing").mkdir(exist_ok=True)
         more = ["--images", str(folder / "nothing")]
     elif kind == "folder":
-        (photos / "odd.jpg").mkdir()
+        (images / "odd.jpg").mkdir()
     elif kind == "pipe":
         import os
 
-        os.mkfifo(photos / "pipe.jpg")
-        more = ["--image", str(photos / "pipe.jpg")]
+        os.mkfifo(images / "pipe.jpg")
+        more = ["--image", str(images / "pipe.jpg")]
     elif kind == "link":
-        (photos / "link.jpg").symlink_to(folder / "gone.jpg")
+        (images / "link.jpg").symlink_to(folder / "gone.jpg")
     elif kind == "loop":
-        (photos / "loop.jpg").symlink_to(photos / "loop.jpg")
+        (images / "loop.jpg").symlink_to(images / "loop.jpg")
     elif kind == "bomb":
-        (photos / "bomb.png").write_bytes(_bomb(rng.choice((30_000, 2**31 - 1))))
+        (images / "bomb.png").write_bytes(_bomb(rng.choice((30_000, 2**31 - 1))))
     else:
-        (photos / "bytes.jpg").write_bytes(bytes(rng.randrange(256) for _ in range(rng.randrange(300))))
-    words = ["--weights", str(folder / "weights.pth"), "--images", str(photos), *more, "--output", str(folder / "out")]
+        (images / "bytes.jpg").write_bytes(bytes(rng.randrange(256) for _ in range(rng.randrange(300))))
+    words = ["--weights", str(folder / "weights.pth"), "--images", str(images), *more, "--output", str(folder / "out")]
     shutil.rmtree(folder / "out", ignore_errors=True)
     code = eval_script.main([*words, "--device", "cpu", "--save", "json"])
     assert code == (0 if kind in ("long", "folder") else 1), (kind, code)

@@ -103,9 +103,9 @@ def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -
             row["gpu_memory_mib"] = memory[name]
         rows.append(row)
         print(row)
-    floor = 1000 * machine["network_flops"] / machine["matmul_peak"]
+    floor = 1000 * machine["network_flops"] / machine["compute_peak"]
     rows.append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
-    return {"machine": machine["name"], "matmul_peak_gflops": round(machine["matmul_peak"] / 1e9)}
+    return {"machine": machine["name"], "peak_gflops": round(machine["compute_peak"] / 1e9)}
 
 
 def take_turns(
@@ -192,7 +192,7 @@ def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def our_jobs(args: argparse.Namespace) -> Jobs:
     """Return the jobs of this project: every precision that the device supports, uncompiled and compiled."""
-    from benchmarks.stages import device_name, matmul_peak, network_flops
+    from benchmarks.stages import compute_peak, device_name, network_flops
     from inference import Predictor
     from utils.device import choose_precision
     from weights import load_model
@@ -225,7 +225,7 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     jobs["machine"] = lambda: {
         "name": device_name(device),
         "network_flops": network_flops(model.config, predictor.size),
-        "matmul_peak": matmul_peak(device, best),
+        "compute_peak": compute_peak(device, best),
     }
     return jobs
 

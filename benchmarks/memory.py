@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks.stages import copy_peak, device_name, matmul_peak
+from benchmarks.stages import compute_peak, copy_peak, device_name
 from config import get_config
 from utils.errors import run_main
 from yolact import Yolact
@@ -41,7 +41,7 @@ def main() -> int:
     ]
     for row in training:
         print(row)
-    inference = [inference_bound(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    inference = [inference_bound(dtype) for dtype in (torch.float32, torch.bfloat16, torch.int8)]
     for row in inference:
         print({key: value for key, value in row.items() if key != "layers"})
     report = {
@@ -69,6 +69,7 @@ def training_memory(name: str, batch_size: int, precision: str) -> dict[str, Any
         with tracker:
             for _ in range(2):  # the first step creates the momentum
                 step(model, optimizer, batch_size, side, rows, precision)
+                tracker.reset_mod_stats()
     peak = tracker.get_tracker_snapshot("peak")
     total = next(iter(peak.values()))
     parts = {getattr(key, "value", str(key)): round(value / 2**20) for key, value in total.items() if value}
@@ -108,11 +109,11 @@ def step(model: Yolact, optimizer: Any, batch_size: int, side: int, rows: int, p
 def inference_bound(dtype: torch.dtype, name: str = "yolact_resnet50") -> dict[str, Any]:
     """Return the operations and bytes of each convolution, and the time that they take at least on this machine.
 
-    A layer cannot be faster than its operations at the peak of a large matrix product, nor than reading its input and
+    A layer cannot be faster than its operations at the measured peak, nor than reading its input and
     weights and writing its output at the speed of a large copy.
     """
     cpu = torch.device("cpu")
-    peak, bandwidth = matmul_peak(cpu, dtype), copy_peak(cpu)
+    peak, bandwidth = compute_peak(cpu, dtype), copy_peak(cpu)
     layers: list[dict[str, Any]] = []
 
     def record(label: str) -> Any:

@@ -112,7 +112,7 @@ def comparison(kind: str) -> str:
         f"({height}x{width}), alternately in one run, on {report['machine']} with PyTorch {report['torch']}. Both find "
         f"{agreement}. The last column is the time as a multiple of the minimum, the time that the network's "
         "operations would take at the measured peak of this machine, "
-        f"{report['matmul_peak_gflops']} GFLOP/s (a large matrix product in the fastest precision).\n\n"
+        f"{report['peak_gflops']} GFLOP/s (a large matrix product or convolution in the fastest precision).\n\n"
         + table(["configuration", "what", "variant", "ms", "speed-up", "multiple of minimum"], rows)
         + f"\n\n`{report['command']}`"
     )
@@ -159,7 +159,7 @@ def inference_bound(report: Report) -> str:
     ]
     return (
         "## Bounds of inference\n\nThe sum over all convolutions of the longer of two times: the operations at the "
-        "peak of a large matrix product, and the bytes of input, weights and output at the speed of a large copy, on "
+        "measured peak, and the bytes of input, weights and output at the speed of a large copy, on "
         f"{report['machine']}. The JSON file has every layer.\n\n"
         + table(["configuration", "precision", "GFLOP", "MB", "peak, GFLOP/s", "copy, GB/s", "at least, ms"], rows)
         + f"\n\n`{report['command']}`"
@@ -182,7 +182,7 @@ def stage_table(reports: list[Report], device: str) -> str:
     rows = [[stage, *(f"{r['stages_ms'][stage]['median']:.2f}" for r in reports)] for stage in reports[0]["stages_ms"]]
     rows.append(["frames/s, network", *(f"{r['network_fps']:.1f}" for r in reports)])
     rows.append(["frames/s, image to masks", *(f"{r['image_to_masks_fps']:.1f}" for r in reports)])
-    rows.append(["peak (large matrix product), GFLOP/s", *(f"{r['matmul_peak_gflops']:.0f}" for r in reports)])
+    rows.append(["measured peak, GFLOP/s", *(f"{r['peak_gflops']:.0f}" for r in reports)])
     rows.append(["network, share of the peak", *(f"{100 * r['share_of_peak']:.0f} %" for r in reports)])
     rows.append(["seconds to compile", *(f"{r['seconds_to_compile']:.0f}" for r in reports)])
     rows.append(["peak memory, MiB", *(f"{r['peak_memory_mib']:.0f}" for r in reports)])

@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.stages import device_name, matmul_peak, network_flops
+from benchmarks.stages import compute_peak, device_name, network_flops
 from data.image import read_image
 from deploy.exporting import write_export
 from inference import Predictor
@@ -70,7 +70,7 @@ def main() -> int:
     report = {
         "command": f"python benchmarks/runtimes.py --sizes {' '.join(map(str, args.sizes))}{peers}",
         "machine": device_name(torch.device("cpu")),
-        "matmul_peak_gflops": round(matmul_peak(torch.device("cpu"), torch.float32) / 1e9),
+        "peak_gflops": round(compute_peak(torch.device("cpu"), torch.float32) / 1e9),
         "torch": torch.__version__,
         "image": [480, 640],
         "rows": rows,

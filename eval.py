@@ -62,7 +62,11 @@ def build_parser() -> ArgumentParser:
     add("--precision", default="auto", choices=["auto", *PRECISIONS], help="precision of the network")
     add("--threads", type=integer(1), help="number of CPU threads (default: one per core)")
     add("--compile", action="store_true", help="compile the network with torch.compile, which takes time at startup")
-    add("--no_optimize", action="store_true", help="disable the optimisations of inference/optimize.py; float32 only")
+    add(
+        "--no_optimize",
+        action="store_true",
+        help="do not fold batch norm or use channels_last; the network then runs in float32",
+    )
     task = parser.add_argument_group("task").add_argument
     several: Any = {"nargs": "+", "action": "extend", "default": []}
     task("--image", **several, help="images, globs, in:out pairs, or - to read a list from stdin")
@@ -74,7 +78,11 @@ def build_parser() -> ArgumentParser:
     task("--benchmark", action="store_true", help="measure the time of each stage")
     out = parser.add_argument_group("output").add_argument
     out("--output", type=Path, help="a folder, an image file for a single image, or a JSON file for AP and benchmark")
-    out("--save", default="overlay,json", help="any of overlay,json,masks,polygons,prototypes")
+    out(
+        "--save",
+        default="overlay,json",
+        help="comma-separated outputs: overlay,json,masks,polygons,prototypes (default: %(default)s)",
+    )
     out("--per_class", action="store_true", help="report AP, precision and recall of each class")
     how = parser.add_argument_group("detection").add_argument
     how("--score_threshold", type=fraction, help=f"default: {DISPLAY_THRESHOLD} for images and videos, 0.05 for AP")
@@ -88,7 +96,7 @@ def build_parser() -> ArgumentParser:
         help="also crop masks at the image's resolution, so that no pixel lies outside the box (default for images "
         "and videos)",
     )
-    how("--maskness", action="store_true", help="multiply scores by the confidence of the mask's pixels")
+    how("--maskness", action="store_true", help="multiply each score by the mean of its soft mask above the threshold")
     how("--set", **several, metavar="key=value", help="any field of DetectionConfig in config.py")
     how("--batch_size", type=integer(1), default=1, help="batch size of --benchmark")
     how("--max_pixels", type=integer(1), default=MAX_PIXELS, help="skip larger images (default: %(default)s pixels)")
@@ -106,7 +114,7 @@ def build_model(args: argparse.Namespace) -> Yolact | ExportedNetwork:
     if args.weights is not None:
         return load_model(args.weights, config)
     if args.benchmark and config is not None:
-        print(f"no --weights: {config.name} with random weights; synthetic detections are used after NMS")
+        print(f"no --weights: {config.name} with random weights; the stages after NMS use synthetic detections")
         return Yolact(config)
     if not BUNDLED.is_file():
         raise UserError("no bundled weights; give --weights, a file or a released name such as yolact_r50")
@@ -167,7 +175,7 @@ def segment_images(args: argparse.Namespace) -> int:
         try:
             image = read_image(source.path, max_pixels=args.max_pixels)
         except UserError as error:
-            hint = " (use --max_pixels to raise it)" if "the limit of" in str(error) else ""
+            hint = "; increase it with --max_pixels" if "the limit of" in str(error) else ""
             tqdm.write(f"{error}{hint}, skipped", file=sys.stderr)
             unreadable += 1
             continue
@@ -186,7 +194,7 @@ def video_name(path: str) -> str:
 
 
 def segment_video(args: argparse.Namespace) -> int:
-    """Segment --video; return 130 if it was interrupted, and 1 if its end could not be read."""
+    """Segment --video; return 130 if interrupted, 1 if it ended before the expected number of frames, else 0."""
     kinds = parse_kinds(args.save)
     source, target = split_output(args.video)
     output = Path(args.output or target or "results")
@@ -205,7 +213,7 @@ def segment_video(args: argparse.Namespace) -> int:
     if report.missing:
         expected = report.frames + report.missing
         print(f"{source}: {report.frames} of {expected} frames could be read; the file may be damaged", file=sys.stderr)
-    # Matroska does not store the number of frames, so OpenCV's is an estimate.
+    # Matroska does not store the number of frames, so the count that OpenCV reports is an estimate.
     damaged = report.missing and Path(source).suffix.lower() not in (".mkv", ".webm")
     return 130 if report.interrupted else 1 if damaged else 0
 

@@ -1,4 +1,4 @@
-"""Export a model for ONNX Runtime, OpenVINO and other runtimes, and check the file against the original.
+"""Export a model for ONNX Runtime, OpenVINO and other runtimes, and compare it with the PyTorch model.
 
 python export.py --weights yolact_r50 --output model.onnx
 python export.py --weights runs/mine --output model.xml --size 480x640
@@ -6,6 +6,22 @@ python export.py --weights runs/mine --output model.xml --int8 --calibration ima
 python export.py --weights runs/mine --output raw.onnx --raw        # the network alone, for TensorRT and NPUs
 
 The packages come with: pip install -r requirements-export.txt
+
+The exported graph has one input and five outputs, for a batch of B images and C classes:
+
+    image   uint8 [B, 3, H, W], RGB, any size; the graph resizes it to the input size of the network
+    boxes   float32 [B, N, 4], x1, y1, x2, y2 in pixels of the image
+    scores  float32 [B, N], 0..1; -1 for padding
+    labels  int64 [B, N], 0..C-1
+    masks   bool [B, N, H, W]
+    count   int64 [B], the number of valid detections of each image
+
+Detections are sorted by descending score and padded to N, the largest count in the batch (at least 1). Models that
+score their masks (YOLACT++, or `maskness` in the configuration) have a sixth output `mask_scores` [B, N], by which
+detections are ranked. All N masks are computed at once, so limit N with --top_k for large images. With --raw, the
+input is `normalised`, float32 [B, 3, h, w], and the outputs are `raw_boxes` [B, A, 4], `raw_logits` [B, A, C + 1],
+`raw_coefficients` [B, A, K] and `prototypes` [B, h', w', K], see `layers.structures.Predictions`. The metadata of the
+file contain the class names, the category ids, the preprocessing and the configuration.
 """
 
 from __future__ import annotations
@@ -34,22 +50,30 @@ from weights.released import BUNDLED
 from yolact import Yolact
 
 CHECK_IMAGES = [Path(__file__).parent / "data/demo" / name for name in ("astronaut.jpg", "camera.jpg")]
-MAX_CALIBRATION = 300  # more images cost time and do not change the ranges
+MAX_CALIBRATION = 300  # more images make calibration slower
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Export a model to ONNX or OpenVINO, and check the file.", allow_abbrev=False)
     add = parser.add_argument
-    add("--weights", default=str(BUNDLED), help="a file, a run's folder, or a released name; the bundled ones")
+    add(
+        "--weights",
+        default=str(BUNDLED),
+        help="a file, a run's folder, or a released name (default: the bundled weights)",
+    )
     add("--output", type=Path, required=True, help="model.onnx, or model.xml for OpenVINO")
-    add("--size", help="the network's input as HxW or one number, to which images are resized")
-    add("--raw", action="store_true", help="the network alone: normalised image in, raw outputs out")
+    add("--size", help="input size of the network, HxW or one number (default: the configuration's)")
+    add("--raw", action="store_true", help="export only the network, from normalised images to raw outputs")
     add("--int8", action="store_true", help="quantise the network to int8 (OpenVINO)")
     add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred are enough")
-    add("--check", nargs="+", default=[], help="images to check the export on; by default two that are included")
-    add("--score_threshold", type=fraction, help="drop detections below it; by default the configuration's, for AP")
-    add("--top_k", type=integer(1), help="detections per image: 100, or what the configuration says")
-    add("--nms", choices=list(NMS), help="fast, or what the configuration says")
+    add("--check", nargs="+", default=[], help="images on which the export is checked (default: two bundled images)")
+    add(
+        "--score_threshold",
+        type=fraction,
+        help="minimum score (default: the configuration's, which is meant for computing AP)",
+    )
+    add("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
+    add("--nms", choices=list(NMS), help="NMS method (default: the configuration's, fast)")
     add("--set", nargs="+", action="extend", default=[], metavar="key=value", help="any field of DetectionConfig")
     return parser
 
@@ -63,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.int8 and not (to_ir and args.calibration):
         raise UserError("--int8 needs --output MODEL.xml and --calibration IMAGES")
     if args.calibration and not args.int8:
-        raise UserError("--calibration is for --int8")
+        raise UserError("--calibration can only be used with --int8")
     model = load_model(args.weights)
     side = model.config.model.max_size
     size = parse_size(args.size) or (side, side)
@@ -79,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_export(model, draft, size, detection, args.raw, read_images(paths))
         report, problems = check_export(ExportedNetwork(draft), model, detection, images)
         if problems:
-            raise UserError(f"{args.output}: not written, it differs from the model: {'; '.join(problems)}")
+            raise UserError(
+                f"{args.output}: not written, because its results differ from the model's: {'; '.join(problems)}"
+            )
         for path in sorted(Path(folder).iterdir()):  # .bin before .xml
             os.replace(path, args.output.with_name(path.name))
     write_json(args.output.with_name(f"{args.output.name}.parity.json"), report)
@@ -88,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose_detection(model: Yolact, args: Any) -> DetectionConfig:
-    """Return the detection settings that are baked into the file."""
+    """Return the detection settings of the exported graph."""
     values: dict[str, Any] = dict(parse_overrides(args.set, "nms_threshold=0.6"))
     for key in values:
         if key not in vars(model.config.detection):
@@ -99,7 +125,7 @@ def choose_detection(model: Yolact, args: Any) -> DetectionConfig:
 
 
 def list_images(paths: Sequence[str]) -> list[Path]:
-    """Return the images that paths, folders and globs mean, sorted."""
+    """Expand paths, folders and globs to a list of image paths."""
     if not paths:
         return []
     folders = [path for path in paths if Path(path).is_dir()]
@@ -119,7 +145,7 @@ def read_images(paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def scratch_folder(output: Path) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder beside the output, where the files wait for their check; it is removed afterwards."""
+    """Return a temporary folder beside `output`, for the exported files until they pass the check."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent)
@@ -128,17 +154,17 @@ def scratch_folder(output: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def summary(output: Path, report: dict[str, Any]) -> str:
-    """Return what was written and what the check found."""
+    """Return a one-line summary of the export and its check."""
     worst = max(report["raw_difference"].values())
     height, width = report["size"]
     text = f"{output}: {report['precision']}, {height}x{width} input; raw outputs differ by {worst:.1e}"
     if "detections" in report:
         text += (
-            f"; {report['matched']} of {report['detections']} detections the same on {report['images']} images at "
+            f"; {report['matched']} of {report['detections']} detections match on {report['images']} images at "
             f"three sizes, lowest mask IoU {report['lowest_mask_iou']:.3f}"
         )
         if not report["detections"]:
-            text += " (nothing was found on them; --check takes your own images)"
+            text += " (no objects were detected; give images that contain your classes with --check)"
     return text
 
 

@@ -96,7 +96,7 @@ def audit(
     val: CocoDataset | None = None,
     progress: bool = False,
 ) -> Report:
-    """Check a data set for training the network of `config`.
+    """Check whether a data set is suitable for training with `config`.
 
     Args:
         dataset: the data set to check.
@@ -279,16 +279,14 @@ def _compare(
     problems: dict[str, list[str]],
     progress: bool,
 ) -> None:
-    """Add differences in classes and shared images of a training and a validation set to `problems`.
+    """Compare a training and a validation set; add class mismatches and shared images to `problems`.
 
     `reports` are those of all images of `train`, in order.
     """
     only = set(train.class_names) ^ set(val.class_names)
     problems["other_classes"] = sorted(only)
     if not only and train.class_names != val.class_names:
-        problems["other_classes"] = [
-            f"their order differs: {', '.join(train.class_names)} and {', '.join(val.class_names)}"
-        ]
+        problems["class_order"] = [f"{', '.join(train.class_names)} and {', '.join(val.class_names)}"]
     others = _inspect_all(val, range(len(val)), config, progress)
     names = {report.digest: train.file_name(i) for i, report in enumerate(reports) if report.digest}
     known = [(i, report.fingerprint) for i, report in enumerate(reports) if report.fingerprint is not None]
@@ -296,7 +294,7 @@ def _compare(
     for index, report in enumerate(others):
         name = val.file_name(index)
         if report.digest in names:
-            problems["shared_image"].append(f"{name} is {names[report.digest]}")
+            problems["shared_image"].append(f"{name} is identical to {names[report.digest]}")
         elif report.fingerprint is not None and len(bits):
             distance = (bits ^ report.fingerprint).sum(axis=1)
             if distance.min() <= NEAR_COPY_BITS:
@@ -368,7 +366,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--val_annotations", type=Path, help="annotation file of the validation set to compare with")
     parser.add_argument("--val_images", type=Path, help="image folder of the validation set (default: --image_dir)")
     parser.add_argument("--follow_links", action="store_true", help="accept links that lead out of the image folder")
-    parser.add_argument("--config", default="yolact_r50", help="configuration at whose input size to measure objects")
+    parser.add_argument(
+        "--config", default="yolact_r50", help="configuration that defines the input size (default: %(default)s)"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="as in train.py")
     parser.add_argument("--output", type=Path, help="folder for audit.json and sheet.jpg, by default audit/NAME")
     return parser

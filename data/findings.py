@@ -12,7 +12,8 @@ EXAMPLES = 5  # number of examples in a finding
 class Kind:
     """A kind of problem: its description, the advice, and the condition under which it is an error.
 
-    It is an error if more than `tolerated` cases occur and they exceed the fraction `limit` of all items `of` a type.
+    It is an error if its count exceeds both `tolerated` and `limit` times the number of items of type `of`.
+    Otherwise, it is a warning.
     """
 
     text: str
@@ -28,9 +29,12 @@ KINDS = {
         "images are unreadable or not of the stated size", "repair or remove them", 0.01, "images", tolerated=1
     ),
     "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
-    "same_image": Kind("images are byte for byte the same as another", "remove the copies", of="images"),
+    "same_image": Kind("images have exactly the same pixels as another image", "remove the copies", of="images"),
     "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
-    "same_id": Kind("annotation ids are used more than once", "they are ignored", of="listed annotations"),
+    "same_id": Kind(
+        "annotation ids occur more than once",
+        "the ids are not used, so all annotations are kept", of="listed annotations",
+    ),
     "text_id": Kind("ids are not whole numbers", "write them as integers, which other tools require", of="ids"),
     "unusable": Kind(
         "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
@@ -45,11 +49,14 @@ KINDS = {
     ),
     "bad_box": Kind("boxes are not four finite numbers", "the box of the mask is used instead", of="annotations"),
     "corner_box": Kind(
-        "boxes are x1, y1, x2, y2", "COCO has x, y, width, height: convert them", 0.1, "annotations"
+        "boxes appear to be (x1, y1, x2, y2)", "convert them to COCO's (x, y, width, height)", 0.1, "annotations"
     ),
-    "relative": Kind("annotations have coordinates of 0 to 1", "multiply them by the image size", 0.1, "annotations"),
+    "relative": Kind(
+        "annotations have normalised coordinates (0 to 1)", "multiply them by the image size", 0.1, "annotations"
+    ),
     "same_annotation": Kind(
-        "annotations repeat another of the same image", "training drops them; AP counts each one", of="annotations"
+        "annotations are exact duplicates of another one in the same image",
+        "training drops them; AP counts each one", of="annotations",
     ),
     "area": Kind(
         "areas differ from the mask's by more than a factor of two",
@@ -60,24 +67,28 @@ KINDS = {
         "look for swapped x and y, or masks made for another image size", 0.1, "objects",
     ),
     "empty_mask": Kind(
-        "objects have an empty mask", "training ignores them, AP counts them as missed", 0.5
+        "objects have an empty mask", "training ignores them; they count as false negatives in AP", 0.5
     ),
     "vanishing_mask": Kind(
-        "objects have a mask that vanishes at the prototypes' size", "raise max_size, or remove such objects"
+        "objects have a mask that is too small to cover a pixel of the prototypes",
+        "raise max_size, or remove such objects",
     ),
     "tiny": Kind(
         "objects are under 4 px wide or high at the network's size", "raise max_size, or cut images into tiles"
     ),
-    "unused_class": Kind("classes have no object", "this is fine if other files contain objects of them", of="classes"),
+    "unused_class": Kind(
+        "classes have no object", "ignore this if another annotation file contains objects of them", of="classes"
+    ),
     "same_name": Kind("classes share their name with another", "give each class a unique name", of="classes"),
     "no_object": Kind("files have no object in any image", "check image_id and segmentation", 0, "files"),
     "other_classes": Kind("classes are in one file only", "give both the same categories", 0, "classes of both files"),
+    "class_order": Kind("files list the same classes in another order", "use the same order in both", 0, "files"),
     "shared_image": Kind(
         "images of the validation set are also in the training set", "remove them: they inflate AP", 0.01, "val images"
     ),
     "near_copy": Kind(
-        "images of the validation set look almost like one of the training set",
-        "inspect them: frames of one video belong in one set", of="val images",
+        "images of the validation set are near-duplicates of training images",
+        "inspect them, and keep all frames of a video in one set", of="val images",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Model -> exported file."""
+"""Export a model to ONNX or OpenVINO."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_export(
 
     Args:
         model: the model. Its own configuration is stored in the file.
-        path: an .onnx file, or an .xml file, beside which a .bin file is written. They are not checked here.
+        path: an .onnx file, or an .xml file, beside which a .bin file is written. `deploy.parity` checks them.
         size: height and width of the network's input.
         detection: the thresholds, NMS and limits of the exported graph.
         raw: export the network alone, from normalised images to raw outputs.

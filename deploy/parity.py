@@ -1,4 +1,4 @@
-"""The check that every export ends with: an exported file against `Predictor`, on real images in the target runtime."""
+"""Compare an exported model, run in its target runtime, with `Predictor` on real images."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from inference.predictor import Predictor
 from inference.runtime import RAW, ExportedNetwork
 from yolact import Yolact
 
-MIN_SCORE = 0.1  # weaker detections come and go with the last digits
-SCALES = (1.0, 0.5, 1.5)  # every image is also checked at other sizes, where others' exports broke without a word
+MIN_SCORE = 0.1  # weaker detections are ignored, because rounding errors can add or remove them
+SCALES = (1.0, 0.5, 1.5)  # each image is also checked at other scales, because an export may depend on the size
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an export may differ by."""
+    """Maximum differences between an export and the PyTorch model."""
 
     raw: float  # largest difference of an output, relative to the output's largest value
-    iou: float  # least IoU of the boxes, and of the masks, of a pair
-    score: float  # largest difference of the scores of a pair
-    matched: float  # share of the detections that must have a partner
+    iou: float  # minimum IoU of matched boxes, and of matched masks
+    score: float  # largest difference of matched scores
+    matched: float  # minimum fraction of detections that must be matched
 
 
-# Trained weights are far from these limits (the bundled ones differ by 1e-5, and no detection is lost), random ones
-# with many equal scores come near. float16 stands for the weights alone. int8 changes detections; AP on a data set
-# says what that costs.
+# Exports of trained weights differ by much less than these limits (the bundled ones by 1e-5, with all detections
+# matched). Random weights, which give many nearly equal scores, come close. In fp16 exports, only the weights are
+# stored in float16. int8 changes detections; evaluate AP to measure the effect.
 TOLERANCES = {
     "fp32": Tolerance(raw=1e-2, iou=0.9, score=0.05, matched=0.95),
     "fp16": Tolerance(raw=5e-2, iou=0.9, score=0.05, matched=0.95),
@@ -50,11 +50,11 @@ def check_export(
     Args:
         network: the file.
         model: the model.
-        detection: the settings that were baked into the file.
+        detection: the settings of the exported graph.
         images: uint8 BGR [H, W, 3].
 
     Returns:
-        The measured differences, and what is beyond the tolerance, one sentence each.
+        The measured differences, and a message for each that exceeds the tolerance.
     """
     tolerance = TOLERANCES[network.precision]
     predictor = Predictor(model, device="cpu", precision="fp32", size=network.size, **vars(detection))
@@ -72,10 +72,10 @@ def check_export(
         pairs.add(predictor(image), _run_graph(graph, image))
     report |= pairs.summary()
     if report["matched"] < tolerance.matched * report["detections"]:
-        problems.append(f"only {report['matched']} of {report['detections']} detections are the same")
+        problems.append(f"only {report['matched']} of {report['detections']} detections match")
     if report["largest_score_difference"] > tolerance.score:
         problems.append(f"scores differ by up to {report['largest_score_difference']:.2f}")
-    # Quantisation may change single small masks, so for int8 their mean counts.
+    # Quantisation can change individual small masks considerably, so the mean IoU is used for int8.
     key = "mean_mask_iou" if network.precision == "int8" else "lowest_mask_iou"
     if report[key] < tolerance.iou:
         problems.append(f"the {key.split('_')[0]} IoU of the masks is {report[key]:.2f}")
@@ -111,7 +111,7 @@ def _run_graph(graph: Any, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, T
 
 
 class _Pairs:
-    """Pairs each detection with the best of the same class on the other side, and keeps what differs."""
+    """Match the detections of two models by class and IoU, and collect their differences."""
 
     def __init__(self, min_iou: float):
         self.min_iou = min_iou
@@ -124,7 +124,7 @@ class _Pairs:
         boxes, scores, labels, masks = found
         overlaps = box_iou(expected.boxes, boxes.clone())
         overlaps = overlaps.masked_fill(expected.labels[:, None] != labels, 0.0)
-        # Those of the export without a partner count too.
+        # Unmatched detections are counted on both sides.
         self._count(overlaps, expected.scores)
         self._count(overlaps.T, scores)
         for i, score in enumerate(expected.scores.tolist()):

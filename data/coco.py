@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.annotation import Annotation, Sample, as_id, exact_copies, is_crowd, parse_annotation
+from data.formats.readers import conversion_hint
 from data.image import read_image
 from utils.errors import UserError
 
@@ -263,15 +264,16 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     Raises UserError that names the file and the invalid entry, and the format if it looks like another known one.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such annotation file{other_format(path)}")
+        problem = "is a folder" if path.is_dir() else "no such annotation file"
+        raise UserError(f"{path}: {problem}{conversion_hint(path)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: not a JSON file ({error}){other_format(path)}") from None
+        raise UserError(f"{path}: not a JSON file ({error}){conversion_hint(path)}") from None
     wanted = {"images": ("id", "file_name"), "categories": ("id",), "annotations": ("image_id", "category_id")}
     for key, fields in wanted.items():
         if not isinstance(content, dict) or (key not in content and key != "annotations"):
-            raise UserError(f"{path}: not a COCO annotation file: it has no list of {key!r}{_json_format(content)}")
+            raise UserError(f"{path}: not a COCO annotation file: it has no list of {key!r}{conversion_hint(path)}")
         entries = content.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path}: {key!r} must be a list of objects")
@@ -280,42 +282,3 @@ def read_coco_json(path: Path) -> dict[str, Any]:
             if absent:
                 raise UserError(f"{path}: entry {position} of {key!r} has no {absent[0]!r}")
     return content
-
-
-def other_format(path: Path) -> str:
-    """Return a hint that names the annotation format of a file or folder, or "" if it is none of the known ones."""
-    if path.is_dir():
-        names = {p.suffix.lower() for p in list(path.iterdir())[:1000]}
-        kind = {".xml": "Pascal VOC", ".txt": "YOLO text", ".json": "LabelMe"}
-        found = next((kind[suffix] for suffix in kind if suffix in names), "")
-        return f"; this is a folder, perhaps of {found} files: convert them to one COCO JSON" if found else ""
-    if not path.is_file():
-        return ""
-    head = path.open("rb").read(4096).decode("utf-8", "replace")
-    if path.suffix.lower() in (".yaml", ".yml") or ("names:" in head and "train:" in head):
-        return "; it looks like YOLO's data.yaml: convert its labels to COCO JSON"
-    if "<annotation" in head:
-        return "; it looks like a Pascal VOC annotation: convert the folder to COCO JSON"
-    lines = [line.split() for line in head.splitlines()[:5] if line.strip()]
-    if lines and all(len(words) >= 5 and all(_is_number(word) for word in words) for words in lines):
-        return "; it looks like YOLO's text format: convert the folder to COCO JSON"
-    return ""
-
-
-def _json_format(content: Any) -> str:
-    if isinstance(content, dict) and "shapes" in content:
-        return "; it looks like a LabelMe file: convert the folder to COCO JSON"
-    regions = content.values() if isinstance(content, dict) else ()
-    if isinstance(content, dict) and (
-        "_via_img_metadata" in content or any(isinstance(v, dict) and "regions" in v for v in regions)
-    ):
-        return "; it looks like a VIA file: export it as COCO JSON"
-    return ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

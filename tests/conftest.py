@@ -23,6 +23,7 @@ import export as export_script
 import train as train_script
 from config import Config, get_config
 from data import audit as audit_script
+from data.formats import __main__ as formats_script
 from inference import Predictor
 from utils.errors import run_main
 from weights import load_model
@@ -36,6 +37,7 @@ SCRIPTS = {
     "eval.py": eval_script.main,
     "export.py": export_script.main,
     "data.audit": audit_script.main,
+    "data.formats": formats_script.main,
 }
 SMALL = ["--set", "max_size=96", "--set", "anchor_sizes=((8,),(16,),(32,),(64,),(96,))", "--init", "none"]
 

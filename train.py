@@ -31,6 +31,7 @@ from data.audit import quick_audit
 from data.coco import CocoDataset
 from data.loader import TrainingLoader
 from evaluation.evaluator import check_classes
+from training.advice import objects_per_class, unlikely_settings
 from training.loop import fit
 from training.schedule import Schedule
 from training.settings import Settings
@@ -79,6 +80,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--workers", type=integer(0), help="data loading processes (2); 0: load in the main process")
     parser.add_argument(
         "--val_interval", type=integer(1), help="iterations between validations (default: one epoch, at least 500)"
+    )
+    parser.add_argument(
+        "--patience", type=integer(1), help="stop after this many validations without a better mask AP (default: never)"
     )
     parser.add_argument("--output_dir", type=Path, help="folder for checkpoints and logs (default: runs/CONFIG)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
@@ -204,6 +208,10 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
             f"batch norm statistics are computed over {together} of {batch_size} images at a time; "
             "with freeze_bn=true, splitting the batch does not change the result"
         )
+    for line in unlikely_settings(config, schedule, together, objects_per_class(train)):
+        print(f"warning: {line}")
+    if settings.patience is not None and val is None:
+        raise UserError("--patience needs --val_annotations, because it compares validations")
     if ranks.main:
         write_record(trainer)
     loader = TrainingLoader(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.image import write_image
+from training.curves import draw_curves
 from utils.errors import UserError
 from utils.files import write_bytes, write_error
 
@@ -61,6 +62,11 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
         write_image(self.folder / f"{name}.jpg", image)
         if self.board is not None:
             self.board.add_image(name, np.ascontiguousarray(image[..., ::-1]), step, dataformats="HWC")
+
+    def curves(self) -> None:
+        """Draw `curves.png` from the log, if matplotlib is installed."""
+        if self.writes:
+            draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):

@@ -23,12 +23,15 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 
 LOG_SECONDS = 30  # interval of progress lines if the output is not a terminal
+ESTIMATE_STEPS = 5  # steps that are timed for the estimate; the first one is left out, as it starts the workers
 
 
 def fit(
     trainer: Trainer, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int
 ) -> bool:
     """Train until the schedule ends or Ctrl-C or SIGTERM arrives; return True if the schedule was completed.
+
+    With `settings.patience`, training also ends after that many validations without a better mask AP.
 
     Args:
         val: the validation set, or None to train without validation.
@@ -51,6 +54,12 @@ def fit(
                 trainer.save("last.pth")
             if trainer.step >= schedule.max_iter:
                 break
+            if trainer.settings.patience is not None and trainer.stale >= trainer.settings.patience:
+                progress.write(
+                    f"stopped at step {trainer.step}: no better mask AP in {trainer.stale} validations, the best is "
+                    f"{trainer.best:.3f}"
+                )
+                break
             started, lr = time.perf_counter(), schedule.lr_at(trainer.step)
             batch = next(batches).to(trainer.device)
             unusable.check(batch, progress)
@@ -70,7 +79,7 @@ def fit(
                 break
     if unusable.problems:
         print(f"{len(unusable.problems)} images could not be used and were replaced by others")
-    finished = trainer.validated == schedule.max_iter
+    finished = trainer.validated == trainer.step
     if not finished:
         print(f"stopped at step {trainer.step}; continue with: python train.py --resume {trainer.folder}")
     return finished
@@ -99,7 +108,11 @@ def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress
         improved = mask["AP"] > trainer.best
         trainer.best = max(trainer.best, mask["AP"])
     if trainer.ranks.any(improved):
-        trainer.save("best.pth")
+        trainer.stale = 0
+        trainer.save("best.pth", with_state=False)
+    else:
+        trainer.stale += 1
+    log.curves()
     trainer.module.train()
 
 
@@ -139,7 +152,7 @@ class Progress:
         disable = not (main and self.terminal)
         self.bar = tqdm(total=total, initial=step, desc="training", dynamic_ncols=True, disable=disable)
         self.total, self.first, self.main = total, step, main
-        self.started = self.printed = time.monotonic()
+        self.started = self.printed = self.timed_from = time.monotonic()
 
     def step(self, step: int, losses: dict[str, float], lr: float) -> None:
         """Show the losses after a step."""
@@ -147,6 +160,12 @@ class Progress:
         self.bar.update()
         self.bar.set_postfix_str(text, refresh=False)
         now = time.monotonic()
+        if step == self.first + 1:
+            self.timed_from = now
+        if step == self.first + 1 + ESTIMATE_STEPS and self.main and step < self.total:
+            per_step = (now - self.timed_from) / ESTIMATE_STEPS
+            remaining = describe_duration(per_step * (self.total - step))
+            self.write(f"{per_step:.2f} s per step: about {remaining} for the remaining steps, plus validation")
         if self.main and not self.terminal and (now > self.printed + LOG_SECONDS or step == self.total):
             self.printed = now
             per_step = (now - self.started) / (step - self.first)
@@ -162,6 +181,14 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+
+def describe_duration(seconds: float) -> str:
+    """Return a duration in words, such as "2 h 10 min"."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class UnusableImages:

@@ -33,6 +33,7 @@ class Settings:
     precision: str = "auto"
     workers: int = 2
     val_interval: int | None = None
+    patience: int | None = None
     output_dir: Path = Path("runs/run")
     tensorboard: bool = False
     ignore_audit: bool = False

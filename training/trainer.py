@@ -26,7 +26,7 @@ from utils.files import exclusive, write_error, write_json
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
-# The training state in a checkpoint and its types. "validated" is optional, because the oldest files lack it.
+# The training state in a checkpoint and its types. "validated" and "stale" are optional, because older files lack them.
 STATE: dict[str, Any] = {
     "step": int,
     "best": (int, float),
@@ -93,6 +93,7 @@ class Trainer:
         self.step = 0
         self.best = -1.0  # mask AP
         self.validated = 0  # the step of the last validation
+        self.stale = 0  # validations since the best one
         self.table = ""  # COCOeval's table of the last validation
 
     @property
@@ -172,21 +173,29 @@ class Trainer:
         assert isinstance(self.ema.module, Yolact)
         return self.ema.module
 
-    def save(self, name: str) -> None:
-        """Save a checkpoint as `name` in the run's folder. Only the main process writes; all raise if it fails."""
+    def save(self, name: str, with_state: bool = True) -> None:
+        """Save a checkpoint as `name` in the run's folder. Only the main process writes; all raise if it fails.
+
+        Args:
+            with_state: also save what resuming needs, which takes three to four times as much space.
+        """
         problem = None
         if self.ranks.main:
             try:
-                self._write(name)
+                self._write(name, with_state)
             except UserError as error:
                 problem = error
         self.ranks.agree(problem)
 
-    def _write(self, name: str) -> None:
+    def _write(self, name: str, with_state: bool) -> None:
+        if not with_state:
+            save_checkpoint(self.folder / name, self.ema_or_model())
+            return
         training: dict[str, Any] = {
             "step": self.step,
             "best": self.best,
             "validated": self.validated,
+            "stale": self.stale,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
@@ -220,6 +229,7 @@ class Trainer:
         torch.set_rng_state(training["random"])
         self.step, self.best = training["step"], training["best"]
         self.validated = int(training.get("validated", self.step))
+        self.stale = int(training.get("stale", 0))
 
 
 @contextlib.contextmanager
@@ -236,7 +246,15 @@ def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.main:
                 stack.enter_context(exclusive(folder / ".lock", busy))
-                for name in ("last.pth", "best.pth", "log.jsonl", "run.json", "first_batch.jpg", "validation.jpg"):
+                for name in (
+                    "last.pth",
+                    "best.pth",
+                    "log.jsonl",
+                    "run.json",
+                    "first_batch.jpg",
+                    "validation.jpg",
+                    "curves.png",
+                ):
                     for left in folder.glob(f".{name}.*.part"):
                         left.unlink()
         except OSError as error:

@@ -5,7 +5,7 @@ python export.py --weights runs/mine --output model.xml --size 480x640
 python export.py --weights runs/mine --output model.xml --int8 --calibration images
 python export.py --weights runs/mine --output raw.onnx --raw        # the network alone, for TensorRT and NPUs
 
-The packages come with: pip install -r requirements-export.txt
+Requires: pip install -r requirements-export.txt
 
 The exported graph has one input and five outputs, for a batch of B images and C classes:
 
@@ -16,12 +16,13 @@ The exported graph has one input and five outputs, for a batch of B images and C
     masks   bool [B, N, H, W]
     count   int64 [B], the number of valid detections of each image
 
-Detections are sorted by descending score and padded to N, the largest count in the batch (at least 1). Models that
-score their masks (YOLACT++, or `maskness` in the configuration) have a sixth output `mask_scores` [B, N], by which
-detections are ranked. All N masks are computed at once, so limit N with --top_k for large images. With --raw, the
-input is `normalised`, float32 [B, 3, h, w], and the outputs are `raw_boxes` [B, A, 4], `raw_logits` [B, A, C + 1],
-`raw_coefficients` [B, A, K] and `prototypes` [B, h', w', K], see `layers.structures.Predictions`. The metadata of the
-file contain the class names, the category ids, the preprocessing and the configuration.
+Detections are sorted by descending score and padded to N, the largest number of detections in an image of the batch
+after NMS (at least 1). Models that score their masks (YOLACT++, or `maskness` in the configuration) have a sixth output
+`mask_scores` [B, N]; with a score threshold above 0.05, detections are sorted and filtered by it. All N masks are
+computed at once, so limit N with --top_k for large images. With --raw, the input is `normalised`, float32 [B, 3, h, w],
+and the outputs are `raw_boxes` [B, A, 4], `raw_logits` [B, A, C + 1], `raw_coefficients` [B, A, K] and `prototypes` [B,
+h', w', K], see `layers.structures.Predictions`. The metadata of the file contain the class names, the category ids, the
+preprocessing and the configuration.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ import numpy as np
 from config import DetectionConfig, override, parse_overrides
 from data.image import read_image
 from deploy.exporting import write_export
+from deploy.onnx_export import EXPORTABLE_NMS
 from deploy.parity import check_export
 from inference.images import find_images
 from inference.runtime import ExportedNetwork
-from layers.nms import NMS
 from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, parse_size, run_main
 from utils.files import write_error, write_json
@@ -70,10 +71,14 @@ def build_parser() -> ArgumentParser:
     add(
         "--score_threshold",
         type=fraction,
-        help="minimum score (default: the configuration's, which is meant for computing AP)",
+        help="minimum score (default: the configuration's, which is meant for AP; about 0.3 for applications)",
     )
     add("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
-    add("--nms", choices=list(NMS), help="NMS method (default: the configuration's, fast)")
+    add(
+        "--nms",
+        choices=EXPORTABLE_NMS,
+        help="NMS method (default: the configuration's, fast); others cannot be exported",
+    )
     add("--set", nargs="+", action="extend", default=[], metavar="key=value", help="any field of DetectionConfig")
     return parser
 
@@ -157,14 +162,17 @@ def summary(output: Path, report: dict[str, Any]) -> str:
     """Return a one-line summary of the export and its check."""
     worst = max(report["raw_difference"].values())
     height, width = report["size"]
-    text = f"{output}: {report['precision']}, {height}x{width} input; raw outputs differ by {worst:.1e}"
+    text = (
+        f"{output}: {report['precision']}, {height}x{width} input; "
+        f"raw outputs differ by up to {worst:.1e} of their largest value"
+    )
     if "detections" in report:
         text += (
             f"; {report['matched']} of {report['detections']} detections match on {report['images']} images at "
             f"three sizes, lowest mask IoU {report['lowest_mask_iou']:.3f}"
         )
         if not report["detections"]:
-            text += " (no objects were detected; give images that contain your classes with --check)"
+            text += " (no objects were detected; use --check with images that contain your classes)"
     return text
 
 

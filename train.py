@@ -9,7 +9,7 @@ python train.py --resume runs/yolact_lite                  # continue exactly wh
 torchrun --nproc_per_node 8 train.py --config yolact_r50_8xb8 ...   # the batch is split over 8 GPUs
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...  # on each machine
 
-The run's folder contains `last.pth` and `best.pth` (either is enough to predict and to resume), `log.jsonl` with one
+The run's folder contains `last.pth` (for inference and for resuming), `best.pth` (for inference), `log.jsonl` with one
 line per step, `run.json` with the commands and the configuration, `first_batch.jpg` (the first training batch as the
 network receives it), and `validation.jpg` (predictions next to the ground truth).
 """
@@ -30,6 +30,7 @@ from config import Config, get_config, override, parse_overrides, retired, shown
 from data.audit import quick_audit
 from data.coco import CocoDataset
 from data.loader import TrainingLoader
+from data.sampling import epoch_indices
 from evaluation.evaluator import check_classes
 from training.advice import objects_per_class, unlikely_settings
 from training.loop import fit
@@ -184,7 +185,7 @@ def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDat
 
 
 def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) -> int:
-    """Train; return 0 if the schedule's end was reached and 130 if the run was interrupted."""
+    """Train; return 0 if training finished, including by early stopping, and 130 if interrupted."""
     settings, ranks, config = trainer.settings, trainer.ranks, trainer.model.config
     batch_size = settings.batch_size or config.training.batch_size
     if batch_size % ranks.size or batch_size < ranks.size * settings.accumulate:
@@ -192,7 +193,8 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
             f"batch size {batch_size} cannot be split over {ranks.size} processes with {settings.accumulate} "
             "gradient accumulation steps each"
         )
-    schedule = Schedule.build(config.training, len(train), batch_size, settings.lr, settings.epochs, settings.max_iter)
+    per_epoch = len(epoch_indices(train, config.training.repeat_threshold))
+    schedule = Schedule.build(config.training, per_epoch, batch_size, settings.lr, settings.epochs, settings.max_iter)
     if trainer.step > schedule.max_iter:
         raise UserError(f"{trainer.folder}: the run is at step {trainer.step}, beyond --max_iter {schedule.max_iter}")
     print(schedule)

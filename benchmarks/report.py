@@ -67,8 +67,8 @@ def speed_rows() -> str:
             rows.append(["EfficientNet-Lite0, 288 px", "OpenVINO", "int8", f"{row['ms']:.0f}", ""])
     height, width = report["image"]
     return (
-        f"Time from an image of {height}x{width} in memory to its masks in memory, batch size 1, on "
-        f"{report['machine']}:\n\n"
+        f"Latency from a decoded {height}x{width} image to its masks, batch size 1, on {report['machine']} (the "
+        "original runs in PyTorch, float32):\n\n"
         + table(["network", "runtime", "precision", "ms", "speed-up over the original"], rows)
     )
 

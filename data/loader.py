@@ -6,6 +6,7 @@ import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -18,6 +19,7 @@ from config import Config
 from data.augment import Augment, Augmented
 from data.coco import CocoDataset
 from data.copy_paste import copy_paste
+from data.sampling import epoch_indices
 from layers.structures import Target
 from utils.distributed import Ranks, single
 from utils.errors import UserError
@@ -59,19 +61,19 @@ class EndlessShuffle(Sampler[tuple[int, int]]):
     """Yield keys (epoch, index) endlessly; each epoch is a permutation that depends only on the seed.
 
     Args:
-        length: number of images.
+        indices: the images of an epoch, see `data.sampling.epoch_indices`.
         start: number of keys to skip, counted over all processes.
         rank, world_size: of every `world_size` consecutive keys, this process gets one.
     """
 
-    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
+    def __init__(self, indices: np.ndarray, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.indices, self.seed, self.start, self.rank, self.world_size = indices, seed, start, rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, offset = divmod(self.start, self.length)
+        epoch, offset = divmod(self.start, len(self.indices))
         position = self.start
         while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.indices)
             for index in order[offset:]:
                 if position % self.world_size == self.rank:
                     yield epoch, int(index)
@@ -153,12 +155,17 @@ class TrainingLoader:
     workers: int = 0
     ranks: Ranks = field(default_factory=single)
 
+    @cached_property
+    def indices(self) -> np.ndarray:
+        """The images of one epoch."""
+        return epoch_indices(self.dataset, self.config.training.repeat_threshold)
+
     def __enter__(self) -> Iterator[Batch]:
         ranks = self.ranks
         loader: DataLoader[Any] = DataLoader(
             TrainingSet(self.dataset, self.config, self.seed),
             batch_size=self.batch_size,
-            sampler=EndlessShuffle(len(self.dataset), self.seed, self.start, ranks.rank, ranks.size),
+            sampler=EndlessShuffle(self.indices, self.seed, self.start, ranks.rank, ranks.size),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_start_worker,

@@ -1,4 +1,4 @@
-"""The whole way from 8-bit images to masks as one module of tensor operations, which can be exported."""
+"""The complete pipeline from 8-bit images to masks as a single exportable module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yolact import Yolact
 
 
 class RawNetwork(nn.Module):
-    """The network alone: normalised RGB [B, 3, h, w] -> the four outputs called RAW."""
+    """The network alone: normalised RGB [B, 3, h, w] -> the four raw outputs, named in inference.runtime.RAW."""
 
     def __init__(self, model: Yolact):
         super().__init__()
@@ -32,14 +32,14 @@ class RawNetwork(nn.Module):
 class DetectionGraph(nn.Module):
     """uint8 RGB images [B, 3, H, W] of any size -> detections, computed as `inference.Predictor` does.
 
-    Shapes depend on values in one place only: the number of slots N is the largest number of detections in an image
-    of the batch, and at least 1. Slots after an image's `count` are unused.
+    Only one dimension is data-dependent: the number of slots N, which is the largest number of detections in an image
+    of the batch after NMS, and at least 1. Slots after an image's `count` are unused.
 
     Args:
         model: the network.
         size: height and width of the network's input, to which images are resized.
         detection: thresholds, NMS and limits. The NMS must have fixed shapes: "fast" or "cross_class".
-        expose: also return the values at which the graph can be cut, see `cut_points`.
+        expose: also return the intermediate tensors at which the graph can be cut, see `cut_points`.
     """
 
     def __init__(self, model: Yolact, size: tuple[int, int], detection: DetectionConfig, expose: bool = False):
@@ -56,7 +56,7 @@ class DetectionGraph(nn.Module):
 
     @property
     def rescores(self) -> bool:
-        """Whether masks have scores of their own, which are then a sixth output."""
+        """Whether masks are scored separately, so that the graph has a sixth output, mask_scores."""
         return self.detection.maskness or self.model.mask_iou is not None
 
     def output_names(self) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class DetectionGraph(nn.Module):
         return names + ("mask_scores",) * self.rescores + self.cut_points() * self.expose
 
     def cut_points(self) -> tuple[str, ...]:
-        """Return the names of the values inside at which the network can be taken out."""
+        """Return the names of the intermediate tensors at which the graph can be cut to extract the network."""
         names = (NORMALISED, *RAW)
         return names if self.model.mask_iou is None else (*names, SOFT_MASKS, MASK_IOUS)
 
@@ -73,8 +73,8 @@ class DetectionGraph(nn.Module):
         """Return, for B images, N slots and images of H x W pixels:
 
         boxes [B, N, 4], x1, y1, x2, y2 in pixels of the image; scores [B, N], 0..1; labels [B, N], 0..C-1;
-        masks [B, N, H, W], bool; count [B], the slots that are used; and, for models that score masks, mask_scores
-        [B, N], by which detections are then ranked.
+        masks [B, N, H, W], bool; count [B], the number of used slots per image; and, for models that score masks,
+        mask_scores [B, N], by which detections are sorted if the score threshold is above 0.05.
         """
         height, width = image.shape[2:]
         normalised = self._preprocess(image)

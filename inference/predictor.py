@@ -45,15 +45,17 @@ class Predictor:
     Args:
         model: a trained model, or an `ExportedNetwork`, for which `size`, `compile` and `optimize` are fixed.
         device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
-        precision: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 where the hardware has it.
+        precision: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" selects bfloat16 where the hardware supports
+            it, float16 on older CUDA GPUs, and float32 otherwise.
         size: (height, width) of the network's input, or one number for both; by default the configuration's.
         compile: compile the network. Compilation takes seconds to minutes, here and again for each new batch size,
             and needs a C++ compiler.
         optimize: fold batch norm and use channels_last, see inference.optimize. If False, the model runs unchanged in
             float32.
         detection: any field of DetectionConfig, such as `score_threshold`, `top_k`, `nms` or `crop`, to override the
-            configuration's. A score threshold up to 0.05 (the default) selects anchors by their best class, as in
-            the published evaluation, and their other classes may score less. Above 0.05 it applies to every detection.
+            configuration's. If `score_threshold` is at most 0.05 (the default), only the best class of an anchor has to
+            exceed it, as in the published evaluation. Above 0.05, and in MMDetection's configurations, it applies to
+            every detection.
 
     Raises:
         UserError: if the device is not available, or an option is unknown or out of range.
@@ -116,7 +118,7 @@ class Predictor:
         size: int | tuple[int, int] | None,
     ) -> None:
         if str(device) not in ("auto", "cpu"):
-            raise UserError(f"{model.path}: exported models run on the CPU here, not on {device}")
+            raise UserError(f"{model.path}: exported models run on the CPU only, not on {device}")
         if size is not None and _size(size) != model.size:
             height, width = model.size
             raise UserError(f"{model.path}: it was exported for {height}x{width}; export it again with another --size")
@@ -128,7 +130,7 @@ class Predictor:
     def from_weights(cls, path_or_name: str | Path, **options: Any) -> Predictor:
         """Load a checkpoint, released weights by file or name, or an exported .onnx or .xml file.
 
-        `options` are the other arguments of the class.
+        `options` are passed to the constructor.
         """
         model = ExportedNetwork(path_or_name) if is_exported(path_or_name) else load_model(path_or_name)
         return cls(model, **options)
@@ -209,9 +211,10 @@ class Predictor:
 
     @torch.no_grad()
     def _rescore(self, found: Detections) -> Detections:
-        """Multiply the scores by the mask quality that YOLACT++ predicts and by maskness, if enabled, as mask scores.
+        """Set `mask_scores` to the class scores times the mask IoU that YOLACT++ predicts and maskness, where enabled.
 
-        Above the published threshold, detections are also sorted and filtered by the mask scores.
+        If the score threshold is above 0.05 (config.PUBLISHED_THRESHOLD), detections are also sorted and filtered by
+        mask score.
         """
         detection = self.config.detection
         if self.mask_iou is None and not detection.maskness:
@@ -219,7 +222,7 @@ class Predictor:
         soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes if detection.crop else None)
         found.mask_scores = mask_scores(found.scores, found.labels, soft, detection, self.mask_iou)
         if detection.above_published:
-            # Above the published threshold, the threshold also applies to the mask scores, as in the authors' code.
+            # As in the authors' code, the score threshold then also applies to the mask scores.
             found = found[found.mask_scores.argsort(descending=True)]
             found = found[found.mask_scores >= detection.score_threshold]
         return found

@@ -1,4 +1,4 @@
-"""Run the network of a file that export.py wrote with ONNX Runtime or OpenVINO.
+"""Use ONNX Runtime or OpenVINO to run the network in a file written by export.py.
 
 The file contains the whole graph from an image to masks. `Predictor` extracts the network from it and uses its own
 code for the rest, so that all detection options work as with a checkpoint.
@@ -157,7 +157,7 @@ class ExportedNetwork:
     def start(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Predictions]:
         """Compile the network; return it as a function from [B, 3, h, w] normalised RGB to Predictions.
 
-        Raises UserError if the runtime or the processor does not support `precision`.
+        Raises UserError for an unknown precision, for "fp16", and for "bf16" with ONNX Runtime.
         """
         run = self.runtime.start((NORMALISED,), RAW, self.computed_in(precision))
 
@@ -186,8 +186,11 @@ class ExportedNetwork:
     def computed_in(self, precision: str | torch.dtype) -> str:
         """Return the precision of floating-point operations, "fp32" or "bf16", for the requested `precision`."""
         if precision == "auto" and isinstance(self.runtime, OnnxRuntime):
-            return "fp32"  # the only one that its CPU kernels have
+            return "fp32"  # ONNX exports are float32
         dtype = choose_precision(precision, torch.device("cpu"))
+        if dtype == torch.float16:
+            raise UserError("precision fp16 is for GPUs; on a CPU use bf16 or fp32")
+
         return next(name for name, value in PRECISIONS.items() if value == dtype)
 
     def anchors(self, height: int, width: int) -> Tensor:
@@ -209,7 +212,7 @@ def needs(*packages: str) -> Iterator[None]:
             __import__(package)
         yield
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; {INSTALL}") from None
+        raise UserError(f"{error.name} is not installed; run: {INSTALL}") from None
 
 
 @contextlib.contextmanager
@@ -225,7 +228,7 @@ def _unreadable(path: Path, kind: str) -> Iterator[None]:
 
 
 def _read_description(text: str, path: Path) -> dict[str, Any]:
-    """Parse what `deploy.graph.describe` wrote."""
+    """Parse the description that `deploy.onnx_export.describe` wrote."""
     if not text:
         raise UserError(f"{path}: not written by export.py: it has no description of the model")
     try:

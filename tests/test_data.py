@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import sys
@@ -18,6 +19,7 @@ from data.coco import CocoDataset, PackedList
 from data.copy_paste import copy_paste
 from data.image import denormalise, read_image
 from data.loader import EndlessShuffle, TrainingLoader, TrainingSet
+from data.sampling import epoch_indices
 from utils.errors import UserError
 
 
@@ -305,7 +307,7 @@ def test_seed_and_key_decide_everything(dataset, small_config):
 
 def test_order_is_the_same_from_any_position_and_over_processes():
     def first(n, **options):
-        return [key for _, key in zip(range(n), EndlessShuffle(7, seed=1, **options), strict=False)]
+        return [key for _, key in zip(range(n), EndlessShuffle(np.arange(7), seed=1, **options), strict=False)]
 
     whole = first(30)
     assert sorted(i for _, i in whole[:7]) == list(range(7))
@@ -468,3 +470,23 @@ def test_text_that_is_no_annotation_file_gets_one_line(dataset, text):
 )
 def test_strange_segmentations_are_no_mask(segmentation):
     assert normalise_segmentation(segmentation, 96, 128) is None
+
+
+def test_repeat_factor_sampling(tmp_path):
+    """Three of twelve images have the rare class: at a threshold of 1 they occur twice as often as the others do."""
+    path = make_dataset(tmp_path, 12)
+    content = json.loads(path.read_text())
+    ids = [image["id"] for image in content["images"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 3 if annotation["image_id"] in ids[:3] else 7
+    path.write_text(json.dumps(content))
+    data = CocoDataset(path, tmp_path / "images")
+    assert epoch_indices(data, 0).tolist() == list(range(12))
+    counts = np.bincount(epoch_indices(data, 1.0), minlength=12)
+    assert (counts[:3] == 2).all()  # sqrt(1 / 0.25)
+    assert set(counts[3:]) <= {1, 2}  # sqrt(1 / 0.75) = 1.15, rounded at random
+    assert counts[3:].sum() < 15
+    loader = TrainingLoader(data, get_config("yolact_lite", repeat_threshold=1.0), batch_size=2)
+    assert len(loader.indices) == counts.sum()
+    keys = itertools.islice(EndlessShuffle(loader.indices, seed=0), len(loader.indices))
+    assert sorted(index for _, index in keys) == sorted(loader.indices.tolist())

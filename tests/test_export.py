@@ -380,7 +380,7 @@ def test_missing_packages_are_named(weights, small, tmp_path, monkeypatch, packa
     monkeypatch.setitem(sys.modules, package, None)
     suffix = ".xml" if package == "openvino" else ".onnx"
     text = run("export.py", "--weights", weights, "--output", tmp_path / f"m{suffix}", code=2)
-    assert f"{package} is not installed; pip install -r requirements-export.txt" in text
+    assert f"{package} is not installed; run: pip install -r requirements-export.txt" in text
     if package != "onnxscript":
         text = run("eval.py", "--weights", small / f"small{suffix}", "--image", ASTRONAUT, code=2)
         assert f"{package} is not installed" in text

@@ -11,14 +11,19 @@ import sys
 import time
 
 import cv2
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_dataset, run, spawn, train_args
+from conftest import ROOT, SMALL, make_dataset, run, spawn, train_args
 
 import train
-from config import from_dict
+from config import from_dict, get_config
 from data.coco import CocoDataset
+from training.advice import unlikely_settings
+from training.curves import read_log
 from training.log import RunLog
+from training.loop import describe_duration
+from training.schedule import Schedule
 from training.trainer import Trainer, claim_folder
 from utils.distributed import single
 from utils.errors import UserError
@@ -295,7 +300,7 @@ def test_errors_of_the_audit_stop_the_run_unless_they_are_ignored(dataset, tmp_p
     dataset.write_text(json.dumps(content))
     args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run")
     out = run(*args, code=2)
-    assert "boxes are x1, y1, x2, y2" in out
+    assert "boxes appear to be (x1, y1, x2, y2)" in out
     assert "--ignore_audit" in out
     run(*args, "--ignore_audit")
 
@@ -400,10 +405,10 @@ def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeyp
     args = train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--val_interval", "1", "--output_dir", tmp_path)
     save = Trainer.save
 
-    def dies(self, name):
+    def dies(self, name, with_state=True):
         if name == "last.pth" and self.step == self.validated == 1:
             raise KeyboardInterrupt
-        save(self, name)
+        save(self, name, with_state)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", dies)
@@ -474,3 +479,66 @@ def test_learns_eight_pictures_by_heart(tmp_path):
         limit = 0.002 if row["variant"].startswith("float32") else 0.01
         assert abs(row["box_difference"]) < limit, row
         assert abs(row["mask_difference"]) < limit, row
+
+
+def test_patience_ends_a_run_and_keeps_the_best(dataset, tmp_path):
+    """Nothing is learnt at this learning rate: the first validation stays the best."""
+    out = tmp_path / "run"
+    words = ["--output_dir", out, "--batch_size", 2, "--lr", 1e-12, "--max_iter", 40, "--val_interval", 1]
+    text = run(*train_args(dataset, *words, "--patience", 3))
+    assert "stopped early at step 4: mask AP has not improved in 3 validations" in text
+    assert len(read_log(out / "log.jsonl")[1]) == 4
+    again = run("train.py", "--resume", out)
+    assert "stopped early at step 4" in again
+    assert len(read_log(out / "log.jsonl")[1]) == 4
+    assert "stopped early at step 6" in run("train.py", "--resume", out, "--patience", 5)
+    assert "needs --val_annotations" in run(
+        *train_args(dataset, "--output_dir", tmp_path / "x", "--patience", 1)[:7], *SMALL, "--patience", 1, code=2
+    )
+
+
+def test_best_weights_are_small_and_the_last_ones_resume(dataset, tmp_path):
+    out = tmp_path / "run"
+    run(*train_args(dataset, "--output_dir", out, "--batch_size", 2, "--max_iter", 2, "--val_interval", 1))
+    assert (out / "best.pth").stat().st_size < 0.4 * (out / "last.pth").stat().st_size
+    text = run("train.py", "--resume", out / "best.pth", code=2)
+    assert "holds only weights and no training state" in text
+    assert load_model(out / "best.pth").config.class_names == ("disc", "tile")
+
+
+def test_curves_are_drawn_at_every_validation(dataset, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "run"
+    run(*train_args(dataset, "--output_dir", out, "--batch_size", 2, "--max_iter", 4, "--val_interval", 2))
+    image = cv2.imread(str(out / "curves.png"))
+    assert image.shape == (400, 1200, 3)
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50  # lines in several colours
+    steps, validations = read_log(out / "log.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["step"] for row in validations] == [2, 4]
+
+
+def test_a_run_estimates_its_time(dataset, tmp_path):
+    words = ["--output_dir", tmp_path / "run", "--batch_size", 1, "--max_iter", 8, "--val_interval", 8]
+    text = run(*train_args(dataset, *words))
+    assert re.search(r"\d+\.\d\d s per step: about \d+ s for the remaining steps", text)
+    assert [describe_duration(s) for s in (3, 61, 3600, 7860)] == ["3 s", "1 min", "1 h 0 min", "2 h 11 min"]
+
+
+def test_settings_that_cannot_work_are_named(dataset, tmp_path):
+    config = get_config("yolact_lite", class_names=("disc", "tile"), category_ids=(7, 3))
+    schedule = Schedule.build(config.training, 100, 8)
+    fine = np.array([50, 50]), np.full((100, 2), 0.3)
+    assert unlikely_settings(config, schedule, 8, fine) == []
+    (tiny,) = unlikely_settings(config, schedule, 8, (fine[0], np.full((100, 2), 0.02)))
+    assert "half of the objects are smaller than 6 pixels at 288 px" in tiny
+    (few,) = unlikely_settings(config, schedule, 8, (np.array([50, 3]), fine[1]))
+    assert "1 of 2 classes have fewer than 10 objects (tile)" in few
+    (noisy,) = unlikely_settings(config, schedule, 2, fine)
+    assert "freeze_bn=true" in noisy
+    (high,) = unlikely_settings(config, Schedule.build(config.training, 100, 8, lr=0.1), 8, fine)
+    assert "the learning rate 0.1 is far from 0.0007" in high
+    words = ["--output_dir", tmp_path / "run", "--batch_size", 2, "--max_iter", 1, "--lr", 1e-9]
+    text = run(*train_args(dataset, *words))
+    assert "warning: batch norm is trained with statistics of 2 images" in text
+    assert "warning: the learning rate 1e-09 is far from" in text

@@ -23,15 +23,15 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 
 LOG_SECONDS = 30  # interval of progress lines if the output is not a terminal
-ESTIMATE_STEPS = 5  # steps that are timed for the estimate; the first one is left out, as it starts the workers
+ESTIMATE_STEPS = 5  # steps that are timed for the estimate, after the first one, which includes starting the workers
 
 
 def fit(
     trainer: Trainer, schedule: Schedule, batches: Iterator[Batch], val: CocoDataset | None, val_interval: int
 ) -> bool:
-    """Train until the schedule ends or Ctrl-C or SIGTERM arrives; return True if the schedule was completed.
+    """Train until the schedule ends, early stopping applies, or a signal arrives; return False only if interrupted.
 
-    With `settings.patience`, training also ends after that many validations without a better mask AP.
+    With `settings.patience`, training stops early after that many consecutive validations without a better mask AP.
 
     Args:
         val: the validation set, or None to train without validation.
@@ -47,7 +47,7 @@ def fit(
             if trainer.step > trainer.validated and (
                 trainer.step % val_interval == 0 or trainer.step == schedule.max_iter
             ):
-                trainer.save("last.pth")  # if validation fails, no training is lost and --resume repeats it
+                trainer.save("last.pth")  # nothing is lost if validation fails: --resume repeats it
                 if val is not None:
                     validate(trainer, val, log, progress)
                 trainer.validated = trainer.step
@@ -56,8 +56,8 @@ def fit(
                 break
             if trainer.settings.patience is not None and trainer.stale >= trainer.settings.patience:
                 progress.write(
-                    f"stopped at step {trainer.step}: no better mask AP in {trainer.stale} validations, the best is "
-                    f"{trainer.best:.3f}"
+                    f"stopped early at step {trainer.step}: mask AP has not improved in {trainer.stale} validations "
+                    f"(best: {trainer.best:.3f})"
                 )
                 break
             started, lr = time.perf_counter(), schedule.lr_at(trainer.step)
@@ -75,10 +75,10 @@ def fit(
             progress.step(trainer.step, shown, lr)
             if ranks.any(bool(interruption)):
                 trainer.save("last.pth")
-                ranks.barrier()  # torchrun ends all processes when one of them has ended
+                ranks.barrier()  # an interrupted run exits with 130, on which torchrun ends all processes
                 break
     if unusable.problems:
-        print(f"{len(unusable.problems)} images could not be used and were replaced by others")
+        print(f"images that could not be used and were replaced by others: {len(unusable.problems)}")
     finished = trainer.validated == trainer.step
     if not finished:
         print(f"stopped at step {trainer.step}; continue with: python train.py --resume {trainer.folder}")
@@ -95,7 +95,7 @@ def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress
     improved = False
     if metrics is not None:  # in the main process
         for problem in metrics["problems"]:
-            progress.write(f"warning: {problem}; it counts as an image without detections")
+            progress.write(f"warning: {problem}; the image is evaluated as having no detections")
         log.image(trainer.step, "validation", comparison_sheet(predictor, val))
         box, mask = metrics["bbox"], metrics["segm"]
         progress.write(
@@ -210,5 +210,5 @@ class UnusableImages:
         if len(self.problems) > max(1, self.num_images // 100) or self.ranks.any(not len(batch.images)):
             raise UserError(
                 f"{len(self.problems)} of {self.num_images} images cannot be used; python -m data.audit lists them. "
-                f"The last one is {problem}"
+                f"The last problem was: {problem}"
             )

@@ -82,6 +82,7 @@ class DetectionConfig:
     """Postprocessing of raw outputs. Any field can be passed to `Predictor`, and to eval.py with --set."""
 
     score_threshold: float = limited(PUBLISHED_THRESHOLD, maximum=1)  # compared with the best class of an anchor
+    best_score_threshold: float = limited(0.0, maximum=1)  # stored by eval.py --store_threshold; 0: unknown
     nms: str = "fast"  # a key of layers.nms.NMS
     nms_threshold: float = limited(0.5, maximum=1)
     nms_top_k: int = limited(200, minimum=1, maximum=LARGEST)  # candidates per class

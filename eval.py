@@ -28,6 +28,7 @@ from data.coco import CocoDataset
 from data.image import MAX_PIXELS, read_image
 from evaluation import evaluate
 from evaluation.evaluator import per_class_table, predict_dataset
+from evaluation.report import need_matplotlib, write_report
 from inference import Predictor
 from inference.images import find_images, split_output
 from inference.outputs import parse_kinds, write_results
@@ -36,9 +37,10 @@ from inference.video import frame_files, process_video
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
-from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, parse_size, run_main
+from utils.errors import ArgumentParser, UserError, fraction_or_best, integer, nearest, parse_size, run_main
 from utils.files import write_json
 from weights import load_model
+from weights.load import store_threshold
 from weights.released import BUNDLED
 from yolact import Yolact
 
@@ -83,9 +85,15 @@ def build_parser() -> ArgumentParser:
         default="overlay,json",
         help="comma-separated outputs: overlay,json,masks,polygons,prototypes (default: %(default)s)",
     )
+    out("--report", type=Path, help="folder for a page with curves, errors and the worst mistakes (for --annotations)")
+    out("--store_threshold", action="store_true", help="with --report, store the best score threshold in --weights")
     out("--per_class", action="store_true", help="report AP, precision and recall of each class")
     how = parser.add_argument_group("detection").add_argument
-    how("--score_threshold", type=fraction, help=f"default: {DISPLAY_THRESHOLD} for images and videos, 0.05 for AP")
+    how(
+        "--score_threshold",
+        type=fraction_or_best,
+        help=f"a number, or best (default: {DISPLAY_THRESHOLD} for images and videos, 0.05 for AP)",
+    )
     how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
     how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, fast)")
     how("--size", help="input size of the network, HxW or one number, at least 32")
@@ -140,8 +148,13 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
         detection.setdefault("crop_after_resize", True)
         if model.config.detection.score_threshold == PUBLISHED_THRESHOLD:
             detection.setdefault("score_threshold", DISPLAY_THRESHOLD)
+    threshold = args.score_threshold
+    if threshold == "best":
+        threshold = model.config.detection.best_score_threshold
+        if not threshold:
+            raise UserError("--score_threshold best: none is stored, see --store_threshold")
     flags = {
-        "score_threshold": args.score_threshold,
+        "score_threshold": threshold,
         "top_k": args.top_k,
         "nms": args.nms,
         "crop": False if args.no_crop else None,
@@ -236,7 +249,12 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         return report_problems(prediction.problems)
     if ranks.main:
         quick_audit(dataset, predictor.config)
-    metrics = evaluate(predictor, dataset, args.max_images, args.per_class, ranks=ranks)
+    if args.store_threshold and args.report is None:
+        raise UserError("--store_threshold needs --report DIR, which finds the threshold")
+    if args.report is not None:
+        need_matplotlib()  # before the work, and not after it
+    per_class = args.per_class or args.report is not None
+    metrics = evaluate(predictor, dataset, args.max_images, per_class, ranks=ranks)
     if metrics is None:  # only the main process has them
         return 0
     print(metrics["table"])
@@ -244,8 +262,15 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         print(per_class_table(metrics))
     for note in metrics["notes"]:
         print(note)
+    results, sizes = metrics.pop("results"), metrics.pop("sizes")
+    if args.report is not None:
+        title = f"{predictor.config.name} on {args.annotations.name}"
+        report = write_report(args.report, dataset, metrics, results, sizes, title)
+        print(f"best score threshold {report['best_threshold']:.2f} (F1 {report['f1']:.2f} of masks at IoU 0.5)")
+        print(f"report -> {args.report / 'index.html'}")
+        if args.store_threshold:
+            print(f"stored for --score_threshold best in {store_threshold(args.weights, report['best_threshold'])}")
     if args.output is not None:
-        results = metrics.pop("results")
         write_json(args.output, {k: v for k, v in metrics.items() if k != "table"})
         write_json(args.output.with_suffix(".results.json"), results)
         print(f"metrics -> {args.output}, detections -> {args.output.with_suffix('.results.json')}")

@@ -92,7 +92,8 @@ def evaluate(
     Returns:
         A dictionary in the main process, and None in the others. "bbox" and "segm" map METRICS to values in 0..1, or
         to -1 if there is no ground truth, as in COCOeval. "table" is COCOeval's text, "results" the COCO results,
-        "problems" messages about unreadable images and "notes" messages about the annotations. "per_class" is present
+        "problems" messages about unreadable images, "sizes" the sizes of the images that were read by id, and "notes"
+        messages about the annotations. "per_class" is present
         on request, and "without_copies" (metrics without repeated annotations) if there are any.
 
     Raises:
@@ -102,7 +103,8 @@ def evaluate(
     if not ranks.main:
         return None
     metrics = coco_metrics(dataset, prediction.results, max_images, per_class, prediction.sizes)
-    return {"results": prediction.results, "problems": prediction.problems, **metrics}
+    found = {"results": prediction.results, "problems": prediction.problems, "sizes": prediction.sizes}
+    return {**found, **metrics}
 
 
 def check_classes(dataset: CocoDataset, config: Config, where: str = "in the weights") -> None:

@@ -70,6 +70,11 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
+def fraction_or_best(text: str) -> float | str:
+    """Argparse type for numbers from 0 to 1, and the word "best"."""
+    return text if text == "best" else fraction(text)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that raises UserError for invalid arguments, instead of printing the usage and exiting."""
 

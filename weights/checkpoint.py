@@ -46,6 +46,11 @@ def save_checkpoint(
     content["digest"] = state_digest(state)
     if training is not None:
         content["training"] = training
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write what `read_checkpoint` returns. Raises UserError if that fails; an existing file is then unchanged."""
     try:
         with atomic_write(path) as out:
             torch.save(content, out)

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import CONFIGS, Config, differences, from_dict
 from utils.errors import UserError, shorten
-from weights.checkpoint import check_values, check_version, read_checkpoint, state_digest
+from weights.checkpoint import check_values, check_version, read_checkpoint, state_digest, write_checkpoint
 from weights.convert import Weights, convert, facts
 from weights.released import find_weights
 from yolact import Yolact
@@ -79,6 +79,23 @@ def weights_from(content: dict[str, Any], path: str | Path) -> Weights:
     if content.get("digest") not in (None, state_digest(content["model"])):  # files of format 1 have none
         raise UserError(f"{path}: damaged, because its weights do not match the stored digest; use another copy")
     return Weights(state, "own", config)
+
+
+def store_threshold(path_or_name: str | Path | None, threshold: float) -> Path:
+    """Store the best score threshold in a checkpoint of this project, and return its path.
+
+    Raises UserError for a file of another kind.
+    """
+    if path_or_name is None:
+        raise UserError("--store_threshold: give --weights, the bundled file is not changed")
+    path = find_weights(path_or_name)
+    content = read_checkpoint(path)
+    if "yolact" not in content:
+        raise UserError(f"{path}: not a checkpoint of this project; only those can store a threshold")
+    weights_from(content, path)
+    content["config"]["best_score_threshold"] = threshold
+    write_checkpoint(path, content)
+    return path
 
 
 def build_model(weights: Weights, path: str | Path) -> Yolact:

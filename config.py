@@ -131,7 +131,7 @@ class TrainingConfig:
     freeze_stages: int = limited(0, maximum=100)  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
     freeze_bn: bool = False  # freeze the backbone's batch norm: statistics, scale and shift
     sync_bn: bool = False  # compute batch norm statistics over the images of all GPUs
-    repeat_threshold: float = limited(0.0, maximum=1)  # oversample classes in a smaller share of images; 0: none
+    repeat_threshold: float = limited(0.0, maximum=1)  # oversample classes in less than this share of images
     ema: float = limited(0.0, below=1)  # decay of the EMA of the weights, which is validated and saved; 0: no EMA
 
 

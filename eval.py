@@ -213,8 +213,8 @@ def segment_video(args: argparse.Namespace) -> int:
     output = Path(args.output or target or "results")
     if output.suffix.lower() in VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(f"{output}: videos are written as .mp4; name it {output.with_suffix('.mp4').name}")
-    # An existing folder receives the video under its own name, unless it contains the frames of an earlier run: then
-    # `output` is the name itself, as in that run.
+    # If `output` is an existing folder, the results go into it, named after the video. If that folder holds the frames
+    # of an earlier run, it was created by that run, and `output` is again used as the name of the results.
     if (output.is_dir() and not frame_files(output)) or (args.output or target) is None:
         output = output / f"{'camera' * source.isdecimal()}{video_name(source)}"
         if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():

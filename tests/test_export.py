@@ -328,7 +328,7 @@ def test_bad_files_get_one_line(small, tmp_path):
         "other.onnx": "not written by export.py",
         "truncated.xml": "cannot be used as an OpenVINO model",
         "short.xml": "cannot be used as",
-        "alone.xml": "copy alone.bin beside it",
+        "alone.xml": "copy alone.bin to the same folder",
         "missing.onnx": "no such file",
     }
     for name, message in expected.items():
@@ -348,8 +348,12 @@ def test_wrong_requests_get_one_line(small, weights, tmp_path, dataset):
         (["export.py", "--weights", onnx_file, "--output", out], "give the .pth"),
         (["export.py", "--weights", weights, "--output", tmp_path / "m.engine"], "the suffix must be"),
         (["export.py", "--weights", weights, "--output", out, "--int8"], "--int8 needs"),
-        (["export.py", "--weights", weights, "--output", out, "--calibration", ASTRONAUT], "is for --int8"),
-        (["export.py", "--weights", weights, "--output", out, "--nms", "standard"], "cannot be exported"),
+        (
+            ["export.py", "--weights", weights, "--output", out, "--calibration", ASTRONAUT],
+            "can only be used with --int8",
+        ),
+        (["export.py", "--weights", weights, "--output", out, "--nms", "standard"], "invalid choice"),
+        (["export.py", "--weights", weights, "--output", out, "--set", "nms=standard"], "cannot be exported"),
         (["export.py", "--weights", weights, "--output", out, "--set", "nms_treshold=0.4"], "nms_threshold"),
         (["export.py", "--weights", weights, "--output", out, "--check", tmp_path / "no.jpg"], "no such image"),
     ):
@@ -371,7 +375,7 @@ def test_an_export_that_differs_is_not_written(weights, tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx_export, "DetectionGraph", Wrong)
     text = run("export.py", "--weights", weights, "--output", tmp_path / "m.onnx", code=2)
-    assert "not written, it differs from the model: only" in text
+    assert "not written, because its results differ from the model's: only" in text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ import eval as eval_script
 import export
 import train
 from data import audit
+from data.formats import __main__ as formats
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if not kind]
@@ -23,6 +24,7 @@ PARSERS = {
     "eval.py": eval_script.build_parser(),
     "export.py": export.build_parser(),
     "-m data.audit": audit.build_parser(),
+    "-m data.formats": formats.build_parser(),
 }
 
 

@@ -64,6 +64,8 @@ class Settings:
         values |= given
         for key in PATHS:
             values[key] = None if values.get(key) is None else Path(values[key])
+        if values["train_annotations"] is None or values["train_images"] is None:
+            raise UserError(f"{folder}: the settings of this run are damaged (they name no training data)")
         try:
             return cls(**values | {"set": tuple(values.get("set") or ())})
         except TypeError as error:

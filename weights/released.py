@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from config import canonical_name
+from config import ALIASES, canonical_name
 from utils.errors import UserError, nearest
 from utils.files import atomic_write
 from weights.checkpoint import read_checkpoint
@@ -90,7 +90,9 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
         for candidate in local:
             if candidate.is_file():
                 return candidate
-        if name in RELEASED and given.removesuffix(".pth") in (name, RELEASED[name].file_name.removesuffix(".pth")):
+        # Names of other projects are accepted, but not files of other steps or dates, which may be somebody's own.
+        known = [name, f"{name}_config", *(alias for alias, key in ALIASES.items() if key == name)]
+        if name in RELEASED and given.removesuffix(".pth") in (*known, RELEASED[name].file_name.removesuffix(".pth")):
             return download(RELEASED[name], folder)
     if path.suffix or path.parent != Path("."):
         raise UserError(f"{path}: no such weights file")

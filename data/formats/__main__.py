@@ -24,14 +24,18 @@ from utils.errors import ArgumentParser, UserError, run_main
 from utils.files import write_json
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Convert YOLO, LabelMe, VIA, Pascal VOC or COCO exports to COCO JSON.")
     parser.add_argument(
         "source", type=Path, help="a data.yaml, a VIA or COCO file, or a folder of YOLO, LabelMe or VOC"
     )
     parser.add_argument("--images", type=Path, help="folder of the images, if they are not where the source says")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write; splits get names of their own")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     configure_process()
     if args.output.suffix != ".json":
         raise UserError(f"--output {args.output}: the suffix must be .json")

@@ -13,6 +13,9 @@ Without --weights, the bundled weights are used, which detect people only.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +33,23 @@ from evaluation import evaluate
 from evaluation.evaluator import per_class_table, predict_dataset
 from evaluation.report import need_matplotlib, write_report
 from inference import Predictor
-from inference.images import find_images, split_output
-from inference.outputs import parse_kinds, write_results
+from inference.images import Source, find_images, split_output
+from inference.outputs import POLYGON_TOLERANCE, Save, folder_results, parse_kinds, write_results
 from inference.runtime import ExportedNetwork, is_exported
 from inference.video import frame_files, process_video
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
-from utils.errors import ArgumentParser, UserError, fraction_or_best, integer, nearest, parse_size, run_main
+from utils.errors import (
+    ArgumentParser,
+    UserError,
+    fraction_or_best,
+    integer,
+    nearest,
+    non_negative_float,
+    parse_size,
+    run_main,
+)
 from utils.files import write_json
 from weights import load_model
 from weights.load import store_threshold
@@ -85,6 +97,8 @@ def build_parser() -> ArgumentParser:
         default="overlay,json",
         help="comma-separated outputs: overlay,json,masks,polygons,prototypes (default: %(default)s)",
     )
+    out("--polygon_tolerance", type=non_negative_float, default=POLYGON_TOLERANCE, metavar="PIXELS",
+        help="largest deviation of saved polygons from the outlines of masks (default: %(default)s)")  # fmt: skip
     out("--report", type=Path, help="folder for a page with curves, errors and the worst mistakes (for --annotations)")
     out("--store_threshold", action="store_true", help="with --report, store the best score threshold in --weights")
     out("--per_class", action="store_true", help="report AP, precision and recall of each class")
@@ -177,28 +191,49 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
 
 def segment_images(args: argparse.Namespace) -> int:
     """Segment all images of --image and --images; return 1 if some could not be read."""
-    kinds = parse_kinds(args.save)
+    save = Save(parse_kinds(args.save), args.polygon_tolerance)
     sources, problems = find_images(args.image, args.images, args.output)
     sources = sources[: args.max_images]
     predictor = build_predictor(args, args.device, display=True)
     for problem in problems:
         print(f"{problem}, skipped", file=sys.stderr)
     unreadable = 0
-    for number, source in enumerate(tqdm(sources, desc="segmenting", disable=None if len(sources) > 1 else True), 1):
-        try:
-            image = read_image(source.path, max_pixels=args.max_pixels)
-        except UserError as error:
-            hint = "; increase it with --max_pixels" if "the limit of" in str(error) else ""
-            tqdm.write(f"{error}{hint}, skipped", file=sys.stderr)
-            unreadable += 1
-            continue
-        detections = predictor(image)
-        origin = {"image_id": number, "file_name": str(source.path)}
-        written = write_results(image, detections, source.output, kinds, origin, source.suffix)
-        tqdm.write(f"{source.path}: {len(detections)} detections -> {', '.join(map(str, written))}")
+    config = predictor.config
+    with contextlib.ExitStack() as stack:
+        together = None
+        if "json" in save and args.images and len(sources) > 1:
+            path = unused_json(sources)
+            image_root = os.path.commonpath([source.path.resolve().parent for source in sources])
+            together = stack.enter_context(folder_results(path, config.class_names, config.category_ids))
+        for number, source in enumerate(
+            tqdm(sources, desc="segmenting", disable=None if len(sources) > 1 else True), 1
+        ):
+            try:
+                image = read_image(source.path, max_pixels=args.max_pixels)
+            except UserError as error:
+                hint = "; increase it with --max_pixels" if "the limit of" in str(error) else ""
+                tqdm.write(f"{error}{hint}, skipped", file=sys.stderr)
+                unreadable += 1
+                continue
+            detections = predictor(image)
+            origin = {"image_id": number, "file_name": str(source.path)}
+            written = write_results(image, detections, source.output, save, origin, source.suffix)
+            if together is not None:
+                together.add(os.path.relpath(source.path.resolve(), image_root), detections)
+            tqdm.write(f"{source.path}: {len(detections)} detections -> {', '.join(map(str, written))}")
+        if together is not None:
+            print(f"{together.count} detections of {len(together.images)} images -> {path}")
     if unreadable:
         print(f"{unreadable} of {len(sources)} images could not be read", file=sys.stderr)
     return 1 if unreadable or problems else 0
+
+
+def unused_json(sources: list[Source]) -> Path:
+    """Return the path of one COCO file for all images, in their common output folder; no image has that name."""
+    folder = Path(os.path.relpath(os.path.commonpath([source.output.parent.resolve() for source in sources])))
+    taken = {Path(os.path.relpath(source.output)) for source in sources}
+    names = (f"coco{number or ''}" for number in itertools.count())
+    return next(folder / f"{name}.json" for name in names if folder / name not in taken)
 
 
 def video_name(path: str) -> str:
@@ -208,7 +243,7 @@ def video_name(path: str) -> str:
 
 def segment_video(args: argparse.Namespace) -> int:
     """Segment --video; return 130 if interrupted, 1 if it ended before the expected number of frames, else 0."""
-    kinds = parse_kinds(args.save)
+    save = Save(parse_kinds(args.save), args.polygon_tolerance)
     source, target = split_output(args.video)
     output = Path(args.output or target or "results")
     if output.suffix.lower() in VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
@@ -221,8 +256,8 @@ def segment_video(args: argparse.Namespace) -> int:
             output = output.with_name(output.name + ".yolact")
     output = output.with_name(video_name(str(output)))
     predictor = build_predictor(args, args.device, display=True)
-    report = process_video(predictor, source, output, kinds, args.max_images)
-    print(f"{source} -> {output}{'.mp4' * ('overlay' in kinds)}: {report}")
+    report = process_video(predictor, source, output, save, args.max_images)
+    print(f"{source} -> {output}{'.mp4' * ('overlay' in save)}: {report}")
     if report.missing:
         expected = report.frames + report.missing
         print(f"{source}: {report.frames} of {expected} frames could be read; the file may be damaged", file=sys.stderr)

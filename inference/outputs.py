@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
 import torch
+from pycocotools import mask as rle
 
 from data.image import write_image
 from inference.detections import Detections
 from layers.masks import mask_logits
 from utils.draw import color_of
 from utils.errors import UserError, nearest
-from utils.files import write_json
+from utils.files import atomic_write, write_error, write_json
 
 KINDS = ("overlay", "json", "masks", "polygons", "prototypes")
+POLYGON_TOLERANCE = 1.0  # pixels; people edit the outlines, and a mask has a corner at almost every pixel of its edge
+
+
+@dataclass(frozen=True)
+class Save:
+    """What is saved: a subset of KINDS, and by how many pixels polygons may deviate from the outlines of masks."""
+
+    kinds: tuple[str, ...]
+    polygon_tolerance: float = POLYGON_TOLERANCE
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self.kinds
+
+    def only(self, *kinds: str) -> Save:
+        """Return the same without other kinds than these."""
+        return replace(self, kinds=tuple(kind for kind in self.kinds if kind in kinds))
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
@@ -32,7 +53,7 @@ def parse_kinds(text: str) -> tuple[str, ...]:
 
 
 def write_results(
-    image: np.ndarray, detections: Detections, output: Path, kinds: tuple[str, ...], origin: dict[str, Any], suffix: str
+    image: np.ndarray, detections: Detections, output: Path, save: Save, origin: dict[str, Any], suffix: str
 ) -> list[Path]:
     """Write the results of one image and return their paths.
 
@@ -40,7 +61,7 @@ def write_results(
         image: uint8 BGR [H, W, 3].
         detections: the detections of this image.
         output: the path of all results without their suffixes.
-        kinds: a subset of KINDS.
+        save: what to write.
         origin: the source of the image ("file_name", or "video" and "frame"), which is added to the JSON files.
         suffix: suffix of the overlay, for example ".jpg".
     """
@@ -50,22 +71,60 @@ def write_results(
         written.append(output.with_name(output.name + ending))
         return written[-1]
 
-    if "overlay" in kinds:
+    if "overlay" in save:
         write_image(path(suffix), detections.draw(image))
-    if "json" in kinds:
+    if "json" in save:
         image_id = origin.get("image_id", origin.get("frame", 0))
         write_json(path(".json"), [origin | result for result in detections.to_coco(image_id)])
-    if "masks" in kinds:
+    if "masks" in save:
         write_image(path(".masks.png"), instance_map(detections))
         write_json(path(".masks.json"), origin | {"instances": instance_table(detections)})
-    if "polygons" in kinds:
+    if "polygons" in save:
         beside = output.parent.resolve()  # LabelMe resolves the image's path from the JSON's folder
         given = origin.get("file_name")
         image_path = os.path.relpath(Path(given).resolve(), beside) if given else output.name
-        write_json(path(".polygons.json"), labelme(detections, image_path))
-    if "prototypes" in kinds:
-        write_image(path(".prototypes.png"), prototype_sheet(detections))
+        write_json(path(".polygons.json"), labelme(detections, image_path, save.polygon_tolerance))
+    if "prototypes" in save:
+        write_image(path(".prototypes.png"), prototype_sheet(detections, image))
     return written
+
+
+class FolderResults:
+    """One COCO file for all images of a folder: `images`, `annotations` (with scores) and `categories`."""
+
+    def __init__(self, file: IO[bytes], names: tuple[str, ...], ids: tuple[int, ...]):
+        self.file, self.count = file, 0
+        self.images: list[dict[str, Any]] = []
+        self.categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+
+    def add(self, file_name: str, detections: Detections) -> None:
+        """Write the detections of the next image. They do not stay in memory."""
+        height, width = detections.size
+        image_id = len(self.images) + 1
+        self.images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for result in detections.to_coco(image_id):
+            self.count += 1
+            area = int(rle.area(result["segmentation"]))
+            line = json.dumps({"id": self.count, **result, "area": area, "iscrowd": 0}, allow_nan=False)
+            self.file.write((",\n" if self.count > 1 else "\n").encode() + line.encode())
+
+
+@contextmanager
+def folder_results(path: Path, names: tuple[str, ...], ids: tuple[int, ...]) -> Iterator[FolderResults]:
+    """Open a FolderResults that is written to `path` when the block ends, and not at all if it raises.
+
+    Raises UserError if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(b'{"annotations": [')
+            results = FolderResults(file, names, ids)
+            yield results
+            rest = {"images": results.images, "categories": results.categories}
+            file.write(b"\n],\n" + json.dumps(rest)[1:].encode() + b"\n")
+    except OSError as error:
+        raise write_error(path, error) from None
 
 
 def instance_map(detections: Detections) -> np.ndarray:
@@ -98,12 +157,18 @@ def instance_table(detections: Detections) -> list[dict[str, Any]]:
     ]
 
 
-def rings(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Return the contours of a bool mask [H, W] as pairs: points [n, 2] (x, y) in pixels, and whether it is a hole."""
+def rings(mask: np.ndarray, tolerance: float = 0.0) -> list[tuple[np.ndarray, bool]]:
+    """Return the contours of a bool mask [H, W] as pairs: points [n, 2] (x, y) in pixels, and whether it is a hole.
+
+    With a `tolerance`, contours are simplified (Douglas and Peucker 1973): no point of a contour is farther from the
+    result than this many pixels.
+    """
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     found = []
     for contour, (_, _, _, parent) in zip(contours, hierarchy[0] if hierarchy is not None else (), strict=True):
         points = contour[:, 0]
+        simple = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0] if tolerance > 0 else points
+        points = simple if len(simple) >= 3 else points
         if len(points) < 3:  # a single pixel or a line becomes a rectangle, so that it keeps an area
             x, y, w, h = cv2.boundingRect(contour)
             points = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])
@@ -111,12 +176,31 @@ def rings(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
     return found
 
 
-def labelme(detections: Detections, image_path: str) -> dict[str, Any]:
-    """Return the detections in LabelMe's format. The polygons of an instance share a group_id; holes have a flag."""
+def polygon_iou(mask: np.ndarray, found: list[tuple[np.ndarray, bool]]) -> float:
+    """Return the IoU of a bool mask [H, W] with the area of its `rings`."""
+    drawn = np.zeros(mask.shape, np.uint8)
+    for points, hole in found:
+        if not hole:
+            cv2.fillPoly(drawn, [points.astype(np.int32)], 1)
+    for points, hole in found:
+        if hole:  # the contour of a hole runs through the mask's own pixels around it
+            cv2.fillPoly(drawn, [points.astype(np.int32)], 0)
+            cv2.polylines(drawn, [points.astype(np.int32)], True, 1)
+    union = int((mask | (drawn > 0)).sum())
+    return int((mask & (drawn > 0)).sum()) / union if union else 1.0
+
+
+def labelme(detections: Detections, image_path: str, tolerance: float = POLYGON_TOLERANCE) -> dict[str, Any]:
+    """Return the detections in LabelMe's format. The polygons of an instance share a group_id; holes have a flag.
+
+    The description of a shape states its score, and the IoU of the mask with the polygons of the instance.
+    """
     shapes = []
     labels, scores = detections.labels.tolist(), detections.scores.tolist()
     for index, mask in enumerate(detections.iter_masks()):
-        for points, hole in rings(mask):
+        found = rings(mask, tolerance)
+        iou = polygon_iou(mask, found)
+        for points, hole in found:
             shapes.append(
                 {
                     "label": detections.class_names[labels[index]],
@@ -124,7 +208,7 @@ def labelme(detections: Detections, image_path: str) -> dict[str, Any]:
                     "group_id": index + 1,
                     "shape_type": "polygon",
                     "flags": {"hole": bool(hole)},
-                    "description": f"score {scores[index]:.4f}",
+                    "description": f"score {scores[index]:.4f}, IoU with the mask {iou:.3f}",
                 }
             )
     height, width = detections.size
@@ -139,19 +223,23 @@ def labelme(detections: Detections, image_path: str) -> dict[str, Any]:
     }
 
 
-def prototype_sheet(detections: Detections, height: int = 138, best: int = 4) -> np.ndarray:
-    """Draw the prototypes, and how the coefficients of the `best` detections combine them (paper, figure 5).
+def prototype_sheet(detections: Detections, image: np.ndarray, height: int = 138, best: int = 4) -> np.ndarray:
+    """Draw the image, the prototypes, and how the coefficients of the `best` detections combine them (paper, figure 5).
 
-    Each detection has a row: the weighted sums of the 1, 2, 4, 8, 16 and all prototypes with the largest absolute
-    coefficients, the sigmoid of the full sum, and the final mask. Red is positive, blue negative. Tiles are `height`
-    pixels high and have the image's aspect ratio, limited to 1/2..2. Returns uint8 BGR.
+    The caption of a prototype states its coefficient for the best detection. Each detection has a row: the weighted
+    sums of the 1, 2, 4, 8, 16 and all prototypes with the largest absolute coefficients, the sigmoid of the full sum,
+    and the final mask. Red is positive, blue negative. Tiles are `height` pixels high and have the image's aspect
+    ratio, limited to 1/2..2. Returns uint8 BGR.
     """
     tile = (height, round(height * min(max(detections.size[1] / detections.size[0], 0.5), 2)))
     prototypes = detections.prototypes.float().cpu()
     count = prototypes.shape[2]
     planes = prototypes.permute(2, 0, 1).numpy()
-    tiles = [_tile(plane / max(plane.max(), 1e-6), tile, f"{k}") for k, plane in enumerate(planes)]
-    sheet = [tiles[i : i + 8] for i in range(0, count, 8)]
+    weights = [f" x {value:+.2f}" for value in detections.coefficients[0].tolist()] if len(detections) else [""] * count
+    tiles = [_tile(plane / max(plane.max(), 1e-6), tile, f"{k}{weights[k]}") for k, plane in enumerate(planes)]
+    small = cv2.resize(image, tile[::-1], interpolation=cv2.INTER_AREA)
+    tiles.insert(0, small)
+    sheet = [tiles[i : i + 8] for i in range(0, len(tiles), 8)]
     for i in range(min(best, len(detections))):
         coefficients = detections.coefficients[i].float().cpu()
         order = coefficients.abs().argsort(descending=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.image import write_image
 from inference.detections import Detections
-from inference.outputs import write_results
+from inference.outputs import Save, write_results
 from utils.errors import UserError
 from utils.files import atomic_write, write_error
 
@@ -112,9 +112,9 @@ def frame_files(folder: Path) -> list[Path]:
 class VideoWriter:
     """Draw and encode in a separate thread. The files appear under their final names only when `close` succeeds."""
 
-    def __init__(self, output: Path, kinds: tuple[str, ...], name: str, fps: float, report: VideoReport):
-        self.output, self.kinds, self.name, self.fps, self.report = output, kinds, name, fps, report
-        self.per_frame = tuple(kind for kind in kinds if kind in ("masks", "polygons", "prototypes"))
+    def __init__(self, output: Path, save: Save, name: str, fps: float, report: VideoReport):
+        self.output, self.save, self.name, self.fps, self.report = output, save, name, fps, report
+        self.per_frame = save.only("masks", "polygons", "prototypes")
         self.path = output.with_name(output.name + ".mp4")
         self.part = output.with_name(f".{output.name}.part.mp4")
         self.encoder: cv2.VideoWriter | None = None
@@ -125,9 +125,11 @@ class VideoWriter:
         self.thread = threading.Thread(target=self._run, daemon=True)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            for left in frame_files(output) if self.per_frame else ():  # an earlier run may have written more frames
+            for left in (
+                frame_files(output) if self.per_frame.kinds else ()
+            ):  # an earlier run may have written more frames
                 left.unlink()
-            if "json" in kinds:  # one line per detection, written at once: a long video has millions
+            if "json" in save:  # one line per detection, written at once: a long video has millions
                 self.json = self.files.enter_context(atomic_write(output.with_name(output.name + ".json")))
                 self.json.write(b"[")
         except OSError as error:
@@ -152,7 +154,7 @@ class VideoWriter:
 
     def _write(self, read_at: float, index: int, frame: np.ndarray, detections: Detections) -> None:
         origin = {"video": self.name, "frame": index}
-        if "overlay" in self.kinds:
+        if "overlay" in self.save:
             if self.encoder is None:
                 self.encoder = self._open(frame)
             self.encoder.write(detections.draw(frame))
@@ -161,7 +163,7 @@ class VideoWriter:
                 self.json.write(
                     (b",\n" if self.json.tell() > 1 else b"\n") + json.dumps(origin | result, allow_nan=False).encode()
                 )
-        if self.per_frame:
+        if self.per_frame.kinds:
             path = self.output / f"{index:06d}"
             if "polygons" in self.per_frame:  # LabelMe needs the frame to show them on
                 origin["file_name"] = str(path.with_suffix(".frame.jpg"))
@@ -208,12 +210,12 @@ def process_video(
     predictor: Callable[[np.ndarray], Detections],
     source: str,
     output: Path,
-    kinds: tuple[str, ...],
+    save: Save,
     max_frames: int | None = None,
 ) -> VideoReport:
     """Segment a video file, or a camera given by its number, and return statistics.
 
-    Results are `output` + ".mp4", `output` + ".json" and a folder `output` of per-frame files, depending on `kinds`.
+    Results are `output` + ".mp4", `output` + ".json" and a folder `output` of per-frame files, depending on `save`.
     On Ctrl-C the frames that were read are still written and the files are completed. At most `max_frames` frames are
     processed. Raises UserError if the source cannot be opened or has no frames, or a result cannot be written.
     """
@@ -222,7 +224,7 @@ def process_video(
     report = VideoReport()
     video = VideoSource(source)
     try:
-        writer = VideoWriter(output, kinds, Path(source).name, video.fps, report)
+        writer = VideoWriter(output, save, Path(source).name, video.fps, report)
     except UserError:
         video.close()
         raise

@@ -16,8 +16,9 @@ from pycocotools import mask as rle
 
 import eval as eval_script
 from config import override
+from data.coco import CocoDataset
 from inference import Detections, Predictor
-from inference.outputs import instance_map, labelme, prototype_sheet, rings
+from inference.outputs import instance_map, labelme, polygon_iou, prototype_sheet, rings
 from layers.masks import soft_masks
 from layers.nms import NMS
 from layers.structures import Candidates
@@ -93,7 +94,7 @@ def test_instance_map_and_polygons():
     numbers = instance_map(found)
     assert numbers.dtype == np.uint16
     assert np.array_equal(numbers == 1, found.masks[0].numpy())
-    shapes = labelme(found, "a.jpg")["shapes"]
+    shapes = labelme(found, "a.jpg", tolerance=0)["shapes"]
     assert [s["label"] for s in shapes] == ["disc", "tile"]
     for shape, mask in zip(shapes, found.masks.numpy(), strict=True):
         drawn = np.zeros(mask.shape, np.uint8)
@@ -330,7 +331,7 @@ def test_command_line_writes_every_kind(weights, tmp_path):
     assert "1 of 4 images could not be read" in out
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     endings = ("", ".json", ".masks.json", ".masks.png", ".polygons.json", ".prototypes.png")
-    assert len(names) == 3 * len(endings)
+    assert len(names) == 3 * len(endings) + 1  # and one COCO file for all
     results = json.loads((tmp_path / "out/p1.json").read_text())
     assert results[0]["file_name"].endswith("p1.jpg")
     assert {"image_id", "category_id", "category_name", "score", "bbox", "segmentation"} <= set(results[0])
@@ -401,7 +402,7 @@ MEASURE = """
 import resource, sys, numpy as np, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from inference.outputs import write_results
+from inference.outputs import Save, write_results
 from inference import Detections
 
 def detections(size, count):
@@ -414,9 +415,9 @@ def detections(size, count):
 
 torch.manual_seed(0)
 image = np.zeros((3000, 4000, 3), np.uint8)
-write_results(image[:64, :64], detections((64, 64), 2), Path({out!r}) / "warm", ({kind!r},), {{}}, ".jpg")
+write_results(image[:64, :64], detections((64, 64), 2), Path({out!r}) / "warm", Save(({kind!r},)), {{}}, ".jpg")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_results(image, detections((3000, 4000), 100), Path({out!r}) / "large", ({kind!r},), {{}}, ".jpg")
+write_results(image, detections((3000, 4000), 100), Path({out!r}) / "large", Save(({kind!r},)), {{}}, ".jpg")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -432,7 +433,7 @@ def test_memory_of_a_hundred_masks_on_twelve_megapixels(tmp_path, kind, limit):
 
 
 def test_prototype_sheet():
-    sheet = prototype_sheet(disc_detections(200, 300))
+    sheet = prototype_sheet(disc_detections(200, 300), np.zeros((200, 300, 3), np.uint8))
     assert sheet.dtype == np.uint8
     assert sheet.shape[1] == 8 * 207  # 2:3 as the image
     with pytest.raises(ValueError, match="of an image of"):
@@ -458,3 +459,49 @@ def test_names_of_neighbours_do_not_hide_each_other():
         taken.append(_free_place((300, 300), (70, 18), box, taken))
     assert not any(_overlap(a, b) for i, a in enumerate(taken) for b in taken[:i])
     assert all(x1 >= 0 and y1 >= 0 and x2 <= 300 and y2 <= 300 for x1, y1, x2, y2 in taken)
+
+
+def test_polygons_are_simplified_within_a_tolerance():
+    found = disc_detections(200, 300)
+    (exact,) = labelme(found[:1], "a.jpg", 0.0)["shapes"]
+    (simple,) = labelme(found[:1], "a.jpg")["shapes"]
+    assert len(simple["points"]) < 0.5 * len(exact["points"])
+    assert exact["description"].endswith("IoU with the mask 1.000")
+    stated = float(simple["description"].split()[-1])
+    assert 0.95 < stated < 1
+    drawn = np.zeros((200, 300), np.uint8)
+    cv2.fillPoly(drawn, [np.array(simple["points"]).astype(np.int32)], 1)
+    mask = found.masks[0].numpy()
+    assert stated == pytest.approx((mask & (drawn > 0)).sum() / (mask | (drawn > 0)).sum(), abs=1e-3)
+
+
+def test_polygons_with_holes_state_their_iou():
+    mask = np.zeros((60, 60), bool)
+    mask[10:50, 10:50] = True
+    mask[20:30, 20:30] = False
+    assert polygon_iou(mask, rings(mask)) == pytest.approx(1, abs=0.01)
+    assert polygon_iou(mask, rings(mask)[:1]) < 0.95  # without its hole
+
+
+def test_a_folder_has_one_coco_file(weights, tmp_path):
+    for seed, name in enumerate(("a.png", "sub/b.png", "coco.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "in" / name), random_image(90, 130, seed))
+    out = tmp_path / "out"
+    text = run("eval.py", "--weights", weights, "--images", tmp_path / "in", "--output", out, "--precision", "fp32")
+    assert "detections of 3 images" in text
+    content = json.loads((out / "coco1.json").read_text())  # coco.json belongs to coco.png
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "coco.png", "sub/b.png"]
+    assert content["categories"] == [{"id": 7, "name": "disc"}, {"id": 3, "name": "tile"}]
+    alone = json.loads((out / "a.json").read_text())
+    mine = [entry for entry in content["annotations"] if entry["image_id"] == 1]
+    assert [entry["segmentation"] for entry in mine] == [entry["segmentation"] for entry in alone]
+    assert len({entry["id"] for entry in content["annotations"]}) == len(content["annotations"]) > 3
+    dataset = CocoDataset(out / "coco1.json", tmp_path / "in")  # it is a valid annotation file
+    assert 0.9 * len(alone) < len(dataset[0].boxes) <= len(alone)  # those without a pixel are not objects
+
+
+def test_the_prototype_sheet_shows_the_image_and_coefficients():
+    image = np.full((200, 300, 3), (10, 200, 30), np.uint8)
+    sheet = prototype_sheet(disc_detections(200, 300), image)
+    assert (sheet[20:100, 20:150] == (10, 200, 30)).all()

@@ -18,12 +18,14 @@ from conftest import ROOT, SMALL, make_dataset, run, spawn, train_args
 
 import train
 from config import from_dict, get_config
+from data.annotation import to_rle
 from data.coco import CocoDataset
 from training.advice import unlikely_settings
 from training.curves import read_log
 from training.log import RunLog
 from training.loop import describe_duration
 from training.schedule import Schedule
+from training.sheets import worst_images
 from training.trainer import Trainer, claim_folder
 from utils.distributed import single
 from utils.errors import UserError
@@ -542,3 +544,19 @@ def test_settings_that_cannot_work_are_named(dataset, tmp_path):
     text = run(*train_args(dataset, *words))
     assert "warning: batch norm is trained with statistics of 2 images" in text
     assert "warning: the learning rate 1e-09 is far from" in text
+
+
+def test_the_validation_sheet_shows_the_worst_images(dataset):
+    data = CocoDataset(dataset, dataset.parent / "images")
+    sizes = dict.fromkeys(data.image_ids, (96, 128))
+    results = []
+    for index in (1, 3):  # all others are missed
+        sample = data[index]
+        for label, box, segmentation in zip(sample.labels, sample.boxes, sample.segmentations, strict=True):
+            code = to_rle(segmentation, 96, 128)
+            result = {"image_id": data.image_ids[index], "category_id": data.category_ids[label], "score": 0.9}
+            results.append(result | {"segmentation": code, "bbox": box.tolist()})
+    results.append(results[0] | {"image_id": data.image_ids[2]})  # a false positive beside two missed objects
+    worst = worst_images(data, results, sizes, count=8)
+    assert worst[0] == 2
+    assert set(worst[-3:]) == {1, 3, 7}  # without errors; the last image has no objects

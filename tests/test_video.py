@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, run, spawn
 
 from inference import video
+from inference.outputs import Save
 from inference.video import process_video
 from utils.errors import UserError
 
@@ -59,7 +60,7 @@ def test_interrupted_video_is_playable(predictor, clip, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return predictor(frame)
 
-    report = process_video(slow, str(clip), tmp_path / "cut", ("overlay", "json"))
+    report = process_video(slow, str(clip), tmp_path / "cut", Save(("overlay", "json")))
     assert report.interrupted
     written, _ = frames(tmp_path / "cut.mp4")
     assert 5 <= len(written) == report.frames < 20
@@ -71,7 +72,7 @@ def test_interrupted_video_is_playable(predictor, clip, tmp_path):
 def test_video_does_not_replace_itself(predictor, clip):
     before = clip.read_bytes()
     with pytest.raises(UserError, match="replace the video itself"):
-        process_video(predictor, str(clip), clip.with_suffix(""), ("overlay",))
+        process_video(predictor, str(clip), clip.with_suffix(""), Save(("overlay",)))
     assert clip.read_bytes() == before
 
 
@@ -104,20 +105,20 @@ def test_errors_while_writing_reach_the_caller(predictor, clip, tmp_path, monkey
 
     monkeypatch.setattr(video.VideoWriter, "_finish_video", fail)
     with pytest.raises(UserError, match="disk full"):
-        process_video(predictor, str(clip), tmp_path / "x", ("overlay", "json"))
+        process_video(predictor, str(clip), tmp_path / "x", Save(("overlay", "json")))
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
     monkeypatch.setattr(video, "write_results", fail)
     with pytest.raises(UserError, match="disk full"):
-        process_video(predictor, str(clip), tmp_path / "x", ("masks",))
+        process_video(predictor, str(clip), tmp_path / "x", Save(("masks",)))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        process_video(predictor, str(clip), tmp_path / "file" / "x", ("json",))
+        process_video(predictor, str(clip), tmp_path / "file" / "x", Save(("json",)))
 
 
 def test_broken_video(predictor, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match="cannot be opened"):
-        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
+        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", Save(("overlay",)))
 
 
 def test_the_same_command_again_replaces_its_results(weights, clip, tmp_path):

@@ -17,7 +17,7 @@ from evaluation.evaluator import per_class_table
 from inference import Predictor
 from training.log import RunLog
 from training.schedule import Schedule
-from training.sheets import batch_sheet, comparison_sheet
+from training.sheets import batch_sheet, comparison_sheet, worst_images
 from training.trainer import Trainer
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -96,7 +96,8 @@ def validate(trainer: Trainer, val: CocoDataset, log: RunLog, progress: Progress
     if metrics is not None:  # in the main process
         for problem in metrics["problems"]:
             progress.write(f"warning: {problem}; the image is evaluated as having no detections")
-        log.image(trainer.step, "validation", comparison_sheet(predictor, val))
+        worst = worst_images(val, metrics["results"], metrics["sizes"])
+        log.image(trainer.step, "validation", comparison_sheet(predictor, val, worst))
         box, mask = metrics["bbox"], metrics["segm"]
         progress.write(
             f"step {trainer.step}: box AP {box['AP']:.3f} AP50 {box['AP50']:.3f}, "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -10,9 +14,13 @@ from data.coco import CocoDataset
 from data.image import denormalise
 from data.loader import Batch
 from data.sheets import LARGEST_SHEET, draw_truth, label_text
+from evaluation.errors import KINDS, match_dataset
+from evaluation.evaluator import Sizes
 from inference import Predictor
 from utils.draw import contact_sheet, draw_objects
 from utils.errors import UserError
+
+SHOWN_SCORE = 0.3  # predictions that are drawn, and that count as false positives
 
 
 def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
@@ -30,10 +38,21 @@ def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
     return contact_sheet(images, [str(image_id) for image_id in batch.image_ids[:LARGEST_SHEET]])
 
 
-def comparison_sheet(predictor: Predictor, dataset: CocoDataset, count: int = 8, score: float = 0.3) -> np.ndarray:
-    """Draw the first `count` images in pairs: with the ground truth, and with predictions that score >= `score`."""
+def worst_images(dataset: CocoDataset, results: list[dict[str, Any]], sizes: Sizes, count: int = 6) -> list[int]:
+    """Return the indices of the images with the most errors (missed objects and false positives), worst first."""
+    outcome = match_dataset(dataset, results, sizes, SHOWN_SCORE)
+    errors = Counter(item.index for item in outcome.found if item.kind in KINDS)
+    errors.update(item.index for item in outcome.missed)
+    others = [index for index in range(len(dataset)) if index not in errors]
+    return [*(index for index, _ in errors.most_common(count)), *others][:count]
+
+
+def comparison_sheet(
+    predictor: Predictor, dataset: CocoDataset, indices: Sequence[int], score: float = SHOWN_SCORE
+) -> np.ndarray:
+    """Draw images in pairs: with the ground truth, and with predictions that score at least `score`."""
     images, captions = [], []
-    for index in range(min(count, len(dataset))):
+    for index in indices:
         try:
             sample = dataset[index]
         except UserError:
@@ -42,4 +61,4 @@ def comparison_sheet(predictor: Predictor, dataset: CocoDataset, count: int = 8,
         found = found[found.scores >= score]
         images += [draw_truth(sample, dataset.class_names), found.draw(sample.image)]
         captions += [f"{dataset.image_ids[index]}: truth", f"{len(found)} predicted"]
-    return contact_sheet(images, captions)
+    return contact_sheet(images, captions, side=540)

@@ -55,6 +55,11 @@ def positive_float(text: str) -> float:
     return _number(text, lambda value: value > 0, "a finite number above 0")
 
 
+def non_negative_float(text: str) -> float:
+    """Argparse type for finite numbers of at least 0."""
+    return _number(text, lambda value: value >= 0, "a finite number of at least 0")
+
+
 def fraction(text: str) -> float:
     """Argparse type for numbers from 0 to 1."""
     return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")

@@ -141,7 +141,8 @@ class LossConfig:
 
     crowd_iou: float = limited(0.7, maximum=1)  # negatives with more than this share in a crowd are ignored; 1: none
     masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image, for the mask loss; a random sample
-    mask_supersample: int = limited(1, minimum=1, maximum=16)  # resolution of the mask loss, in prototype sizes
+    # The mask loss is computed at this multiple of the prototypes' size.
+    mask_supersample: int = limited(1, minimum=1, maximum=16)
 
 
 @dataclass(frozen=True)

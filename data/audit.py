@@ -335,7 +335,7 @@ def _class_rows(dataset: CocoDataset, reports: list[ImageReport]) -> list[dict[s
 
 
 def quick_audit(dataset: CocoDataset, config: Config) -> list[Finding]:
-    """Audit the annotations and a sample of the images when training or evaluation starts.
+    """Audit a sample of the images with their annotations, and all ids and classes, when a script starts.
 
     Prints errors and warnings except those about small objects, repeated images and ids, which only the full audit
     reports. Returns the errors.

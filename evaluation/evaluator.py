@@ -92,7 +92,7 @@ def evaluate(
     Returns:
         A dictionary in the main process, and None in the others. "bbox" and "segm" map METRICS to values in 0..1, or
         to -1 if there is no ground truth, as in COCOeval. "table" is COCOeval's text, "results" the COCO results,
-        "problems" messages about unreadable images, "sizes" the sizes of the images that were read by id, and "notes"
+        "problems" messages about unreadable images, "sizes" maps the id of each image that was read to its size, and "notes"
         messages about the annotations. "per_class" is present
         on request, and "without_copies" (metrics without repeated annotations) if there are any.
 
@@ -133,7 +133,7 @@ def coco_metrics(
         sizes: (height, width) of images by image id, for images whose size the file does not give.
 
     Returns:
-        The dictionary of `evaluate` without "results" and "problems".
+        The dictionary of `evaluate` without "results", "problems" and "sizes".
     """
     truth = GroundTruth(dataset, sizes or {})
     metrics: dict[str, Any] = {"table": "", "notes": truth.notes()}

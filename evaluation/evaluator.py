@@ -92,9 +92,9 @@ def evaluate(
     Returns:
         A dictionary in the main process, and None in the others. "bbox" and "segm" map METRICS to values in 0..1, or
         to -1 if there is no ground truth, as in COCOeval. "table" is COCOeval's text, "results" the COCO results,
-        "problems" messages about unreadable images, "sizes" maps the id of each image that was read to its size, and "notes"
-        messages about the annotations. "per_class" is present
-        on request, and "without_copies" (metrics without repeated annotations) if there are any.
+        "problems" messages about unreadable images, "sizes" maps the id of each image that was read to its size, and
+        "notes" are messages about the annotations. "per_class" is present on request, and "without_copies" (metrics
+        without repeated annotations) if there are any.
 
     Raises:
         UserError: if the classes of the data set and the model differ.

@@ -69,8 +69,8 @@ class MultiBoxLoss:
             anchors: [A, 4] in centre form, relative to the image.
             targets: B dictionaries, see `Target`.
             mask_iou_net: the model's `mask_iou`, for YOLACT++.
-            num_positives: the number of positive anchors to divide by. Needed if `targets` is only one process's share of
-                a batch, or a micro-batch. Default: the number in `targets`.
+            num_positives: the number of positive anchors to divide by. Needed if `targets` is only one process's share
+                of a batch, or a micro-batch. Default: the number in `targets`.
             num_images: the number of images to divide the semantic term by. Default: B.
 
         Returns:

@@ -36,6 +36,7 @@ from inference import Predictor
 from inference.images import Source, find_images, split_output
 from inference.outputs import POLYGON_TOLERANCE, Save, folder_results, parse_kinds, write_results
 from inference.runtime import ExportedNetwork, is_exported
+from inference.tiles import TiledPredictor
 from inference.video import frame_files, process_video
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
@@ -43,6 +44,7 @@ from utils.distributed import Ranks, join
 from utils.errors import (
     ArgumentParser,
     UserError,
+    fraction,
     fraction_or_best,
     integer,
     nearest,
@@ -111,6 +113,8 @@ def build_parser() -> ArgumentParser:
     how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
     how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, fast)")
     how("--size", help="input size of the network, HxW or one number, at least 32")
+    how("--tile", type=integer(32), metavar="PIXELS", help="also predict on tiles of this size, for large images")
+    how("--overlap", type=fraction, default=0.25, help="part of a tile that it shares with the next (%(default)s)")
     how("--no_crop", action="store_true", help="do not crop masks to their boxes")
     how(
         "--crop_after_resize",
@@ -189,12 +193,19 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
     )
 
 
+def tiled(predictor: Predictor, args: argparse.Namespace) -> Predictor | TiledPredictor:
+    """Return the predictor, or one for tiles if --tile is given."""
+    return predictor if args.tile is None else TiledPredictor(predictor, args.tile, args.overlap)
+
+
 def segment_images(args: argparse.Namespace) -> int:
     """Segment all images of --image and --images; return 1 if some could not be read."""
     save = Save(parse_kinds(args.save), args.polygon_tolerance)
     sources, problems = find_images(args.image, args.images, args.output)
     sources = sources[: args.max_images]
-    predictor = build_predictor(args, args.device, display=True)
+    predictor = tiled(build_predictor(args, args.device, display=True), args)
+    if args.tile and "prototypes" in save:
+        raise UserError("--save prototypes: each tile has its own; leave out --tile")
     for problem in problems:
         print(f"{problem}, skipped", file=sys.stderr)
     unreadable = 0
@@ -274,7 +285,7 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         raise UserError("--annotations needs --image_dir, the folder of the images")
     dataset = CocoDataset(args.annotations, args.image_dir, args.follow_links)
     dataset.check_folder()
-    predictor = build_predictor(args, ranks.device)
+    predictor = tiled(build_predictor(args, ranks.device), args)
     if not dataset.has_annotations:
         output = args.output or Path("results.json")
         prediction = predict_dataset(predictor, dataset, args.max_images, ranks=ranks)
@@ -338,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--annotations": args.annotations is not None,
         "--benchmark": args.benchmark,
     }
+    if args.tile is not None and (args.video is not None or args.benchmark):
+        raise UserError("--tile is for images and --annotations")
     if args.no_crop and args.crop_after_resize:
         raise UserError("--no_crop and --crop_after_resize cannot be combined")
     chosen = [name for name, on in tasks.items() if on]

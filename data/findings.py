@@ -74,7 +74,7 @@ KINDS = {
         "raise max_size, or remove such objects",
     ),
     "tiny": Kind(
-        "objects are under 4 px wide or high at the network's size", "raise max_size, or cut images into tiles"
+        "objects are under 4 px wide or high at the network's size", "raise max_size, and predict with --tile"
     ),
     "unused_class": Kind(
         "classes have no object", "ignore this if another annotation file contains objects of them", of="classes"

@@ -17,6 +17,7 @@ from config import Config
 from data.annotation import Annotation, exact_copies, to_rle
 from data.coco import CocoDataset
 from inference import Predictor
+from inference.tiles import TiledPredictor
 from utils.distributed import Ranks, single
 from utils.errors import UserError
 
@@ -36,7 +37,7 @@ class Prediction:
 
 
 def predict_dataset(
-    predictor: Predictor,
+    predictor: Predictor | TiledPredictor,
     dataset: CocoDataset,
     max_images: int | None = None,
     progress: bool = True,
@@ -76,7 +77,7 @@ def predict_dataset(
 
 
 def evaluate(
-    predictor: Predictor,
+    predictor: Predictor | TiledPredictor,
     dataset: CocoDataset,
     max_images: int | None = None,
     per_class: bool = False,

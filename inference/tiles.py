@@ -16,8 +16,9 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
+from config import Config
 from inference.detections import Detections
-from inference.predictor import Predictor
+from inference.predictor import MAX_BATCH, Predictor
 from utils.errors import UserError
 
 MERGE_IOU = 0.5  # of two masks in the region that both tiles cover
@@ -56,30 +57,37 @@ class _Part:
     code: dict[str, Any]
 
 
-def predict_tiled(predictor: Predictor, image: np.ndarray, tile: int, overlap: float = 0.25) -> TiledDetections:
-    """Return the detections of an image, found on tiles and on the whole image.
+class TiledPredictor:
+    """Call it with an image, uint8 BGR [H, W, 3], for the detections on its tiles and on the whole image.
 
     Args:
-        predictor: the predictor; each tile is resized to its input.
-        image: uint8 BGR [H, W, 3].
+        predictor: predicts each tile, which is resized to the network's input.
         tile: the side of the tiles in pixels.
-        overlap: the part of a tile's side that it shares with the next one, 0 to 0.9.
+        overlap: the part of a tile's side that it shares with the next one, 0..0.9.
 
     Raises:
         UserError: if `tile` or `overlap` is out of range.
     """
-    if tile < 32 or not 0 <= overlap <= 0.9:
-        raise UserError(f"tiles of {tile} pixels with an overlap of {overlap}: at least 32 pixels, and 0 to 0.9")
-    height, width = image.shape[:2]
-    windows: list[Window] = [(0, 0, width, height)]
-    if max(height, width) > tile:
-        windows += tile_windows(height, width, tile, overlap)
-    parts: list[_Part] = []
-    for window in windows:
-        x1, y1, x2, y2 = window
-        for part in _parts(predictor(np.ascontiguousarray(image[y1:y2, x1:x2])), window, (height, width)):
-            _add(parts, part)
-    return _to_detections(predictor, parts, (height, width))
+
+    def __init__(self, predictor: Predictor, tile: int, overlap: float = 0.25):
+        if tile < 32 or not 0 <= overlap <= 0.9:
+            raise UserError(f"tiles of {tile} pixels with an overlap of {overlap:g}: use at least 32, and 0 to 0.9")
+        self.predictor, self.tile, self.overlap = predictor, tile, overlap
+        self.config = predictor.config
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        height, width = image.shape[:2]
+        if max(height, width) <= self.tile:
+            return self.predictor(image)
+        windows: list[Window] = [(0, 0, width, height), *tile_windows(height, width, self.tile, self.overlap)]
+        parts: list[_Part] = []
+        for start in range(0, len(windows), MAX_BATCH):
+            batch = windows[start : start + MAX_BATCH]
+            pieces = [np.ascontiguousarray(image[y1:y2, x1:x2]) for x1, y1, x2, y2 in batch]
+            for window, found in zip(batch, self.predictor(pieces), strict=True):
+                for part in _parts(found, window, (height, width)):
+                    _add(parts, part)
+        return _to_detections(self.config, parts, (height, width))
 
 
 def tile_windows(height: int, width: int, tile: int, overlap: float) -> list[Window]:
@@ -138,8 +146,7 @@ def _agree(a: _Part, b: _Part) -> bool:
     return False
 
 
-def _to_detections(predictor: Predictor, parts: list[_Part], size: tuple[int, int]) -> TiledDetections:
-    config = predictor.config
+def _to_detections(config: Config, parts: list[_Part], size: tuple[int, int]) -> TiledDetections:
     parts = sorted(parts, key=lambda part: -part.mask_score)[: config.detection.top_k]
     boxes = torch.tensor([rle.toBbox(part.code).tolist() for part in parts], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

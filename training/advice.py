@@ -49,7 +49,7 @@ def unlikely_settings(
     if len(largest) and np.median(largest) < SMALL_SIDE:
         lines.append(
             f"half of the objects are smaller than {np.median(largest):.0f} pixels at {config.model.max_size} px, "
-            "which is too small for the anchors; increase max_size, or cut the images into tiles"
+            "which is too small for the anchors; increase max_size, and predict with --tile"
         )
     few = [name for name, count in zip(config.class_names, counts, strict=True) if count < FEW_PER_CLASS]
     if few:

@@ -63,6 +63,23 @@ DETECTION_KEYS = tuple(vars(DetectionConfig()))
 DISPLAY_THRESHOLD = 0.3  # default score threshold for images and videos
 
 
+# Options that other tasks would ignore without a word.
+TASKS_OF = {
+    "--image_dir": ("--annotations",),
+    "--follow_links": ("--annotations",),
+    "--per_class": ("--annotations",),
+    "--report": ("--annotations",),
+    "--store_threshold": ("--annotations",),
+    "--save": ("--image/--images", "--video"),
+    "--polygon_tolerance": ("--image/--images", "--video"),
+    "--tile": ("--image/--images", "--annotations"),
+    "--overlap": ("--image/--images", "--annotations"),
+    "--batch_size": ("--benchmark",),
+    "--max_pixels": ("--image/--images",),
+    "--max_images": ("--image/--images", "--video", "--annotations"),
+}
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Segment images and videos with YOLACT, compute AP, or measure speed.", allow_abbrev=False
@@ -295,10 +312,6 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         return report_problems(prediction.problems)
     if ranks.main:
         quick_audit(dataset, predictor.config)
-    if args.store_threshold and args.report is None:
-        raise UserError("--store_threshold needs --report DIR, which finds the threshold")
-    if args.report is not None:
-        need_matplotlib()  # before the work, and not after it
     per_class = args.per_class or args.report is not None
     metrics = evaluate(predictor, dataset, args.max_images, per_class, ranks=ranks)
     if metrics is None:  # only the main process has them
@@ -306,6 +319,8 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
     print(metrics["table"])
     if args.per_class:
         print(per_class_table(metrics))
+    if args.max_images is not None and args.max_images < len(dataset):
+        print(f"only the first {args.max_images} of {len(dataset)} images were evaluated (--max_images)")
     for note in metrics["notes"]:
         print(note)
     results, sizes = metrics.pop("results"), metrics.pop("sizes")
@@ -340,28 +355,41 @@ def measure_speed(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    configure_process(args.threads)
+def chosen_task(args: argparse.Namespace) -> str:
+    """Return the option that names the task. Raises UserError for none, several, or an option of another task."""
     tasks = {
         "--image/--images": bool(args.image or args.images),
         "--video": args.video is not None,
         "--annotations": args.annotations is not None,
         "--benchmark": args.benchmark,
     }
-    if args.tile is not None and (args.video is not None or args.benchmark):
-        raise UserError("--tile is for images and --annotations")
-    if args.no_crop and args.crop_after_resize:
-        raise UserError("--no_crop and --crop_after_resize cannot be combined")
     chosen = [name for name, on in tasks.items() if on]
     if len(chosen) != 1:
         problem = "nothing to do" if not chosen else f"{' and '.join(chosen)} at once"
         raise UserError(f"{problem}; give exactly one of {', '.join(tasks)}")
-    if args.image or args.images:
+    parser = build_parser()
+    for option, allowed in TASKS_OF.items():
+        name = option.removeprefix("--")
+        if getattr(args, name) != parser.get_default(name) and chosen[0] not in allowed:
+            raise UserError(f"{option} has no effect with {chosen[0]}; it is for {' and '.join(allowed)}")
+    if args.no_crop and args.crop_after_resize:
+        raise UserError("--no_crop and --crop_after_resize cannot be combined")
+    if args.store_threshold and args.report is None:
+        raise UserError("--store_threshold needs --report DIR, which finds the threshold")
+    if args.report is not None:
+        need_matplotlib()
+    return chosen[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    configure_process(args.threads)
+    task = chosen_task(args)
+    if task == "--image/--images":
         return segment_images(args)
-    if args.video is not None:
+    if task == "--video":
         return segment_video(args)
-    if args.benchmark:
+    if task == "--benchmark":
         return measure_speed(args)
     with join(args.device) as ranks:
         return measure_ap(args, ranks)

@@ -112,6 +112,8 @@ def start_run(given: dict[str, Any]) -> int:
         raise UserError(
             "to start a run, give --train_annotations, --train_images and --config or --init; to continue one, --resume"
         )
+    if "val_images" in given and "val_annotations" not in given:
+        raise UserError("--val_images has no effect without --val_annotations")
     start = read_start(given.get("init", "imagenet"))
     config = get_config(given["config"]) if "config" in given else start.config
     config = override(config, **parse_overrides(given.get("set", [])))
@@ -135,6 +137,8 @@ def resume_run(resume: Path, given: dict[str, Any]) -> int:
 
     Raises UserError if the file has no valid training state, or an argument cannot change in a resumed run.
     """
+    if not resume.exists():
+        raise UserError(f"--resume {resume}: no such run; give the --output_dir of an earlier one")
     path = checkpoint_in(resume, ("last.pth",)) if resume.is_dir() else resume
     content = read_checkpoint(path)
     weights = weights_from(content, path)
@@ -171,6 +175,8 @@ def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDat
         datasets.append(CocoDataset(settings.val_annotations, val_images, settings.follow_links))
         known = override(config, class_names=train.class_names, category_ids=train.category_ids)
         check_classes(datasets[-1], known, "in training")
+        if settings.val_annotations.resolve() == settings.train_annotations.resolve():
+            print("warning: training and validation use the same annotations, so AP will be too high")
     for dataset in datasets:
         dataset.check_images()
         errors = quick_audit(dataset, config) if ranks.main else []

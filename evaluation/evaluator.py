@@ -118,7 +118,8 @@ def check_classes(dataset: CocoDataset, config: Config, where: str = "in the wei
         right = config.class_names[label] if label < config.num_classes else "-"
         rows.append(f"{label:>5}  {left:<24}  {right}{'  <' * (left != right)}")
     table = "\n".join(rows)
-    raise UserError(f"{dataset.path}: its classes differ from those {where}\n{table}")
+    advice = "use files with the same categories in the same order"
+    raise UserError(f"{dataset.path}: its classes differ from those {where}; {advice}\n{table}")
 
 
 def coco_metrics(

@@ -19,6 +19,7 @@ from utils.errors import UserError
 NOT_IMAGES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv"}
 
 
+UNSUPPORTED = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
 LONGEST_STEM = 190  # bytes; suffixes of results and temporary files are added, and file systems allow 255
 
 
@@ -71,6 +72,7 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
         folder, target = split_output(text)
         try:
             jobs += [(path, path.relative_to(folder), target) for path in _images_in(Path(folder))]
+            problems += _unsupported_in(Path(folder))
         except UserError as error:
             problems.append(str(error))
     if not jobs:
@@ -151,6 +153,14 @@ def _expand(text: str) -> tuple[list[tuple[Path, Path]], str | None]:
         return [(Path(pattern), Path(Path(pattern).name))], target
     found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     return [(path, Path(path.name)) for path in found], target
+
+
+def _unsupported_in(folder: Path) -> list[str]:
+    """Return a message about images in formats that OpenCV cannot read, if there are any."""
+    names = sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
+    if not names:
+        return []
+    return [f"{folder}: {len(names)} images in an unsupported format such as {names[0]}; convert them to JPEG or PNG"]
 
 
 def _images_in(folder: Path) -> list[Path]:

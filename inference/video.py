@@ -49,7 +49,7 @@ class VideoSource:
     def __init__(self, source: str, ahead: int = 4):
         self.camera = source.isdigit()
         if not (self.camera or "://" in source or Path(source).is_file()):
-            raise UserError(f"{source}: no such video")
+            raise UserError(f"{source}: {'a folder, not a video' if Path(source).is_dir() else 'no such video'}")
         self.capture = cv2.VideoCapture(int(source) if self.camera else source)
         if not self.capture.isOpened():
             raise UserError(f"{'camera ' * self.camera}{source}: cannot be opened as a video")

@@ -59,7 +59,7 @@ def cluster_nms(
     max_detections: int = 100,
     penalty: bool = False,
 ) -> NMSResult:
-    """Cluster-NMS (Zheng et al. 2020): repeat Fast NMS until the result is stable, which is that of sequential NMS.
+    """Cluster-NMS (Zheng et al. 2020): repeat Fast NMS until its result is stable and equals that of sequential NMS.
 
     A box that is suppressed in one iteration does not suppress others in the next. With `penalty` (the score penalty
     mechanism), no box is removed; instead, scores decay with the IoU with better boxes that are not suppressed.

@@ -88,7 +88,7 @@ def test_yolo(tmp_path, names):
     text = convert(tmp_path / "data.yaml", tmp_path / "coco.json")
     assert "2 images, 3 objects, 2 classes" in text
     assert "not used: 1 boxes without an outline (a detection label): straße.txt line 1" in text
-    assert "not used: 2 lines that are not a class of 0 to 1 and numbers" in text
+    assert "not used: 2 lines that are not a class index (0 to 1) followed by numbers" in text
     found = load(tmp_path / "coco_train.json", tmp_path / "images/train")
     check(found, "a b.jpg", ("person", drawn(SQUARE)), ("car", drawn(SECOND)))
     check(found, "straße.jpg", ("person", drawn(SECOND)))

@@ -505,3 +505,29 @@ def test_the_prototype_sheet_shows_the_image_and_coefficients():
     image = np.full((200, 300, 3), (10, 200, 30), np.uint8)
     sheet = prototype_sheet(disc_detections(200, 300), image)
     assert (sheet[20:100, 20:150] == (10, 200, 30)).all()
+
+
+def test_options_that_would_be_ignored_are_refused(weights, dataset, tmp_path):
+    images = dataset.parent / "images"
+    image = ["--weights", weights, "--image", images / "image_0.png"]
+    evaluation = ["--weights", weights, "--annotations", dataset, "--image_dir", images]
+    for words, message in (
+        ([*image, "--per_class"], "--per_class has no effect with --image/--images; it is for --annotations"),
+        ([*image, "--image_dir", images], "--image_dir has no effect"),
+        ([*image, "--batch_size", 2], "--batch_size has no effect"),
+        ([*evaluation, "--save", "json"], "--save has no effect with --annotations"),
+        ([*image, "--score_treshold", 0.4], "did you mean --score_threshold?"),
+        (["--weights", weights, "--video", images], "a folder, not a video"),
+    ):
+        text = run("eval.py", *words, "--output", tmp_path / "o", code=2)
+        assert message in text, text
+    text = run("eval.py", *evaluation, "--max_images", 3)
+    assert "only the first 3 of 8 images were evaluated" in text
+
+
+def test_unsupported_images_of_a_folder_are_named(weights, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), random_image())
+    (tmp_path / "b.HEIC").write_bytes(b"x")
+    text = run("eval.py", "--weights", weights, "--images", tmp_path, "--output", tmp_path / "out", code=1)
+    assert "1 images in an unsupported format such as b.HEIC; convert them to JPEG or PNG" in text
+    assert (tmp_path / "out/a.png").is_file()

@@ -122,6 +122,6 @@ def test_the_command_line(weights, dataset, tmp_path):
     common = ["--weights", weights, "--tile", 64]
     text = run("eval.py", *common, "--annotations", dataset, "--image_dir", dataset.parent / "images")
     assert "Average Precision" in text
-    assert "--tile is for images" in run("eval.py", *common, "--benchmark", code=2)
+    assert "--tile has no effect with --benchmark" in run("eval.py", *common, "--benchmark", code=2)
     with pytest.raises(UserError, match="at least 32"):
         TiledPredictor(Squares(), 10)

@@ -115,7 +115,7 @@ def test_mistakes_get_one_line(dataset, tmp_path):
     )
     assert "'max_size'" in run(*train_args(dataset, "--set", "max_siz=3"), code=2)
     assert "--resume" in run("train.py", code=2)
-    assert "no such weights file" in run("train.py", "--resume", tmp_path / "none.pth", code=2)
+    assert "no such run" in run("train.py", "--resume", tmp_path / "none.pth", code=2)
     other = make_dataset(tmp_path / "other", 2)
     content = json.loads(other.read_text())
     content["categories"][1]["name"] = "plate"
@@ -560,3 +560,11 @@ def test_the_validation_sheet_shows_the_worst_images(dataset):
     worst = worst_images(data, results, sizes, count=8)
     assert worst[0] == 2
     assert set(worst[-3:]) == {1, 3, 7}  # without errors; the last image has no objects
+
+
+def test_mistakes_of_train_that_were_silent(dataset, tmp_path):
+    args = train_args(dataset, "--output_dir", tmp_path / "run", "--max_iter", 1, "--batch_size", 2)
+    cut = args.index("--val_annotations")
+    assert "--val_images has no effect without --val_annotations" in run(*args[:cut], *args[cut + 2 :], code=2)
+    assert "no such run" in run("train.py", "--resume", tmp_path / "nothing", code=2)
+    assert "training and validation use the same annotations" in run(*args)

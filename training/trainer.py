@@ -107,7 +107,7 @@ class Trainer:
     def train_step(self, batch: Batch, lr: float) -> dict[str, float]:
         """Take one optimiser step at learning rate `lr`; return the weighted losses and their sum, "total".
 
-        Raises UserError if a loss or the gradient norm is not finite.
+        Raises UserError if a loss is not finite or, except in float16, if the gradient norm is not.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -177,7 +177,8 @@ class Trainer:
         """Save a checkpoint as `name` in the run's folder. Only the main process writes; all raise if it fails.
 
         Args:
-            with_state: also save what resuming needs, which takes three to four times as much space.
+            with_state: also save what resuming needs. The file is then up to twice as large with SGD, up to three times
+                with AdamW, and an EMA adds one more copy of the weights.
         """
         problem = None
         if self.ranks.main:
@@ -219,8 +220,8 @@ class Trainer:
             raise UserError(f"{self.folder}: its training state is damaged ({reason[:100]})") from None
 
     def _load(self, training: dict[str, Any]) -> None:
-        # With an EMA the checkpoint's weights, which the model and its EMA copy start from, are those of the EMA; the
-        # trained weights replace them in the model only.
+        # With an EMA, the checkpoint's weights are the averaged ones, and the model and its EMA copy both start with
+        # them. Here the model, but not the EMA copy, gets the trained weights back.
         if self.ema is not None:
             self.ema.n_averaged.fill_(training["averaged"])
             self.model.load_state_dict(training["raw"])

@@ -84,7 +84,10 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that raises UserError for invalid arguments, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message} (see --help)")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f"did you mean {close[0]}? " if close and message.startswith("unrecognized") else ""
+        raise UserError(f"{message} ({hint}see --help)")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

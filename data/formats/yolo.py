@@ -35,7 +35,10 @@ def recognise(source: Path) -> bool:
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
-    """Read a data set. Raises UserError if a file is missing or damaged, or PyYAML is needed and not installed."""
+    """Read a data set. Unusable images and label lines are added to `problems`.
+
+    Raises UserError if the data.yaml is unusable or names a place that does not exist, or if PyYAML is not installed.
+    """
     path = find_yaml(source)
     if path is None:
         names, folders = _class_names(source), {"": [images or source / "images"]}
@@ -81,12 +84,15 @@ def _class_names(source: Path) -> list[str]:
 
 
 def _places(content: dict[str, Any], split: str, path: Path, images: Path | None) -> list[Path]:
-    """Return the folders and list files of a split. Paths in a data.yaml are often those of another computer."""
+    """Return the image folders of a split, and the text files that list its images.
+
+    Paths in a data.yaml are often those of another computer.
+    """
     entries = content[split] if isinstance(content[split], list) else [content[split]]
     roots = [path.parent / str(content.get("path") or "."), path.parent, *([images] if images else [])]
     places = []
     for entry in entries:
-        # Roboflow writes ../train/images, which is meant relative to a folder beside the file.
+        # Roboflow writes ../train/images, but the folder is train/images beside the file.
         tries = [root / str(entry) for root in roots] + [path.parent / str(entry).removeprefix("../")]
         found = next((place for place in tries if place.exists()), None)
         if found is None:
@@ -121,7 +127,7 @@ def _label_path(image: Path) -> Path:
 def _objects(path: Path, size: tuple[int, int], names: list[str], problems: Problems) -> Iterator[LabelledObject]:
     if not path.is_file():
         return  # an image without objects
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         words, where = line.split(), f"{path.name} line {number}"
         if not words:
             continue
@@ -130,7 +136,7 @@ def _objects(path: Path, size: tuple[int, int], names: list[str], problems: Prob
         except ValueError:
             values = np.array([np.nan])
         if not np.isfinite(values).all() or values[0] != int(values[0]) or not 0 <= values[0] < len(names):
-            problems.add(f"lines that are not a class of 0 to {len(names) - 1} and numbers", where)
+            problems.add(f"lines that are not a class index (0 to {len(names) - 1}) followed by numbers", where)
         elif len(values) == 5:
             problems.add("boxes without an outline (a detection label)", where)
         elif len(values) < 7 or len(values) % 2 == 0:

@@ -15,6 +15,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 README, TABLES = FOLDER.parent / "README.md", FOLDER / "README.md"
 BEGIN, END = "<!-- written by benchmarks/report.py -->", "<!-- end -->"
+BEGIN_SIZE = "<!-- number of images, written by benchmarks/report.py -->"
 Report = dict[str, Any]
 
 VARIED = {"size": "input size, px", "batch_size": "batch size", "detections": "detections", "image": "image size"}
@@ -48,8 +49,11 @@ def main() -> int:
 
 def readme() -> str:
     """Return the text of README.md with its speed table updated."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n{speed_rows()}\n{END}{rest.split(END)[1]}"
+    text = README.read_text(encoding="utf-8")
+    for begin, rows in ((BEGIN, speed_rows()), (BEGIN_SIZE, size_table(read("data_size.json")))):
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{rows}\n{END}{rest.split(END, 1)[1]}"
+    return text
 
 
 def speed_rows() -> str:
@@ -78,6 +82,7 @@ def tables() -> str:
     parts = [INTRODUCTION, *(comparison(kind) for kind in ("cpu", "cuda")), runtimes(read("runtimes_cpu.json"))]
     parts += [*stages(), *(scaling(read(path.name)) for path in sorted(FOLDER.glob("scaling_*.json")))]
     parts += [precision(read("precision.json")), nms(read("nms.json")), loader(read("loader.json"))]
+    parts += [tiles(read("tiles.json")), data_size(read("data_size.json"))]
     parts += [training_memory(read("memory.json")), inference_bound(read("memory.json"))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -134,6 +139,45 @@ def runtimes(report: Report) -> str:
         + table(["model", "px", "GFLOP", "what", *variants], rows)
         + f"\n\n`{report['command']}`"
     )
+
+
+def tiles(report: Report) -> str:
+    """Show mask AP by the size of objects with and without tiles."""
+    if not report:
+        return ""
+    rows = [
+        [row["tile"] or "none", *(f"{100 * row[key]:.1f}" for key in ("AP", "AP50", "APs", "APm", "APl")), row["ms"]]
+        for row in report["rows"]
+    ]
+    return (
+        f"## Tiles\n\nMask AP of {report['configuration']} at {report['input']} px on {report['images']} images with a "
+        f"longer side of {report['longest_side']} pixels, and the time per image, COCOeval included, on "
+        f"{report['device']}.\n\n"
+        + table(["tile, px", "AP", "AP50", "small", "medium", "large", "ms"], rows)
+        + f"\n\n`{report['command']}`"
+    )
+
+
+def data_size(report: Report) -> str:
+    """Show AP against the number of training images."""
+    if not report:
+        return ""
+    return (
+        f"## Number of training images\n\nAP after {report['steps']} steps at {report['size']} px, on "
+        f"{report['val_images']} images. The bundled weights were trained on all of these training images before.\n\n"
+        + size_table(report)
+        + f"\n\n`{report['command']}`"
+    )
+
+
+def size_table(report: Report) -> str:
+    """Return a row for each number of images, with mask and box AP50 from each start."""
+    starts = list(dict.fromkeys(row["start"] for row in report["rows"]))
+    rows = []
+    for count in dict.fromkeys(row["images"] for row in report["rows"]):
+        found = {row["start"]: row for row in report["rows"] if row["images"] == count}
+        rows.append([count, *(f"{100 * found[s]['segm_AP']:.1f} / {100 * found[s]['segm_AP50']:.1f}" for s in starts)])
+    return table(["training images", *(f"mask AP / AP50, from {start}" for start in starts)], rows)
 
 
 def training_memory(report: Report) -> str:

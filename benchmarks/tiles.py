@@ -53,7 +53,8 @@ def main() -> int:
         print(row)
     report = {
         "command": f"python benchmarks/tiles.py --weights {Path(args.weights).name} "
-        f"--annotations {args.annotations.name} --image_dir {args.image_dir.name} --tiles {' '.join(map(str, args.tiles))}",
+        f"--annotations {args.annotations.name} --image_dir {args.image_dir.name} "
+        f"--tiles {' '.join(map(str, args.tiles))}",
         "configuration": predictor.config.name,
         "input": predictor.size[0],
         "images": args.max_images or len(dataset),

@@ -231,7 +231,7 @@ def segment_images(args: argparse.Namespace) -> int:
         together = None
         if "json" in save and args.images and len(sources) > 1:
             path = unused_json(sources)
-            image_root = os.path.commonpath([source.path.resolve().parent for source in sources])
+            image_root = os.path.commonpath([os.path.dirname(os.path.realpath(source.path)) for source in sources])
             together = stack.enter_context(folder_results(path, config.class_names, config.category_ids))
         for number, source in enumerate(
             tqdm(sources, desc="segmenting", disable=None if len(sources) > 1 else True), 1
@@ -247,7 +247,7 @@ def segment_images(args: argparse.Namespace) -> int:
             origin = {"image_id": number, "file_name": str(source.path)}
             written = write_results(image, detections, source.output, save, origin, source.suffix)
             if together is not None:
-                together.add(os.path.relpath(source.path.resolve(), image_root), detections)
+                together.add(os.path.relpath(os.path.realpath(source.path), image_root), detections)
             tqdm.write(f"{source.path}: {len(detections)} detections -> {', '.join(map(str, written))}")
         if together is not None:
             print(f"{together.count} detections of {len(together.images)} images -> {path}")
@@ -258,7 +258,7 @@ def segment_images(args: argparse.Namespace) -> int:
 
 def unused_json(sources: list[Source]) -> Path:
     """Return the path of one COCO file for all images, in their common output folder; no image has that name."""
-    folder = Path(os.path.relpath(os.path.commonpath([source.output.parent.resolve() for source in sources])))
+    folder = Path(os.path.relpath(os.path.commonpath([os.path.realpath(source.output.parent) for source in sources])))
     taken = {Path(os.path.relpath(source.output)) for source in sources}
     names = (f"coco{number or ''}" for number in itertools.count())
     return next(folder / f"{name}.json" for name in names if folder / name not in taken)

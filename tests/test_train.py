@@ -143,7 +143,7 @@ def test_too_many_unreadable_photos_stop(tmp_path):
     (tmp_path / "val/images/image_1.png").write_bytes(b"")
     out = run(*args, "--output_dir", tmp_path / "run")
     assert "image_1.png: the file is empty" in out
-    assert "1 images could not be used" in out
+    assert "images that could not be used and were replaced by others: 1" in out
     assert "step 10: box AP" in out
     for i in (3, 5, 7):
         (tmp_path / f"data/images/image_{i}.png").write_bytes(b"")

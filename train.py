@@ -33,13 +33,14 @@ from data.loader import TrainingLoader
 from data.sampling import epoch_indices
 from evaluation.evaluator import check_classes
 from training.advice import objects_per_class, unlikely_settings
+from training.batch_size import fitting_batch_size
 from training.loop import fit
 from training.schedule import Schedule
 from training.settings import Settings
 from training.trainer import Trainer, check_resumable, claim_folder
-from utils.device import PRECISIONS, configure_process
+from utils.device import PRECISIONS, choose_device, choose_precision, configure_process
 from utils.distributed import Ranks, join
-from utils.errors import ArgumentParser, UserError, integer, positive_float, run_main
+from utils.errors import ArgumentParser, UserError, integer, integer_or_auto, positive_float, run_main
 from utils.files import write_json
 from weights.checkpoint import read_checkpoint
 from weights.load import build_model, weights_from
@@ -70,7 +71,11 @@ def build_parser() -> ArgumentParser:
         "without --config, the configuration in the file is used",
     )
     start.add_argument("--resume", type=Path, help="continue a run, given its folder or a checkpoint")
-    parser.add_argument("--batch_size", type=integer(1), help="images per step over all processes; scales the schedule")
+    parser.add_argument(
+        "--batch_size",
+        type=integer_or_auto,
+        help="images per step over all processes, which scales the schedule; auto: what fits into a CUDA GPU",
+    )
     parser.add_argument("--accumulate", type=integer(1), help="gradient accumulation: micro-batches per step (1)")
     parser.add_argument("--lr", type=positive_float, help="learning rate; it is not scaled to the batch size")
     length = parser.add_mutually_exclusive_group()
@@ -117,6 +122,11 @@ def start_run(given: dict[str, Any]) -> int:
     start = read_start(given.get("init", "imagenet"))
     config = get_config(given["config"]) if "config" in given else start.config
     config = override(config, **parse_overrides(given.get("set", [])))
+    if given.get("batch_size") == "auto":
+        device = choose_device(given.get("device", "auto"))
+        dtype = choose_precision(given.get("precision", "auto"), device)
+        given["batch_size"] = fitting_batch_size(config, device, dtype)
+        print(f"--batch_size auto: {given['batch_size']}")
     given.setdefault("output_dir", Path("runs") / Path(given.get("config", config.name)).stem)
     settings = Settings(**given | {"set": tuple(given.get("set", ()))})
     folder = settings.output_dir

@@ -23,6 +23,7 @@ from utils.errors import UserError, nearest
 from utils.files import atomic_write, write_error, write_json
 
 KINDS = ("overlay", "json", "masks", "polygons", "prototypes")
+COLUMNS = 11  # tiles in a row of the prototype sheet: three rows for the image and 32 prototypes
 POLYGON_TOLERANCE = 1.0  # pixels; people edit the outlines, and a mask has a corner at almost every pixel of its edge
 
 
@@ -239,7 +240,7 @@ def prototype_sheet(detections: Detections, image: np.ndarray, height: int = 138
     tiles = [_tile(plane / max(plane.max(), 1e-6), tile, f"{k}{weights[k]}") for k, plane in enumerate(planes)]
     small = cv2.resize(image, tile[::-1], interpolation=cv2.INTER_AREA)
     tiles.insert(0, small)
-    sheet = [tiles[i : i + 8] for i in range(0, len(tiles), 8)]
+    sheet = [tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)]
     for i in range(min(best, len(detections))):
         coefficients = detections.coefficients[i].float().cpu()
         order = coefficients.abs().argsort(descending=True)
@@ -255,7 +256,7 @@ def prototype_sheet(detections: Detections, image: np.ndarray, height: int = 138
         row.append(_tile(mask, tile, f"{name} {float(detections.scores[i]):.2f}", color_of(i)))
         sheet.append(row)
     blank = np.full((*tile, 3), 255, np.uint8)
-    return np.vstack([np.hstack(row + [blank] * (8 - len(row))) for row in sheet])
+    return np.vstack([np.hstack(row + [blank] * (COLUMNS - len(row))) for row in sheet])
 
 
 def _tile(

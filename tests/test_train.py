@@ -21,6 +21,7 @@ from config import from_dict, get_config
 from data.annotation import to_rle
 from data.coco import CocoDataset
 from training.advice import unlikely_settings
+from training.batch_size import largest_that_fits, training_step
 from training.curves import read_log
 from training.log import RunLog
 from training.loop import describe_duration
@@ -568,3 +569,16 @@ def test_mistakes_of_train_that_were_silent(dataset, tmp_path):
     assert "--val_images has no effect without --val_annotations" in run(*args[:cut], *args[cut + 2 :], code=2)
     assert "no such run" in run("train.py", "--resume", tmp_path / "nothing", code=2)
     assert "training and validation use the same annotations" in run(*args)
+
+
+def test_batch_size_auto(dataset, tmp_path, small_config):
+    for limit, expected in ((0, 0), (1, 1), (5, 4), (64, 64), (10_000, 256)):
+        assert largest_that_fits(lambda size, limit=limit: size <= limit) == expected
+    text = run(*train_args(dataset, "--output_dir", tmp_path / "x", "--batch_size", "auto"), code=2)
+    assert "--batch_size auto needs a CUDA GPU, not cpu" in text
+    model = Yolact(small_config).train()
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    training_step(model, optimizer, 2, torch.device("cpu"), torch.float32)  # the step that is measured on a GPU
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(changed) > 0.5 * len(changed)

@@ -40,6 +40,11 @@ def integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def integer_or_auto(text: str) -> int | str:
+    """Argparse type for integers of at least 1, and the word "auto"."""
+    return text if text == "auto" else integer(1)(text)
+
+
 def _number(text: str, accepts: Callable[[float], bool], words: str) -> float:
     try:
         value = float(text)

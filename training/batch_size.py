@@ -67,9 +67,8 @@ def training_step(
     }
     with autocast(device, dtype):
         predictions = model(images)
-    loss = MultiBoxLoss(model.config.loss)(
-        predictions, model.anchors(side, side), [target] * batch_size, model.mask_iou
-    )
+    anchors, targets = model.anchors(side, side), [target] * batch_size
+    loss = MultiBoxLoss(model.config.loss)(predictions, anchors, targets, model.mask_iou)
     sum(loss.values()).backward()  # type: ignore[union-attr]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -202,7 +202,7 @@ def test_the_file_alone_is_enough(small):
         assert max(report["raw_difference"].values()) < 1e-3
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".xml", marks=pytest.mark.slow)])
 def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     path = tmp_path / f"raw{suffix}"
     run("export.py", "--weights", weights, "--output", path, "--raw")
@@ -219,6 +219,7 @@ def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     )
 
 
+@pytest.mark.slow
 def test_a_raw_export_of_plus_is_not_run_without_its_mask_scores(tmp_path):
     pytest.importorskip("onnxscript")
     path = export(random_model("yolact_plus_resnet50", max_size=64), tmp_path, ".onnx", "--raw")
@@ -363,6 +364,7 @@ def test_wrong_requests_get_one_line(small, weights, tmp_path, dataset):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     from deploy import onnx_export
 

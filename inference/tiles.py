@@ -2,7 +2,7 @@
 
 An object that a border of a tile cuts is found in both tiles. Two detections of a class are taken for one object if
 their masks agree in the region that both tiles cover, and then their masks are united. The image as a whole is one of
-the tiles, so that objects larger than a tile are found, too.
+the tiles, so that objects larger than a tile are found, too; their pieces in other tiles are dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from inference.predictor import MAX_BATCH, Predictor
 from utils.errors import UserError
 
 MERGE_IOU = 0.5  # of two masks in the region that both tiles cover
+MIN_INSIDE = 0.7  # of a piece that a tile cut off: its share in a detection on the whole image
+LARGE = 0.5  # of a tile: the side from which on an object is large
+CUT_MARGIN = 4  # pixels; masks rarely reach the very border
 MIN_SHARED = 16  # pixels that at least one of two masks must have there; with fewer, the IoU says nothing
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the image
 
@@ -55,6 +58,7 @@ class _Part:
     mask_score: float
     label: int
     code: dict[str, Any]
+    cut: bool  # by a border of its tile inside the image
 
 
 class TiledPredictor:
@@ -110,22 +114,57 @@ def _parts(found: Detections, window: Window, size: tuple[int, int]) -> Iterator
         if mask.any():
             whole = np.zeros(size, np.uint8, order="F")
             whole[y1:y2, x1:x2] = mask
-            yield _Part([window], scores[i], mask_scores[i], labels[i], rle.encode(whole))
+            yield _Part([window], scores[i], mask_scores[i], labels[i], rle.encode(whole), _is_cut(mask, window, size))
+
+
+def _is_cut(mask: np.ndarray, window: Window, size: tuple[int, int]) -> bool:
+    """Whether a mask of a tile comes within CUT_MARGIN pixels of a border of the tile that lies inside the image."""
+    x1, y1, x2, y2 = window
+    height, width = size
+    borders = (
+        (x1 > 0, mask[:, :CUT_MARGIN]),
+        (y1 > 0, mask[:CUT_MARGIN]),
+        (x2 < width, mask[:, -CUT_MARGIN:]),
+        (y2 < height, mask[-CUT_MARGIN:]),
+    )
+    return any(inside and strip.any() for inside, strip in borders)
 
 
 def _add(parts: list[_Part], new: _Part) -> None:
-    """Unite a detection with those that it agrees with, or append it."""
-    same = [part for part in parts if part.label == new.label and _agree(part, new)]
+    """Combine a detection with those that are the same object, or append it.
+
+    A detection on the whole image, which comes first, stands for its pieces in the tiles if it is large or a border cut
+    the piece off. For a small object, the tile's finer mask replaces it. Detections on two tiles are united.
+    """
+    height, width = new.code["size"]
+    whole = (0, 0, width, height)
+    for part in parts:
+        if part.label != new.label or part.windows != [whole] or new.windows == [whole]:
+            continue
+        if new.cut or _side(part) >= LARGE * _side(new, window=True):
+            shared = rle.area(rle.merge([part.code, new.code], intersect=True))
+            if shared >= MIN_INSIDE * rle.area(new.code):
+                return
+        elif _agree(part, new):
+            parts.remove(part)
+            best = max(part.score, new.score), max(part.mask_score, new.mask_score)
+            parts.append(_Part(new.windows, *best, new.label, new.code, new.cut))
+            return
+    same = [part for part in parts if part.label == new.label and part.windows != [whole] and _agree(part, new)]
     for part in same:
         parts.remove(part)
-        new = _Part(
-            part.windows + new.windows,
-            max(part.score, new.score),
-            max(part.mask_score, new.mask_score),
-            new.label,
-            rle.merge([part.code, new.code]),
-        )
+        best = max(part.score, new.score), max(part.mask_score, new.mask_score)
+        code = rle.merge([part.code, new.code])
+        new = _Part(part.windows + new.windows, *best, new.label, code, part.cut and new.cut)
     parts.append(new)
+
+
+def _side(part: _Part, window: bool = False) -> float:
+    """Return the longer side of a detection's mask, or of its (first) tile."""
+    if window:
+        x1, y1, x2, y2 = part.windows[0]
+        return max(x2 - x1, y2 - y1)
+    return float(max(rle.toBbox(part.code)[2:]))
 
 
 def _agree(a: _Part, b: _Part) -> bool:

@@ -383,6 +383,7 @@ os.waitpid(child, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux reports it")
+@pytest.mark.slow
 def test_a_forked_worker_does_not_copy_the_index(tmp_path):
     """20,000 images with 146,000 annotations; as Python objects a worker copied all of their 150 MiB in an epoch."""
     polygon = [[float(v) for v in range(40)]]

@@ -150,7 +150,7 @@ def test_sizes_of_the_network(tmp_path, weights, size):
     check_graph(path, load_model(weights), SIZES)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("suffix", [".xml", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_predictor_and_scripts_take_exported_models(small, weights, tmp_path, dataset, suffix):
     path = small / f"small{suffix}"
     image = random_image(100, 140)
@@ -202,7 +202,9 @@ def test_the_file_alone_is_enough(small):
         assert max(report["raw_difference"].values()) < 1e-3
 
 
-@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".xml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(".onnx", marks=pytest.mark.slow), pytest.param(".xml", marks=pytest.mark.slow)]
+)
 def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     path = tmp_path / f"raw{suffix}"
     run("export.py", "--weights", weights, "--output", path, "--raw")

@@ -83,7 +83,7 @@ def test_schedule_scales_visibly_and_the_log_is_complete(dataset, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_interrupted_runs_are_saved(dataset, tmp_path, number):
     """As a terminal or a batch system does it: all processes of the run get the signal."""
     folder = tmp_path / "run"
@@ -273,7 +273,7 @@ run_main(train.main)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_exception_ends_the_run_and_its_workers(dataset, tmp_path, workers):
     """Workers ignore SIGTERM, and Python's exit handler waits for them: a batch system would hold its GPU for ever."""
     args = train_args(dataset, "--batch_size", "2", "--max_iter", "50", "--output_dir", tmp_path / "run")

@@ -87,7 +87,7 @@ run_main(script.main)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
-@pytest.mark.parametrize("kind", ["overlay", "json"])
+@pytest.mark.parametrize("kind", ["overlay", pytest.param("json", marks=pytest.mark.slow)])
 def test_full_disk_leaves_no_broken_video(weights, clip, tmp_path, kind):
     args = ["--weights", weights, "--video", clip, "--output", tmp_path / "out/clip", "--save", kind, "--device", "cpu"]
     done = subprocess.run(

@@ -38,7 +38,11 @@ def write(path, name, shapes, **meta):
     return state
 
 
-@pytest.mark.parametrize("name", SHAPES)
+# One file of each layout by default; all with --slow.
+FAST = ("dbolya/yolact_resnet50_config", "dbolya/yolact_plus_resnet50_config", "mmdet/yolact_r50_1xb8-55e_coco")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES])
 def test_released_layouts_load_and_save_again(name, tmp_path):
     """All entries find their place, none is left; the configuration is found from the content."""
     wanted = get_config(name.split("/")[1])

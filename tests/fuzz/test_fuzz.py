@@ -22,11 +22,12 @@ from utils.errors import UserError
 from weights import released
 
 CASES = {"annotations": 150, "checkpoints": 80, "images": 300, "inputs": 16, "resume": 24}
+SLOW = ("resume", "checkpoints")
 MEMORY = 2500  # MiB
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes")
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in CASES])
 def test_damaged_input(kind, tmp_path, pytestconfig):
     count = CASES[kind] * pytestconfig.getoption("--fuzz")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("cases.py")), kind, str(tmp_path), "0"]

@@ -22,8 +22,9 @@ from inference.predictor import MAX_BATCH, Predictor
 from utils.errors import UserError
 
 MERGE_IOU = 0.5  # of two masks in the region that both tiles cover
-MIN_INSIDE = 0.7  # of a piece that a tile cut off: its share in a detection on the whole image
-LARGE = 0.5  # of a tile: the side from which on an object is large
+# A piece is dropped if at least this share of its area lies in a detection on the whole image.
+MIN_INSIDE = 0.7
+LARGE = 0.5  # an object is large if its longer side is at least this fraction of a tile's
 CUT_MARGIN = 4  # pixels; masks rarely reach the very border
 MIN_SHARED = 16  # pixels that at least one of two masks must have there; with fewer, the IoU says nothing
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the image

@@ -35,7 +35,7 @@ def objects_per_class(dataset: CocoDataset) -> tuple[np.ndarray, np.ndarray]:
 def unlikely_settings(
     config: Config, schedule: Schedule, together: int, objects: tuple[np.ndarray, np.ndarray]
 ) -> list[str]:
-    """Return one sentence for each setting that probably prevents good results, and names what to change.
+    """Return one warning for each property of the data or settings that probably prevents good results.
 
     Args:
         config: the configuration of the run.

@@ -15,7 +15,8 @@ from pathlib import Path
 from data.image import SUFFIXES, is_result
 from utils.errors import UserError
 
-# An --output with one of these suffixes is refused: it names a file type that is not written, rather than a folder.
+# An --output with one of these suffixes is refused, unless it is an existing folder: here only a folder or an image
+# file can be named.
 NOT_IMAGES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv"}
 
 
@@ -47,8 +48,8 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
     """Resolve `--image` (paths, globs, `-` for a list on stdin) and `--images` (folders) to images and output paths.
 
     Results are written to the path after the colon of `in:out`, otherwise to `output` (a folder, or a file for a
-    single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They
-    replace results of earlier runs, but never each other or any other image.
+    single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They replace results of earlier runs, but never
+    each other or an input image. In a folder, an overlay never replaces an image that is not such a result.
 
     Returns:
         The images, and messages about folders without images.

@@ -48,8 +48,9 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
     """Resolve `--image` (paths, globs, `-` for a list on stdin) and `--images` (folders) to images and output paths.
 
     Results are written to the path after the colon of `in:out`, otherwise to `output` (a folder, or a file for a
-    single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They replace results of earlier runs, but never
-    each other or an input image. In a folder, an overlay never replaces an image that is not such a result.
+    single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They
+    replace results of earlier runs, but never each other or an input image. In a folder, an overlay never replaces an
+    image that is not such a result.
 
     Returns:
         The images, and messages about folders without images.

@@ -102,12 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
 
     paths = list_images(args.calibration)[:MAX_CALIBRATION]
-    if paths:
-        print(f"calibrating on {len(paths)} images")
-
     with scratch_folder(args.output) as folder:
         draft = Path(folder) / args.output.name
-        write_export(model, draft, size, detection, args.raw, read_images(paths))
+        used = write_export(model, draft, size, detection, args.raw, read_images(paths) if args.int8 else None)
+        if args.int8:
+            print(f"calibrated on {used} images")
         report, problems = check_export(ExportedNetwork(draft), model, detection, images)
         if problems:
             raise UserError(

@@ -243,7 +243,7 @@ def exported(model: Any, folder: Path, image: np.ndarray) -> dict[str, Any]:
     noisy = [(image + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8) for _ in range(10)]
     files = {"onnx": folder / "model.onnx", "float": folder / "float.xml", "int8": folder / "int8.xml"}
     for name, path in files.items():
-        write_export(model, path, (side, side), model.config.detection, calibration=noisy if name == "int8" else ())
+        write_export(model, path, (side, side), model.config.detection, calibration=noisy if name == "int8" else None)
     variants = {"ONNX Runtime float32": ("onnx", "fp32"), "OpenVINO float32": ("float", "fp32")}
     variants |= {"OpenVINO bfloat16": ("float", "bf16"), "OpenVINO int8": ("int8", "auto")}
     return {

@@ -97,7 +97,7 @@ def exported(model: Yolact, calibration: Iterator[np.ndarray], folder: Path) -> 
     side = model.config.model.max_size
     files = {"onnx": folder / "model.onnx", "float": folder / "float.xml", "int8": folder / "int8.xml"}
     for name, path in files.items():
-        images = calibration if name == "int8" else ()
+        images = calibration if name == "int8" else None
         write_export(model, path, (side, side), model.config.detection, calibration=images)
     variants = {
         "ONNX Runtime float32": ("onnx", "fp32"),

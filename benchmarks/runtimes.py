@@ -84,7 +84,7 @@ def our_jobs(model: Yolact, size: int, image: np.ndarray, folder: Path) -> Jobs:
     """Return the jobs of the model in PyTorch, ONNX Runtime and OpenVINO."""
     files = {name: folder / f"{name}.xml" for name in ("float", "int8")} | {"onnx": folder / "model.onnx"}
     for name, path in files.items():
-        calibration = map(read_image, IMAGES) if name == "int8" else ()
+        calibration = map(read_image, IMAGES) if name == "int8" else None
         write_export(model, path, (size, size), model.config.detection, calibration=calibration)
     fast_bf16 = has_fast_bf16(torch.device("cpu"))
     options: dict[str, Any] = {"score_threshold": THRESHOLD}

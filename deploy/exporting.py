@@ -11,6 +11,7 @@ from config import DetectionConfig
 from data.image import normalise, resize
 from deploy.onnx_export import describe, to_onnx
 from deploy.openvino_export import quantise, to_openvino, write_openvino
+from utils.errors import UserError
 from utils.files import write_bytes
 from yolact import Yolact
 
@@ -21,8 +22,8 @@ def write_export(
     size: tuple[int, int],
     detection: DetectionConfig,
     raw: bool = False,
-    calibration: Iterable[np.ndarray] = (),
-) -> None:
+    calibration: Iterable[np.ndarray] | None = None,
+) -> int:
     """Export a model to ONNX or OpenVINO, depending on the suffix of `path`.
 
     Args:
@@ -31,19 +32,26 @@ def write_export(
         size: height and width of the network's input.
         detection: the thresholds, NMS and limits of the exported graph.
         raw: export the network alone, from normalised images to raw outputs.
-        calibration: uint8 BGR images [H, W, 3]. If there are any, the network is quantised to int8 (OpenVINO only).
+        calibration: uint8 BGR images [H, W, 3] for quantising the network to int8 (OpenVINO only). None: no int8.
+
+    Returns:
+        The number of calibration images.
 
     Raises:
-        UserError: if a package is missing, the NMS cannot be exported, or the file cannot be written.
+        UserError: if a package is missing, the NMS cannot be exported, there are no calibration images, or the file
+            cannot be written.
     """
     proto = to_onnx(model, size, detection, raw)
     if path.suffix == ".onnx":
         write_bytes(path, proto.SerializeToString())
-        return
-    batches = [_graph_input(image, model, size, raw) for image in calibration]
+        return 0
+    batches = [_graph_input(image, model, size, raw) for image in calibration or ()]
+    if calibration is not None and not batches:
+        raise UserError("int8 needs calibration images, and none could be read")
     precision = "int8" if batches else "fp16"
     converted = to_openvino(proto, describe(model, size, detection, raw, precision))
     write_openvino(quantise(converted, batches) if batches else converted, path)
+    return len(batches)
 
 
 def _graph_input(image: np.ndarray, model: Yolact, size: tuple[int, int], raw: bool) -> np.ndarray:

@@ -239,7 +239,7 @@ def test_int8_keeps_the_bundled_models_detections(tmp_path):
         cv2.imwrite(str(images / f"{i}.png"), np.roll(source, 20 * i, axis=1))
     path = tmp_path / "int8.xml"
     text = run("export.py", "--output", path, "--size", 288, "--int8", "--calibration", images)
-    assert "calibrating on 12 images" in text
+    assert "calibrated on 12 images" in text
     assert ExportedNetwork(path).precision == "int8"
     assert path.with_suffix(".bin").stat().st_size < 0.6 * 15_000_000  # float16 takes 15 MB
     image = cv2.imread(str(ASTRONAUT))
@@ -392,6 +392,14 @@ def test_missing_packages_are_named(weights, small, tmp_path, monkeypatch, packa
     if package != "onnxscript":
         text = run("eval.py", "--weights", small / f"small{suffix}", "--image", ASTRONAUT, code=2)
         assert f"{package} is not installed" in text
+
+
+def test_int8_without_a_readable_image_is_not_written_in_float(weights, tmp_path):
+    pytest.importorskip("nncf")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    words = ["--output", tmp_path / "m.xml", "--int8", "--calibration", tmp_path / "broken.jpg"]
+    assert "none could be read" in run("export.py", "--weights", weights, *words, code=2)
+    assert not (tmp_path / "m.xml").exists()
 
 
 def test_int8_needs_nncf(weights, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_the_page_is_complete_and_alone(report):
     folder, _, text = report
     page = (folder / "index.html").read_text()
     assert "report -> " in text
-    for part in ("mask AP", "Confusion matrix", "disc", "tile", "localisation", "prefers", "missed")[:5]:
+    for part in ("mask AP", "Confusion matrix", "disc", "tile", "localisation", "missed", "color-scheme: light dark"):
         assert part in page
     assert not re.findall(r"(?:src|href)='(?!data:)", page)  # nothing is loaded from elsewhere
     for name in ("curves.png", "confusion.png", "errors.png"):

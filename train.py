@@ -74,7 +74,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--batch_size",
         type=integer_or_auto,
-        help="images per step over all processes, which scales the schedule; auto: as many as a CUDA GPU can hold (untested)",
+        help="images per step over all processes; scales the schedule. auto: as many as a CUDA GPU can hold (untested)",
     )
     parser.add_argument("--accumulate", type=integer(1), help="gradient accumulation: micro-batches per step (1)")
     parser.add_argument("--lr", type=positive_float, help="learning rate; it is not scaled to the batch size")

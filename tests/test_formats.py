@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -96,6 +97,16 @@ def test_yolo(tmp_path, names):
     check(found, "straße.jpg", ("person", drawn(SECOND)))
     assert load(tmp_path / "coco_val.json", tmp_path / "images/val") == {"c.png": []}  # kept, without objects
     assert convert(tmp_path, tmp_path / "again.json")  # the folder means its data.yaml
+
+
+def test_yolo_class_indices_may_have_gaps(tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/c.txt").write_text(f"7 {relative(SQUARE)}\n1 {relative(SECOND)}\n")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: {0: person, 7: truck}\n")
+    text = convert(tmp_path / "data.yaml", tmp_path / "coco.json")
+    assert "not used: 1 lines that are not a class index (0, 7) followed by numbers: c.txt line 2" in text
+    check(load(tmp_path / "coco_train.json", tmp_path / "images"), "c.png", ("truck", drawn(SQUARE)))
 
 
 def test_yolo_without_a_yaml(tmp_path):
@@ -215,6 +226,19 @@ def test_via(tmp_path, version):
     check(found, "a b.jpg", ("cat", drawn(SQUARE)), ("dog", drawn(SECOND)), ("cat", ellipse))
 
 
+def test_options_of_a_via_project_are_named(tmp_path):
+    """Regions store the id of an option; the project file has its name."""
+    write_images(tmp_path / "images")
+    shape = {"name": "rect", "x": 90, "y": 20, "width": 30, "height": 50}
+    regions = [{"shape_attributes": shape, "region_attributes": {"class": "3"}}]
+    files = {"c.png1": {"filename": "c.png", "size": 1, "regions": regions, "file_attributes": {}}}
+    attributes = {"region": {"class": {"type": "dropdown", "options": {"1": "cat", "3": "dog"}}}}
+    content = {"_via_settings": {}, "_via_img_metadata": files, "_via_attributes": attributes}
+    (tmp_path / "via.json").write_text(json.dumps(content))
+    convert(tmp_path / "via.json", tmp_path / "coco.json", "--images", tmp_path / "images")
+    check(load(tmp_path / "coco.json", tmp_path / "images"), "c.png", ("dog", drawn(SECOND)))
+
+
 def write_voc(folder, objects, classes, palette=None):
     for name, values in (("SegmentationObject", objects), ("SegmentationClass", classes)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -254,6 +278,45 @@ def test_voc_of_cvat(tmp_path):
     found = load(tmp_path / "coco.json", tmp_path / "JPEGImages")
     assert sorted(mask.sum() for _, mask in found["one.jpg"]) == sorted((square.sum(), second.sum()))
     assert {name for name, _ in found["one.jpg"]} == {"mug"}
+
+
+def test_voc_of_datumaro(tmp_path):
+    """Colours of Pascal VOC's palette, and a label map that does not state them."""
+    write_images(tmp_path / "JPEGImages", ["one.jpg"])
+    square, second = drawn(SQUARE), drawn(SECOND)
+    objects, classes = (np.zeros((HEIGHT, WIDTH, 3), np.uint8) for _ in range(2))
+    objects[square], objects[second] = (128, 0, 0), (0, 128, 0)
+    classes[square], classes[second] = (0, 128, 0), (128, 128, 0)  # the second and the third class
+    write_voc(tmp_path, objects, classes)
+    lines = ["# label:color_rgb:parts:actions", "background:::", "cup:::", "mug:::", "jug:::"]
+    (tmp_path / "labelmap.txt").write_text("\n".join(lines))
+    convert(tmp_path, tmp_path / "coco.json")
+    check(load(tmp_path / "coco.json", tmp_path / "JPEGImages"), "one.jpg", ("jug", second), ("mug", square))
+
+
+def test_coco_folders_of_annotation_tools(tmp_path):
+    """CVAT and Datumaro export a folder with annotations/instances_*.json and images."""
+    for split, file_name in (("train", "a b.jpg"), ("val", "c.png")):
+        write_images(tmp_path / "images" / split, [file_name])
+        content = {
+            "images": [{"id": 1, "file_name": file_name, "height": HEIGHT, "width": WIDTH}],
+            "categories": [{"id": 1, "name": "thing"}],
+            "annotations": [
+                {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[float(v) for p in SQUARE for v in p]]}
+            ],
+        }
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+    convert(tmp_path, tmp_path / "coco.json")
+    check(load(tmp_path / "coco_train.json", tmp_path / "images/train"), "a b.jpg", ("thing", drawn(SQUARE)))
+    check(load(tmp_path / "coco_val.json", tmp_path / "images/val"), "c.png", ("thing", drawn(SQUARE)))
+    (tmp_path / "annotations/instances_val.json").unlink()
+    convert(tmp_path, tmp_path / "one.json")
+    assert (tmp_path / "one.json").is_file()  # a single file has no split
+    shutil.rmtree(tmp_path / "images")
+    text = run("data.formats", tmp_path, "--output", tmp_path / "two.json", code=2)
+    assert "images that were not found" in text
+    assert "--images DIR names the folder" in text
 
 
 def test_coco_exports_of_annotation_tools(tmp_path):

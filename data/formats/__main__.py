@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.annotation import to_rle
 from data.formats.readers import find_reader
-from data.formats.structures import LabelledImage, Problems
+from data.formats.structures import NOT_FOUND, LabelledImage, Problems
 from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, run_main
 from utils.files import write_json
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys([*labels.class_names, *used]))  # those of the source first
     if not used:
         details = "; ".join(problems.lines()) or "it has no images"
+        if not args.images and (NOT_FOUND in problems.counts or not problems.lines()):
+            details += "; --images DIR names the folder of the images"
         raise UserError(f"{args.source}: no object could be used ({details})")
     for split, images in converted.items():
         output = args.output.with_name(f"{args.output.stem}_{split}.json") if split else args.output

@@ -20,8 +20,8 @@ def find_reader(source: Path) -> ModuleType:
         if reader.recognise(source):
             return reader
     raise UserError(
-        f"{source}: not a known format; expected a data.yaml, a VIA or COCO JSON file, or a folder of YOLO, LabelMe or "
-        "Pascal VOC (with SegmentationObject)"
+        f"{source}: not a known format; expected a data.yaml, a VIA or COCO JSON file, or a folder of YOLO, LabelMe, "
+        "COCO (with annotations) or Pascal VOC (with SegmentationObject)"
     )
 
 

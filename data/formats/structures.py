@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 from data.image import SUFFIXES, read_image
 from utils.errors import UserError
 
+NOT_FOUND = "images that were not found"  # a kind of problem that --images can solve
 EXAMPLES = 3  # number of examples shown for each kind of problem
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.formats.structures import (
+    NOT_FOUND,
     ImageFinder,
     LabelledImage,
     LabelledObject,
@@ -35,7 +36,17 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     files = _load(source) or []
     attribute = _class_attribute(files, source)
     finder = ImageFinder([images or source.parent])
-    return Labels("VIA", [], {"": _images(files, attribute, finder, problems)})
+    options = _options(source, attribute)
+    return Labels("VIA", [], {"": _images(files, attribute, options, finder, problems)})
+
+
+def _options(source: Path, attribute: str | None) -> dict[str, str]:
+    """Return the names of an attribute's options by their ids, which regions store. Only projects contain them."""
+    content = json.loads(source.read_text(encoding="utf-8-sig"))
+    attributes = content.get("_via_attributes") or {}
+    definition = (attributes.get("region") or {}).get(attribute) or {}
+    options = definition.get("options") if isinstance(definition, dict) else None
+    return {str(key): str(name) for key, name in options.items() if name} if isinstance(options, dict) else {}
 
 
 def _load(source: Path) -> list[dict[str, Any]] | None:
@@ -81,12 +92,16 @@ def _class_attribute(files: list[dict[str, Any]], source: Path) -> str | None:
 
 
 def _images(
-    files: list[dict[str, Any]], attribute: str | None, finder: ImageFinder, problems: Problems
+    files: list[dict[str, Any]],
+    attribute: str | None,
+    options: dict[str, str],
+    finder: ImageFinder,
+    problems: Problems,
 ) -> Iterator[LabelledImage]:
     for entry in files:
         path = finder.find(str(entry["filename"]))
         if path is None:
-            problems.add("images that were not found", entry["filename"])
+            problems.add(NOT_FOUND, entry["filename"])
             continue
         size = image_size(path, problems)
         if size is None:
@@ -103,7 +118,8 @@ def _images(
             elif not str(name).strip():
                 problems.add("regions without a class", entry["filename"])
             else:
-                objects.append(LabelledObject(str(name).strip(), [polygon]))
+                name = options.get(str(name), str(name))
+                objects.append(LabelledObject(name.strip(), [polygon]))
         yield LabelledImage(path, size, objects)
 
 

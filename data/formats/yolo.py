@@ -41,18 +41,16 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """
     path = find_yaml(source)
     if path is None:
-        names, folders = _class_names(source), {"": [images or source / "images"]}
+        names, folders = dict(enumerate(_class_names(source))), {"": [images or source / "images"]}
     else:
         content = _load(path)
-        listed = content.get("names")
-        names = list(listed.values()) if isinstance(listed, dict) else listed if isinstance(listed, list) else []
-        if not names:
-            raise UserError(f"{path}: has no list of class names")
+        names = _names_by_index(content.get("names"), path)
         folders = {split: _places(content, split, path, images) for split in SPLITS if content.get(split)}
         if not folders:
             raise UserError(f"{path}: has none of {', '.join(SPLITS)}")
-    names = [str(name) for name in names]
-    return Labels("YOLO", names, {split: _images(places, names, problems) for split, places in folders.items()})
+    return Labels(
+        "YOLO", list(names.values()), {split: _images(places, names, problems) for split, places in folders.items()}
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -67,6 +65,20 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a data.yaml, it has no keys")
     return content
+
+
+def _names_by_index(listed: Any, path: Path) -> dict[int, str]:
+    """Return the class names by their index in label files, from a list, or a mapping that may have gaps.
+
+    Raises UserError if there are none, or if a key is not an integer.
+    """
+    if not isinstance(listed, (list, dict)) or not listed:
+        raise UserError(f"{path}: has no list of class names")
+    pairs = listed.items() if isinstance(listed, dict) else enumerate(listed)
+    try:
+        return {int(index): str(name) for index, name in pairs}
+    except ValueError:
+        raise UserError(f"{path}: the keys of `names` must be class indices") from None
 
 
 def _class_names(source: Path) -> list[str]:
@@ -101,7 +113,7 @@ def _places(content: dict[str, Any], split: str, path: Path, images: Path | None
     return places
 
 
-def _images(places: list[Path], names: list[str], problems: Problems) -> Iterator[LabelledImage]:
+def _images(places: list[Path], names: dict[int, str], problems: Problems) -> Iterator[LabelledImage]:
     for place in places:
         if place.is_file():  # a list of images
             lines = place.read_text(encoding="utf-8").splitlines()
@@ -124,9 +136,10 @@ def _label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _objects(path: Path, size: tuple[int, int], names: list[str], problems: Problems) -> Iterator[LabelledObject]:
+def _objects(path: Path, size: tuple[int, int], names: dict[int, str], problems: Problems) -> Iterator[LabelledObject]:
     if not path.is_file():
         return  # an image without objects
+    shown = f"0 to {len(names) - 1}" if max(names) == len(names) - 1 else ", ".join(map(str, names))
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         words, where = line.split(), f"{path.name} line {number}"
         if not words:
@@ -135,8 +148,8 @@ def _objects(path: Path, size: tuple[int, int], names: list[str], problems: Prob
             values = np.array(words, np.float64)
         except ValueError:
             values = np.array([np.nan])
-        if not np.isfinite(values).all() or values[0] != int(values[0]) or not 0 <= values[0] < len(names):
-            problems.add(f"lines that are not a class index (0 to {len(names) - 1}) followed by numbers", where)
+        if not np.isfinite(values).all() or values[0] != int(values[0]) or int(values[0]) not in names:
+            problems.add(f"lines that are not a class index ({shown}) followed by numbers", where)
         elif len(values) == 5:
             problems.add("boxes without an outline (a detection label)", where)
         elif len(values) < 7 or len(values) % 2 == 0:

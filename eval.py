@@ -34,10 +34,11 @@ from evaluation.evaluator import per_class_table, predict_dataset
 from evaluation.report import need_matplotlib, write_report
 from inference import Predictor
 from inference.images import Source, find_images, split_output
-from inference.outputs import POLYGON_TOLERANCE, Save, folder_results, parse_kinds, write_results
+from inference.outputs import KINDS, Save, folder_results, parse_kinds, write_results
+from inference.polygons import POLYGON_TOLERANCE
 from inference.runtime import ExportedNetwork, is_exported
 from inference.tiles import TiledPredictor
-from inference.video import frame_files, process_video
+from inference.video import frame_files, process_video, video_path
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, join
@@ -74,6 +75,7 @@ TASKS_OF = {
     "--polygon_tolerance": ("--image/--images", "--video"),
     "--tile": ("--image/--images", "--annotations"),
     "--overlap": ("--image/--images", "--annotations"),
+    "--track": ("--video",),
     "--batch_size": ("--benchmark",),
     "--max_pixels": ("--image/--images",),
     "--max_images": ("--image/--images", "--video", "--annotations"),
@@ -105,6 +107,7 @@ def build_parser() -> ArgumentParser:
     task("--image", **several, help="images, globs, in:out pairs, or - to read a list from stdin")
     task("--images", **several, help="folders of images; subfolders are included")
     task("--video", help="a video file, the number of a camera, or in:out")
+    task("--track", action="store_true", help="number the objects of --video across its frames, with ByteTrack")
     task("--annotations", type=Path, help="annotations in COCO format, to compute AP with")
     task("--image_dir", type=Path, help="folder of the annotated images")
     task("--follow_links", action="store_true", help="follow links to files outside the image folder")
@@ -114,7 +117,7 @@ def build_parser() -> ArgumentParser:
     out(
         "--save",
         default="overlay,json",
-        help="comma-separated outputs: overlay,json,masks,polygons,prototypes (default: %(default)s)",
+        help=f"comma-separated outputs: {','.join(KINDS)} (default: %(default)s)",
     )
     out("--polygon_tolerance", type=non_negative_float, default=POLYGON_TOLERANCE, metavar="PIXELS",
         help="largest deviation of saved polygons from the outlines of masks (default: %(default)s)")  # fmt: skip
@@ -280,11 +283,11 @@ def segment_video(args: argparse.Namespace) -> int:
     # of an earlier run, it was created by that run, and `output` is again used as the name of the results.
     if (output.is_dir() and not frame_files(output)) or (args.output or target) is None:
         output = output / f"{'camera' * source.isdecimal()}{video_name(source)}"
-        if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
+        if video_path(output, "overlay").resolve() == Path(source).resolve():
             output = output.with_name(output.name + ".yolact")
     output = output.with_name(video_name(str(output)))
     predictor = build_predictor(args, args.device, display=True)
-    report = process_video(predictor, source, output, save, args.max_images)
+    report = process_video(predictor, source, output, save, args.max_images, args.track)
     print(f"{source} -> {output}{'.mp4' * ('overlay' in save)}: {report}")
     if report.missing:
         expected = report.frames + report.missing

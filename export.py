@@ -42,9 +42,9 @@ from deploy.exporting import write_export
 from deploy.onnx_export import EXPORTABLE_NMS
 from deploy.parity import check_export
 from inference.images import find_images
-from inference.runtime import ExportedNetwork, needs
+from inference.runtime import EXTRA, ExportedNetwork
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, parse_size, run_main
+from utils.errors import ArgumentParser, UserError, fraction, integer, nearest, needs, parse_size, run_main
 from utils.files import write_error, write_json
 from weights import load_model
 from weights.released import BUNDLED
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--int8 needs --output MODEL.xml and --calibration IMAGES")
     if args.calibration and not args.int8:
         raise UserError("--calibration can only be used with --int8")
-    with needs("onnx", "onnxscript", "openvino" if to_ir else "onnxruntime", *["nncf"] * args.int8):
+    with needs("onnx", "onnxscript", "openvino" if to_ir else "onnxruntime", *["nncf"] * args.int8, install=EXTRA):
         pass  # a missing package is reported now, and not after the export
     model = load_model(args.weights)
     side = model.config.model.max_size

@@ -13,12 +13,15 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
 from utils.errors import UserError
 from utils.files import write_bytes
 
+ImageLike = np.ndarray | PIL.Image.Image | str | Path  # what `as_image` accepts
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 MARK = b"made by YOLACT"  # a comment in images that are written, by which results are recognised
 MAX_PIXELS = 200_000_000  # 600 MB as 8-bit colour; the header of a small file can declare any size
@@ -62,6 +65,31 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
     if image is None:
         raise UserError(f"{path}: cannot be read as an image")
     return _to_uint8(image, data, path)
+
+
+def as_image(image: ImageLike, channels: str = "bgr") -> np.ndarray:
+    """Return an image in any of the accepted forms as uint8 BGR [H, W, 3].
+
+    Args:
+        image: uint8 [H, W, 3], a PIL image, or the path of a file. The EXIF orientation of the last two is applied.
+        channels: the order of an array's channels, "bgr" (as OpenCV reads them) or "rgb".
+
+    Raises:
+        TypeError or ValueError: for another type, shape or channel order.
+        UserError: if a file cannot be read.
+    """
+    if channels not in ("bgr", "rgb"):
+        raise ValueError(f"channels must be 'bgr' or 'rgb', not {channels!r}")
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, PIL.Image.Image):
+        pixels = np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+        return np.ascontiguousarray(pixels[..., ::-1])
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"expected an image as cv2.imread returns it, not {image!r}: does the file exist?")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
+    return np.ascontiguousarray(image[..., ::-1]) if channels == "rgb" else image
 
 
 def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:

@@ -11,8 +11,8 @@ from torch.export import Dim, ExportedProgram
 
 from config import DetectionConfig, to_dict
 from deploy.graph import DetectionGraph, RawNetwork
-from inference.runtime import IMAGE, METADATA, NORMALISED, RAW, VERSION, needs
-from utils.errors import UserError
+from inference.runtime import EXTRA, IMAGE, METADATA, NORMALISED, RAW, VERSION
+from utils.errors import UserError, needs
 from yolact import Yolact
 
 OPSET = 20  # DeformConv needs 19
@@ -64,7 +64,7 @@ def to_onnx(model: Yolact, size: tuple[int, int], detection: DetectionConfig, ra
     Raises:
         UserError: if a package is missing, or the NMS cannot be exported.
     """
-    with needs("onnx", "onnxscript"):
+    with needs("onnx", "onnxscript", install=EXTRA):
         import onnx
     if raw:
         program, names = _program(RawNetwork(model), size), list(RAW)

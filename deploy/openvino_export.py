@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from inference.runtime import RAW, needs
-from utils.errors import UserError
+from inference.runtime import EXTRA, RAW
+from utils.errors import UserError, needs
 from utils.files import write_bytes
 
 
@@ -24,7 +24,7 @@ def to_openvino(proto: Any, metadata: dict[str, str]) -> Any:
     Raises:
         UserError: if OpenVINO is not installed or has no operator for a part of the model.
     """
-    with needs("openvino"):
+    with needs("openvino", install=EXTRA):
         import openvino
         from openvino.frontend.onnx import ConversionExtension
 
@@ -75,7 +75,7 @@ def quantise(model: Any, images: Sequence[np.ndarray]) -> Any:
     Raises:
         UserError: if NNCF is not installed.
     """
-    with needs("nncf"), _quiet():
+    with needs("nncf", install=EXTRA), _quiet():
         import nncf
 
     with _quiet():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -15,16 +16,16 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from data.image import write_image
+from data.image import is_result, write_image
 from inference.detections import Detections
+from inference.polygons import POLYGON_TOLERANCE
 from layers.masks import mask_logits
 from utils.draw import color_of
 from utils.errors import UserError, nearest
 from utils.files import atomic_write, write_error, write_json
 
-KINDS = ("overlay", "json", "masks", "polygons", "prototypes")
+KINDS = ("overlay", "json", "masks", "polygons", "prototypes", "cutout", "blur")
 COLUMNS = 11  # tiles in a row of the prototype sheet: three rows for the image and 32 prototypes
-POLYGON_TOLERANCE = 1.0  # pixels; people edit the outlines, and a mask has a corner at almost every pixel of its edge
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,24 @@ def write_results(
         beside = output.parent.resolve()  # LabelMe resolves the image's path from the JSON's folder
         given = origin.get("file_name")
         image_path = os.path.relpath(Path(given).resolve(), beside) if given else output.name
-        write_json(path(".polygons.json"), labelme(detections, image_path, save.polygon_tolerance))
+        write_json(path(".polygons.json"), detections.to_labelme(image_path, save.polygon_tolerance))
+    if "cutout" in save:
+        for left in earlier_cutouts(output):  # an earlier run may have found more instances
+            left.unlink()
+        for number, crop in enumerate(detections.crops(image), 1):
+            if crop.size:
+                write_image(path(f".cutout_{number}.png"), crop)
+    if "blur" in save:
+        write_image(path(f".blur{suffix}"), detections.blur(image))
     if "prototypes" in save:
         write_image(path(".prototypes.png"), prototype_sheet(detections, image))
     return written
+
+
+def earlier_cutouts(output: Path) -> list[Path]:
+    """Return the cut-outs that an earlier run wrote for `output`."""
+    pattern = f"{glob.escape(output.name)}.cutout_*.png"
+    return [path for path in output.parent.glob(pattern) if is_result(path)]
 
 
 class FolderResults:
@@ -156,72 +171,6 @@ def instance_table(detections: Detections) -> list[dict[str, Any]]:
         }
         for i, (label, score, mask_score, box) in enumerate(rows)
     ]
-
-
-def rings(mask: np.ndarray, tolerance: float = 0.0) -> list[tuple[np.ndarray, bool]]:
-    """Return the contours of a bool mask [H, W] as pairs: points [n, 2] (x, y) in pixels, and whether it is a hole.
-
-    With a `tolerance`, contours are simplified (Douglas and Peucker 1973): no point of a contour is farther from the
-    result than this many pixels.
-    """
-    contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    found = []
-    for contour, (_, _, _, parent) in zip(contours, hierarchy[0] if hierarchy is not None else (), strict=True):
-        points = contour[:, 0]
-        simple = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0] if tolerance > 0 else points
-        points = simple if len(simple) >= 3 else points
-        if len(points) < 3:  # a single pixel or a line becomes a rectangle, so that it keeps an area
-            x, y, w, h = cv2.boundingRect(contour)
-            points = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])
-        found.append((points, parent >= 0))
-    return found
-
-
-def polygon_iou(mask: np.ndarray, found: list[tuple[np.ndarray, bool]]) -> float:
-    """Return the IoU of a bool mask [H, W] with the area of its `rings`."""
-    drawn = np.zeros(mask.shape, np.uint8)
-    for points, hole in found:
-        if not hole:
-            cv2.fillPoly(drawn, [points.astype(np.int32)], 1)
-    for points, hole in found:
-        if hole:  # the contour of a hole runs through the mask's own pixels around it
-            cv2.fillPoly(drawn, [points.astype(np.int32)], 0)
-            cv2.polylines(drawn, [points.astype(np.int32)], True, 1)
-    union = int((mask | (drawn > 0)).sum())
-    return int((mask & (drawn > 0)).sum()) / union if union else 1.0
-
-
-def labelme(detections: Detections, image_path: str, tolerance: float = POLYGON_TOLERANCE) -> dict[str, Any]:
-    """Return the detections in LabelMe's format. The polygons of an instance share a group_id; holes have a flag.
-
-    The description of a shape states its score, and the IoU of the mask with the polygons of the instance.
-    """
-    shapes = []
-    labels, scores = detections.labels.tolist(), detections.scores.tolist()
-    for index, mask in enumerate(detections.iter_masks()):
-        found = rings(mask, tolerance)
-        iou = polygon_iou(mask, found)
-        for points, hole in found:
-            shapes.append(
-                {
-                    "label": detections.class_names[labels[index]],
-                    "points": points.astype(float).tolist(),
-                    "group_id": index + 1,
-                    "shape_type": "polygon",
-                    "flags": {"hole": bool(hole)},
-                    "description": f"score {scores[index]:.4f}, IoU with the mask {iou:.3f}",
-                }
-            )
-    height, width = detections.size
-    return {
-        "version": "5.0.1",
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": image_path,
-        "imageData": None,
-        "imageHeight": height,
-        "imageWidth": width,
-    }
 
 
 def prototype_sheet(detections: Detections, image: np.ndarray, height: int = 138, best: int = 4) -> np.ndarray:

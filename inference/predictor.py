@@ -11,7 +11,7 @@ cv2.imwrite("out.jpg", detections.draw(image))
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from config import Config, override
-from data.image import normalise, resize
+from data.image import ImageLike, as_image, normalise, resize
 from inference.detections import Detections
 from inference.optimize import compile_network
 from inference.optimize import optimize as optimized
@@ -38,7 +38,7 @@ MAX_BATCH = 16  # largest batch; longer lists are split
 
 
 class Predictor:
-    """Predict the `Detections` of an image, uint8 BGR [H, W, 3] as cv2.imread returns it, or of a list of images.
+    """Predict the `Detections` of an image, such as uint8 BGR [H, W, 3] as cv2.imread returns it, or of several images.
 
     The model is copied, so later changes to its weights have no effect.
 
@@ -136,25 +136,30 @@ class Predictor:
         return cls(model, **options)
 
     @overload
-    def __call__(self, images: np.ndarray) -> Detections: ...
+    def __call__(self, images: ImageLike, channels: str = "bgr") -> Detections: ...
 
     @overload
-    def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]: ...
+    def __call__(self, images: list[Any] | tuple[Any, ...], channels: str = "bgr") -> list[Detections]: ...
 
-    def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> Detections | list[Detections]:
+    def __call__(
+        self, images: ImageLike | list[Any] | tuple[Any, ...], channels: str = "bgr"
+    ) -> Detections | list[Detections]:
         """Return the detections of an image, or a list of detections for a list of images, whose sizes may differ.
 
-        Raises TypeError or ValueError if an input is not a uint8 array [H, W, 3].
+        Args:
+            images: uint8 arrays [H, W, 3], PIL images, or paths.
+            channels: the order of the channels of arrays, "bgr" as cv2.imread returns them, or "rgb".
+
+        Raises:
+            TypeError or ValueError: if an input is none of these.
+            UserError: if a file cannot be read.
         """
-        if images is None or isinstance(images, (str, bytes)):
-            raise TypeError(f"expected an image as cv2.imread returns it, not {images!r}: does the file exist?")
-        if isinstance(images, np.ndarray):
-            return self([images])[0]
-        for image in images:
-            _check_image(image)
+        if not isinstance(images, (list, tuple)):
+            return self([images], channels)[0]
+        arrays = [as_image(image, channels) for image in images]
         found: list[Detections] = []
-        for start in range(0, len(images), MAX_BATCH):
-            batch = images[start : start + MAX_BATCH]
+        for start in range(0, len(arrays), MAX_BATCH):
+            batch = arrays[start : start + MAX_BATCH]
             with torch.inference_mode():
                 predictions = self.predict(torch.stack([self.preprocess(image) for image in batch]))
                 candidates = self.detect(predictions)
@@ -241,10 +246,3 @@ def _with_detection(config: Config, detection: dict[str, Any]) -> Config:
             options = sorted(known | {"device", "precision", "size", "compile", "optimize"})
             raise UserError(f"unknown option {key!r}{nearest(key, options)}")
     return override(config, **detection)
-
-
-def _check_image(image: Any) -> None:
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"expected images as cv2.imread returns them, not {type(image).__name__}")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")

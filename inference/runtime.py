@@ -20,10 +20,10 @@ from config import Config, from_dict
 from layers.anchors import make_anchors
 from layers.structures import Predictions
 from utils.device import PRECISIONS, choose_precision
-from utils.errors import UserError
+from utils.errors import UserError, needs
 
 SUFFIXES = (".onnx", ".xml")
-INSTALL = "pip install -r requirements-export.txt"
+EXTRA = "requirements-export.txt"  # lists the optional packages
 
 # Names of values in an exported graph. The whole graph maps IMAGE to detections, the network maps NORMALISED to RAW,
 # and the mask re-scoring network of YOLACT++ maps SOFT_MASKS to MASK_IOUS.
@@ -52,7 +52,7 @@ class OnnxRuntime:
     """An ONNX file run on the CPU, in the precision of its graph."""
 
     def __init__(self, path: Path):
-        with needs("onnx", "onnxruntime"):
+        with needs("onnx", "onnxruntime", install=EXTRA):
             import onnx
         self.path = path
         with _unreadable(path, "an ONNX model"):
@@ -86,7 +86,7 @@ class OpenVino:
     """An OpenVINO IR file, .xml with its .bin, on the CPU."""
 
     def __init__(self, path: Path):
-        with needs("openvino"):
+        with needs("openvino", install=EXTRA):
             import openvino
         self.path = path
         if not path.with_suffix(".bin").is_file():
@@ -202,17 +202,6 @@ class ExportedNetwork:
 def is_exported(path: str | Path) -> bool:
     """Return whether a path has the suffix of an exported model."""
     return Path(path).suffix in SUFFIXES
-
-
-@contextlib.contextmanager
-def needs(*packages: str) -> Iterator[None]:
-    """Import optional packages; a missing one becomes a UserError that says how to install it."""
-    try:
-        for package in packages:
-            __import__(package)
-        yield
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed; run: {INSTALL}") from None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from data.image import write_image
 from inference.detections import Detections
+from inference.encoder import H264, MPEG4, Encoder, H264Encoder, Mpeg4Encoder, has_h264
 from inference.outputs import Save, write_results
+from inference.tracking import Tracker
 from utils.errors import UserError
 from utils.files import atomic_write, write_error
 
@@ -35,19 +37,21 @@ class VideoReport:
     interrupted: bool = False
     missing: int = 0  # frames that the container declares but that could not be read
     latencies: list[float] = field(default_factory=list)
+    codec: str = ""  # of the video that was written, if any
 
     def __str__(self) -> str:
         latency = 1000 * float(np.median(self.latencies)) if self.latencies else 0.0
         rate = self.frames / self.seconds if self.seconds else 0.0
         ending = ", interrupted" if self.interrupted else ""
-        return f"{self.frames} frames, {rate:.1f} frames/s, median latency {latency:.0f} ms{ending}"
+        codec = f" ({self.codec})" if self.codec else ""
+        return f"{self.frames} frames, {rate:.1f} frames/s, median latency {latency:.0f} ms{ending}{codec}"
 
 
 class VideoSource:
     """Frames of a file or a camera, read ahead in a separate thread."""
 
     def __init__(self, source: str, ahead: int = 4):
-        self.camera = source.isdigit()
+        self.name, self.camera = source, source.isdigit()
         if not (self.camera or "://" in source or Path(source).is_file()):
             raise UserError(f"{source}: {'a folder, not a video' if Path(source).is_dir() else 'no such video'}")
         self.capture = cv2.VideoCapture(int(source) if self.camera else source)
@@ -105,19 +109,18 @@ def _put(items: queue.Queue, item: Any, stop: threading.Event) -> None:
 
 def frame_files(folder: Path) -> list[Path]:
     """Return the per-frame results of an earlier run in `folder`. No other program uses these names."""
-    endings = ("masks.png", "masks.json", "polygons.json", "prototypes.png", "frame.jpg")
+    endings = ("masks.png", "masks.json", "polygons.json", "prototypes.png", "frame.jpg", "cutout_*.png")
     return [path for ending in endings for path in folder.glob("[0-9]" * 6 + "." + ending)]
 
 
 class VideoWriter:
     """Draw and encode in a separate thread. The files appear under their final names only when `close` succeeds."""
 
-    def __init__(self, output: Path, save: Save, name: str, fps: float, report: VideoReport):
-        self.output, self.save, self.name, self.fps, self.report = output, save, name, fps, report
-        self.per_frame = save.only("masks", "polygons", "prototypes")
-        self.path = output.with_name(output.name + ".mp4")
-        self.part = output.with_name(f".{output.name}.part.mp4")
-        self.encoder: cv2.VideoWriter | None = None
+    def __init__(self, output: Path, save: Save, source: VideoSource, report: VideoReport):
+        self.output, self.save, self.source, self.report = output, save, source, report
+        self.name = Path(source.name).name
+        self.per_frame = save.only("masks", "polygons", "prototypes", "cutout")
+        self.encoders: dict[str, Encoder] = {}  # by the kind of output
         self.files = contextlib.ExitStack()
         self.json: IO[bytes] | None = None
         self.error: BaseException | None = None
@@ -154,10 +157,11 @@ class VideoWriter:
 
     def _write(self, read_at: float, index: int, frame: np.ndarray, detections: Detections) -> None:
         origin = {"video": self.name, "frame": index}
-        if "overlay" in self.save:
-            if self.encoder is None:
-                self.encoder = self._open(frame)
-            self.encoder.write(detections.draw(frame))
+        for kind, draw in (("overlay", detections.draw), ("blur", detections.blur)):
+            if kind in self.save:
+                if kind not in self.encoders:
+                    self.encoders[kind] = self._open(video_path(self.output, kind), frame)
+                self.encoders[kind].write(draw(frame))
         if self.json is not None:
             for result in detections.to_coco(index):
                 self.json.write(
@@ -171,39 +175,36 @@ class VideoWriter:
             write_results(frame, detections, path, self.per_frame, origin, ".jpg")
         self.report.latencies.append(time.perf_counter() - read_at)
 
-    def _open(self, frame: np.ndarray) -> cv2.VideoWriter:
-        size = (frame.shape[1], frame.shape[0])
-        encoder = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
-        if not encoder.isOpened():
-            raise UserError(f"{self.path}: cannot be written as a video")
-        return encoder
+    def _open(self, path: Path, frame: np.ndarray) -> Encoder:
+        size = (frame.shape[0], frame.shape[1])
+        if has_h264():
+            self.report.codec = H264
+            return H264Encoder(path, size, self.source.fps, None if self.source.camera else self.source.name)
+        self.report.codec = MPEG4
+        return Mpeg4Encoder(path, size, self.source.fps)
 
     def close(self) -> None:
-        """Finish the video and JSON files. If an error occurred, discard both and raise it."""
+        """Finish the video and JSON files. If an error occurred, discard all of them and raise it."""
         self.queue.put(_END)
         self.thread.join()
         try:
             with self.files:
-                if self.error is not None:
-                    raise self.error
-                if self.json is not None:
+                if self.error is None and self.json is not None:
                     self.json.write(b"\n]\n")
-                if self.encoder is not None:
-                    self._finish_video(self.encoder)
+                for encoder in self.encoders.values():
+                    try:
+                        encoder.close(complete=self.error is None)
+                    except BaseException as error:
+                        self.error = self.error or error
+                if self.error is not None:
+                    raise self.error  # inside the block, so that the JSON file is discarded, too
         except OSError as error:
             raise write_error(self.output, error) from None
-        finally:
-            self.part.unlink(missing_ok=True)
 
-    def _finish_video(self, encoder: cv2.VideoWriter) -> None:
-        """Close and rename the video. OpenCV does not report a full disk, so the file is opened to check it."""
-        encoder.release()
-        check = cv2.VideoCapture(str(self.part))
-        playable = check.isOpened()
-        check.release()
-        if not playable:
-            raise UserError(f"{self.path}: cannot be written completely; is the disk full?")
-        self.part.replace(self.path)
+
+def video_path(output: Path, kind: str) -> Path:
+    """Return the path of the video with the overlay or the blurred instances."""
+    return output.with_name(output.name + {"overlay": ".mp4", "blur": ".blur.mp4"}[kind])
 
 
 def process_video(
@@ -212,19 +213,22 @@ def process_video(
     output: Path,
     save: Save,
     max_frames: int | None = None,
+    track: bool = False,
 ) -> VideoReport:
     """Segment a video file, or a camera given by its number, and return statistics.
 
-    Results are `output` + ".mp4", `output` + ".json" and a folder `output` of per-frame files, depending on `save`.
+    Results are `output` + ".mp4", ".blur.mp4" and ".json", and a folder `output` of per-frame files, depending on
+    `save`. With `track`, objects are numbered across frames.
     On Ctrl-C the frames that were read are still written and the files are completed. At most `max_frames` frames are
     processed. Raises UserError if the source cannot be opened or has no frames, or a result cannot be written.
     """
-    if output.with_name(output.name + ".mp4").resolve() == Path(source).resolve():
+    if Path(source).resolve() in (video_path(output, kind).resolve() for kind in ("overlay", "blur")):
         raise UserError(f"{source}: the result would replace the video itself; choose another --output")
     report = VideoReport()
     video = VideoSource(source)
     try:
-        writer = VideoWriter(output, save, Path(source).name, video.fps, report)
+        tracker = Tracker(video.fps) if track else None
+        writer = VideoWriter(output, save, video, report)
     except UserError:
         video.close()
         raise
@@ -238,7 +242,8 @@ def process_video(
     started = time.perf_counter()
     try:
         for read_at, frame in tqdm(video, total=max_frames or video.length, desc="frames", disable=None):
-            writer.put((read_at, report.frames, frame, predictor(frame)))
+            found = predictor(frame)
+            writer.put((read_at, report.frames, frame, tracker(found) if tracker else found))
             report.frames += 1
             if report.frames == max_frames:
                 break

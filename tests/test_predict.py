@@ -18,7 +18,8 @@ import eval as eval_script
 from config import override
 from data.coco import CocoDataset
 from inference import Detections, Predictor
-from inference.outputs import instance_map, labelme, polygon_iou, prototype_sheet, rings
+from inference.outputs import instance_map, prototype_sheet
+from inference.polygons import polygon_iou, rings
 from layers.masks import soft_masks
 from layers.nms import NMS
 from layers.structures import Candidates
@@ -94,7 +95,7 @@ def test_instance_map_and_polygons():
     numbers = instance_map(found)
     assert numbers.dtype == np.uint16
     assert np.array_equal(numbers == 1, found.masks[0].numpy())
-    shapes = labelme(found, "a.jpg", tolerance=0)["shapes"]
+    shapes = found.to_labelme("a.jpg", tolerance=0)["shapes"]
     assert [s["label"] for s in shapes] == ["disc", "tile"]
     for shape, mask in zip(shapes, found.masks.numpy(), strict=True):
         drawn = np.zeros(mask.shape, np.uint8)
@@ -198,7 +199,7 @@ def test_predictor_refuses(weights):
     ):
         with pytest.raises(UserError, match=words):
             Predictor(model, **({"device": "cpu"} | options))
-    for wrong in (None, "a.jpg", [None]):
+    for wrong in (None, [None], 5):
         with pytest.raises(TypeError, match=r"cv2\.imread"):
             Predictor(model, "cpu")(wrong)
     with pytest.raises(ValueError, match="uint8"):
@@ -463,8 +464,8 @@ def test_names_of_neighbours_do_not_hide_each_other():
 
 def test_polygons_are_simplified_within_a_tolerance():
     found = disc_detections(200, 300)
-    (exact,) = labelme(found[:1], "a.jpg", 0.0)["shapes"]
-    (simple,) = labelme(found[:1], "a.jpg")["shapes"]
+    (exact,) = found[:1].to_labelme("a.jpg", 0.0)["shapes"]
+    (simple,) = found[:1].to_labelme("a.jpg")["shapes"]
     assert len(simple["points"]) < 0.5 * len(exact["points"])
     assert exact["description"].endswith("IoU with the mask 1.000")
     stated = float(simple["description"].split()[-1])

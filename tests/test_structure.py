@@ -18,7 +18,7 @@ from yolact import Yolact
 
 # Every import points down this list, or stays in its room.
 ROOMS = (
-    ("train", "eval", "export"),
+    ("train", "eval", "export", "demo", "hubconf"),
     ("benchmarks",),
     ("deploy",),
     ("training",),

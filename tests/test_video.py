@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, run, spawn
 
-from inference import video
+from inference import encoder, video
 from inference.outputs import Save
 from inference.video import process_video
 from utils.errors import UserError
@@ -103,7 +104,8 @@ def test_errors_while_writing_reach_the_caller(predictor, clip, tmp_path, monkey
     def fail(*_):
         raise UserError("disk full")
 
-    monkeypatch.setattr(video.VideoWriter, "_finish_video", fail)
+    monkeypatch.setattr(encoder.Mpeg4Encoder, "_check", fail)
+    monkeypatch.setattr(video, "has_h264", lambda: False)
     with pytest.raises(UserError, match="disk full"):
         process_video(predictor, str(clip), tmp_path / "x", Save(("overlay", "json")))
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
@@ -153,6 +155,109 @@ def test_beside_the_video_the_result_has_another_name(weights, clip):
 def test_videos_are_mp4(weights, clip, tmp_path):
     out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "out.avi", code=2)
     assert "name it out.mp4" in out
+
+
+needs_ffmpeg = pytest.mark.skipif(not encoder.has_h264(), reason="needs ffmpeg with libx264")
+
+
+def streams(path):
+    """Codec and duration of each stream of a file."""
+    words = ["-v", "error", "-show_entries", "stream=codec_name,duration,width,height", "-of", "json"]
+    done = subprocess.run(["ffprobe", *words, str(path)], capture_output=True, check=True)
+    return {entry["codec_name"]: entry for entry in json.loads(done.stdout)["streams"]}
+
+
+@pytest.fixture
+def sounding_clip(clip, tmp_path):
+    """The clip with a tone that is longer than its frames (1.6 s), and an odd width."""
+    path = tmp_path / "odd.mp4"
+    sound = ["-f", "lavfi", "-i", "sine=frequency=440:duration=3"]
+    odd = ["-vf", "format=yuv444p,crop=127:95:0:0,format=yuv420p", "-c:v", "mpeg4", "-q:v", "2"]
+    command = ["ffmpeg", "-loglevel", "error", "-i", str(clip), *sound, "-map", "0:v", "-map", "1:a", *odd, str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+@needs_ffmpeg
+def test_h264_with_sound(weights, sounding_clip, tmp_path):
+    args = ["--weights", weights, "--video", sounding_clip, "--output", tmp_path / "seg", "--device", "cpu"]
+    out = run("eval.py", *args, "--save", "overlay", "--score_threshold", 1)
+    assert "(H.264 with the source's sound)" in out
+    found = streams(tmp_path / "seg.mp4")
+    assert set(found) == {"h264", "aac"}
+    assert (found["h264"]["width"], found["h264"]["height"]) == (128, 96)  # players need even sides
+    written, rate = frames(tmp_path / "seg.mp4")
+    assert len(written) == 20
+    assert rate == pytest.approx(12.5, abs=0.01)
+    assert np.abs([f[:95, :127].mean() - 12 * i for i, f in enumerate(written)]).max() < 9
+    assert float(found["aac"]["duration"]) == pytest.approx(1.6, abs=0.1)  # as long as the frames
+    run("eval.py", *args, "--save", "overlay", "--score_threshold", 1, "--max_images", 5)
+    assert float(streams(tmp_path / "seg.mp4")["aac"]["duration"]) == pytest.approx(0.4, abs=0.1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "odd.mp4", "seg.mp4"]
+
+
+@needs_ffmpeg
+def test_h264_of_a_silent_video_that_is_interrupted(clip, tmp_path):
+    """Ctrl-C reaches every process of a terminal; ffmpeg still completes the frames that were written."""
+    args = [sys.executable, ROOT / "eval.py", "--video", clip, "--output", tmp_path / "seg", "--size", "64"]
+    process = subprocess.Popen([*map(str, args), "--save", "overlay"], start_new_session=True, cwd=ROOT)
+    while not (tmp_path / ".seg.silent.mp4").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) in (0, 130)  # 0: the frames were finished first
+    written, _ = frames(tmp_path / "seg.mp4")
+    assert written
+    assert set(streams(tmp_path / "seg.mp4")) == {"h264"}
+
+
+def test_without_ffmpeg_mpeg4_is_written_and_said(predictor, clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = process_video(predictor, str(clip), tmp_path / "seg", Save(("overlay", "blur")), 3)
+    assert "(MPEG-4 without sound; install ffmpeg for H.264 and sound)" in str(report)
+    for name in ("seg.mp4", "seg.blur.mp4"):
+        written, _ = frames(tmp_path / name)
+        assert len(written) == 3
+
+
+def moving_person(tmp_path, count=12):
+    """Two copies of a person: one walks to the right and one stands still; they do not touch."""
+    astronaut = cv2.imread(str(ROOT / "data/demo/astronaut.jpg"))
+    person = cv2.resize(astronaut, (160, 160))
+    path = tmp_path / "walk.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (640, 400))
+    for i in range(count):
+        frame = np.full((400, 640, 3), 120, np.uint8)
+        frame[20:180, 20 + 20 * i : 180 + 20 * i] = person
+        frame[220:380, 400:560] = person[:, ::-1]
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def test_track_ids_are_stable(tmp_path):
+    pytest.importorskip("trackers", reason="needs requirements-tools.txt")
+    args = ["eval.py", "--video", moving_person(tmp_path), "--output", tmp_path / "out", "--device", "cpu"]
+    options = ["--track", "--save", "json,cutout,blur", "--precision", "fp32", "--size", 416]
+    run(*args, *options, "--score_threshold", 0.5)
+    results = json.loads((tmp_path / "out.json").read_text())
+    tracks = {}
+    for result in results:
+        row = "upper" if result["bbox"][1] + result["bbox"][3] / 2 < 200 else "lower"
+        if result["frame"] > 0:  # ByteTrack starts tracks with the second frame
+            tracks.setdefault(row, []).append((result["frame"], result.get("track_id")))
+    for found in tracks.values():
+        assert len({frame for frame, _ in found}) >= 10  # of 12 frames
+        assert len({number for _, number in found}) == 1
+    assert tracks["upper"][0][1] != tracks["lower"][0][1]
+    assert len(list((tmp_path / "out").glob("*.cutout_*.png"))) == len(results)
+    assert len(frames(tmp_path / "out.blur.mp4")[0]) == 12
+
+
+def test_tracking_names_the_packages(weights, clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "x", "--track", code=2)
+    assert "trackers is not installed; run: pip install -r requirements-tools.txt" in out
+    assert "--track has no effect with --image/--images" in run("eval.py", "--image", "a.jpg", "--track", code=2)
 
 
 def test_a_video_that_ends_early_is_reported(weights, clip, tmp_path):

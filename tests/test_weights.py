@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, ROOT, run
 
 from config import differences, get_config, override, parse_overrides
 from utils.errors import UserError
@@ -256,6 +256,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     content = released.BUNDLED.read_bytes()  # small, and a YOLACT
 
     def do_GET(self) -> None:
+        if self.path.startswith("/redirect/"):  # as Hugging Face does, with the SHA-256 of the file
+            good = hashlib.sha256(self.content).hexdigest()
+            self.send_response(302)
+            self.send_header("Location", "/good.pth")
+            self.send_header("X-Linked-Etag", f'"{good if self.path.endswith("/good.pth") else "0" * 64}"')
+            self.end_headers()
+            return
         if self.path == "/missing.pth":
             self.send_error(404)
             return
@@ -286,6 +293,7 @@ def test_download(server, tmp_path, monkeypatch):
     path = released.download(entry(f"{server}/good.pth", digits), tmp_path)
     assert path.read_bytes() == Handler.content
     assert released.download(entry("http://127.0.0.1:9/good.pth"), tmp_path) == path  # offline once it is there
+    assert released.download(entry(f"{server}/redirect/good.pth"), tmp_path / "again").is_file()
     monkeypatch.setitem(released.RELEASED, "yolact_r50", entry(f"{server}/other.pth", digits))
     assert released.find_weights("yolact_r50", tmp_path).name == "other.pth"
 
@@ -303,6 +311,7 @@ def test_files_saved_by_hand_are_found_and_names_of_others_download_nothing(tmp_
     ("url", "sha256", "words"),
     [
         ("/good.pth", "00000000", "SHA-256"),
+        ("/redirect/other.pth", "", "SHA-256 starts with [0-9a-f]{8}, not 00000000"),
         ("/short.pth", "", "stopped after 3000 of"),
         ("/missing.pth", "", "Not Found"),
         ("http://127.0.0.1:9/no.pth", "", "cannot be downloaded"),
@@ -315,6 +324,14 @@ def test_failed_downloads_leave_nothing(server, tmp_path, url, sha256, words):
     assert url in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_addresses_are_refused_with_the_command(tmp_path):
+    for address in ("https://example.org/my.pth?download=1", "http://example.org/my.pth"):
+        message = run("eval.py", "--weights", address, "--image", ROOT / "data/demo/camera.jpg", code=2)
+        assert f"curl -L -o my.pth '{address}' && sha256sum my.pth; then use --weights my.pth" in message
+        with pytest.raises(UserError, match="by hand"):
+            read_start(address)
 
 
 def test_every_released_name_is_a_configuration_and_documented():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class UserError(Exception):
@@ -15,6 +17,22 @@ class UserError(Exception):
     The message states what is wrong, where, and how to fix it. Scripts print it on one line and exit with code 2. Every
     other exception is a bug and keeps its traceback.
     """
+
+
+@contextlib.contextmanager
+def needs(*packages: str, install: str) -> Iterator[None]:
+    """Import optional packages; a missing one becomes a UserError that says how to install it.
+
+    Args:
+        packages: names of modules, also of modules that the block imports.
+        install: the requirements file that lists them.
+    """
+    try:
+        for package in packages:
+            importlib.import_module(package)
+        yield
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; run: pip install -r {install}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Released:
     url: str
     source: str
     mask_ap: str  # as published, on COCO
-    sha256: str = ""  # the first digits, if the publisher provides them
+    sha256: str = ""  # MMDetection publishes the first eight digits; the authors' host states it with each download
 
     @property
     def file_name(self) -> str:
@@ -76,6 +77,8 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
 
     Raises UserError if there is no such file or name, or the download fails.
     """
+    if "://" in str(path_or_name):
+        raise UserError(_by_hand(str(path_or_name)))
     path = Path(path_or_name)
     if path.is_dir():
         return checkpoint_in(path)
@@ -99,6 +102,15 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{nearest(name, RELEASED)}")
 
 
+def _by_hand(url: str) -> str:
+    """Return the message for an address: a file that anybody could have put there is not loaded unseen."""
+    name = url.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "weights.pth"
+    return (
+        f"{url}: weights are not loaded from an address; download and check them by hand: "
+        f"curl -L -o {name} '{url}' && sha256sum {name}; then use --weights {name}"
+    )
+
+
 def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth")) -> Path:
     """Return the first of the checkpoints `names` that exists in a run's folder. Raises UserError if none does."""
     for name in names:
@@ -107,12 +119,20 @@ def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth"
     raise UserError(f"{folder}: the folder contains no {' or '.join(names)}")
 
 
-class _HttpOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https only, and notes the SHA-256 that a server states for the file.
+
+    The authors' weights are hosted by Hugging Face, which publishes the SHA-256 of a large file in this header.
+    """
+
+    stated = ""
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         if not newurl.lower().startswith(("http://", "https://")):
             raise OSError(f"the server redirects to {newurl.split(':')[0]}; only http and https are allowed")
+        etag = str(headers.get("X-Linked-Etag") or "").strip('"')
+        if re.fullmatch("[0-9a-f]{64}", etag):
+            self.stated = etag
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -134,15 +154,17 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
     digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opener = urllib.request.build_opener(_HttpOnly)
+        redirects = _Redirects()
+        opener = urllib.request.build_opener(redirects)
         with atomic_write(target) as out, opener.open(entry.url, timeout=timeout) as response:
             received = _receive(response, out, digest, entry.file_name, patience)
             size = int(response.headers.get("Content-Length") or 0)
             if size and received < size:
                 raise UserError(f"the server stopped after {received} of {size} bytes")
-            if not digest.hexdigest().startswith(entry.sha256):
-                raise UserError(f"SHA-256 starts with {digest.hexdigest()[: len(entry.sha256)]}, not {entry.sha256}")
-            # The authors publish no checksums, and a login page also has status 200, so parse the file as well.
+            for expected in (entry.sha256, redirects.stated):
+                if not digest.hexdigest().startswith(expected):
+                    raise UserError(f"SHA-256 starts with {digest.hexdigest()[:8]}, not {expected[:8]}")
+            # Not every server states a checksum, and a login page also has status 200, so parse the file as well.
             out.flush()
             temporary = Path(out.name)
             try:

@@ -1,0 +1,48 @@
+"""Entry points for torch.hub.
+
+    predictor = torch.hub.load("path/of/this/folder", "yolact_r50", source="local")
+    detections = predictor("street.jpg")  # or a PIL image, or an array with channels="bgr" (default) or "rgb"
+
+Each entry point returns a `Predictor`, and passes its arguments on: `yolact_r50(device="cpu", score_threshold=0.3)`.
+Released weights are downloaded once, into `weights/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from inference import Predictor
+from weights.released import BUNDLED, RELEASED
+
+dependencies = ["torch", "torchvision", "pycocotools", "numpy", "cv2", "tqdm"]
+
+
+def custom(path: str | Path, **options: Any) -> Predictor:
+    """A Predictor for a checkpoint, the folder of a run, or an exported .onnx or .xml file."""
+    return Predictor.from_weights(path, **options)
+
+
+def yolact_lite_person(**options: Any) -> Predictor:
+    """A Predictor for the bundled weights, which detect people only."""
+    return Predictor.from_weights(BUNDLED, **options)
+
+
+def _entry(name: str) -> Callable[..., Predictor]:
+    entry = partial(Predictor.from_weights, name)
+    released = RELEASED[name]
+    entry.__doc__ = f"A Predictor for {released.source}' {name}: mask AP {released.mask_ap} on COCO."
+    return entry
+
+
+yolact_r50 = _entry("yolact_r50")
+yolact_r50_8xb8 = _entry("yolact_r50_8xb8")
+yolact_r101 = _entry("yolact_r101")
+yolact_resnet50 = _entry("yolact_resnet50")
+yolact_darknet53 = _entry("yolact_darknet53")
+yolact_base = _entry("yolact_base")
+yolact_im700 = _entry("yolact_im700")
+yolact_plus_resnet50 = _entry("yolact_plus_resnet50")
+yolact_plus_base = _entry("yolact_plus_base")

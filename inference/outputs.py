@@ -176,36 +176,59 @@ def instance_table(detections: Detections) -> list[dict[str, Any]]:
 def prototype_sheet(detections: Detections, image: np.ndarray, height: int = 138, best: int = 4) -> np.ndarray:
     """Draw the image, the prototypes, and how the coefficients of the `best` detections combine them (paper, figure 5).
 
-    The caption of a prototype states its coefficient for the best detection. Each detection has a row: the weighted
-    sums of the 1, 2, 4, 8, 16 and all prototypes with the largest absolute coefficients, the sigmoid of the full sum,
-    and the final mask. Red is positive, blue negative. Tiles are `height` pixels high and have the image's aspect
-    ratio, limited to 1/2..2. Returns uint8 BGR.
+    The caption of a prototype states its coefficient for the best detection, and each detection has a row of
+    `composition_tiles`. Tiles are `height` pixels high. Returns uint8 BGR.
     """
-    tile = (height, round(height * min(max(detections.size[1] / detections.size[0], 0.5), 2)))
-    prototypes = detections.prototypes.float().cpu()
-    count = prototypes.shape[2]
-    planes = prototypes.permute(2, 0, 1).numpy()
-    weights = [f" x {value:+.2f}" for value in detections.coefficients[0].tolist()] if len(detections) else [""] * count
-    tiles = [_tile(plane / max(plane.max(), 1e-6), tile, f"{k}{weights[k]}") for k, plane in enumerate(planes)]
-    small = cv2.resize(image, tile[::-1], interpolation=cv2.INTER_AREA)
-    tiles.insert(0, small)
-    sheet = [tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)]
-    for i in range(min(best, len(detections))):
-        coefficients = detections.coefficients[i].float().cpu()
-        order = coefficients.abs().argsort(descending=True)
-        row = []
-        for n in (1, 2, 4, 8, 16, count):
-            strongest = torch.zeros_like(coefficients)
-            strongest[order[:n]] = coefficients[order[:n]]
-            total = mask_logits(prototypes, strongest[None])[0].numpy()
-            row.append(_tile(total / max(np.abs(total).max(), 1e-6), tile, f"sum of {n}"))
-        row.append(_tile(mask_logits(prototypes, coefficients[None])[0].sigmoid().numpy(), tile, "sigmoid"))
-        mask = next(detections[i].iter_masks()).astype(np.float32)
-        name = detections.class_names[int(detections.labels[i])]
-        row.append(_tile(mask, tile, f"{name} {float(detections.scores[i]):.2f}", color_of(i)))
-        sheet.append(row)
-    blank = np.full((*tile, 3), 255, np.uint8)
-    return np.vstack([np.hstack(row + [blank] * (COLUMNS - len(row))) for row in sheet])
+    tiles = prototype_tiles(detections, image, height)
+    rows = [tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)]
+    rows += [composition_tiles(detections, i, height) for i in range(min(best, len(detections)))]
+    return arrange(rows)
+
+
+def arrange(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Return one image of rows of tiles of the same size; shorter rows end with white tiles."""
+    columns = max(map(len, rows))
+    blank = np.full_like(rows[0][0], 255)
+    return np.vstack([np.hstack(row + [blank] * (columns - len(row))) for row in rows])
+
+
+def prototype_tiles(detections: Detections, image: np.ndarray, height: int = 138) -> list[np.ndarray]:
+    """Return tiles of the image and of each prototype, captioned with its coefficient for the best detection.
+
+    Red is positive, blue negative. A tile is `height` pixels high and has the image's aspect ratio, limited to 1/2..2.
+    """
+    size = _tile_size(detections, height)
+    planes = detections.prototypes.float().cpu().permute(2, 0, 1).numpy()
+    weights = [f" x {value:+.2f}" for value in detections.coefficients[0].tolist()] if len(detections) else []
+    weights = weights or [""] * len(planes)
+    tiles = [_tile(plane / max(np.abs(plane).max(), 1e-6), size, f"{k}{weights[k]}") for k, plane in enumerate(planes)]
+    return [cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), *tiles]
+
+
+def composition_tiles(detections: Detections, i: int, height: int = 138) -> list[np.ndarray]:
+    """Return tiles that show how detection `i` combines the prototypes to its mask (paper, figure 5).
+
+    They are the weighted sums of the 1, 2, 4, 8, 16 and all prototypes with the largest absolute coefficients, the
+    sigmoid of the full sum, and the final mask.
+    """
+    size = _tile_size(detections, height)
+    prototypes, coefficients = detections.prototypes.float().cpu(), detections.coefficients[i].float().cpu()
+    order = coefficients.abs().argsort(descending=True)
+    row = []
+    for n in (1, 2, 4, 8, 16, len(coefficients)):
+        strongest = torch.zeros_like(coefficients)
+        strongest[order[:n]] = coefficients[order[:n]]
+        total = mask_logits(prototypes, strongest[None])[0].numpy()
+        row.append(_tile(total / max(np.abs(total).max(), 1e-6), size, f"sum of {n}"))
+    row.append(_tile(mask_logits(prototypes, coefficients[None])[0].sigmoid().numpy(), size, "sigmoid"))
+    mask = next(detections[i].iter_masks()).astype(np.float32)
+    name = detections.class_names[int(detections.labels[i])]
+    row.append(_tile(mask, size, f"{name} {float(detections.scores[i]):.2f}", color_of(i)))
+    return row
+
+
+def _tile_size(detections: Detections, height: int) -> tuple[int, int]:
+    return height, round(height * min(max(detections.size[1] / detections.size[0], 0.5), 2))
 
 
 def _tile(

@@ -126,6 +126,16 @@ class Predictor:
         self.network = model.start(precision)
         self.mask_iou = model.start_mask_iou(precision)
 
+    def with_detection(self, **detection: Any) -> Predictor:
+        """Return a predictor with other values for fields of DetectionConfig; it shares the network.
+
+        Raises UserError for an unknown field or a value out of range.
+        """
+        other = copy.copy(self)
+        other.config = _with_detection(self.config, detection)
+        find_nms(other.config.detection.nms)
+        return other
+
     @classmethod
     def from_weights(cls, path_or_name: str | Path, **options: Any) -> Predictor:
         """Load a checkpoint, released weights by file or name, or an exported .onnx or .xml file.

@@ -18,6 +18,7 @@ import recipe
 import torch
 from pycocotools import mask as rle
 
+import demo as demo_script
 import eval as eval_script
 import export as export_script
 import train as train_script
@@ -36,6 +37,7 @@ SCRIPTS = {
     "train.py": train_script.main,
     "eval.py": eval_script.main,
     "export.py": export_script.main,
+    "demo.py": demo_script.main,
     "data.audit": audit_script.main,
     "data.formats": formats_script.main,
 }

@@ -57,6 +57,8 @@ class ModelConfig:
     fpn_relu: bool = True  # a ReLU after the FPN's 3x3 convolutions
     p6_from_c5: bool = False  # P6 comes from C5 (MMDetection) or from P5 (the authors)
     proto_channels: int = limited(256, minimum=1, maximum=LARGEST)
+    proto_relu: bool = True
+    proto_bias: float = 0.0
     num_prototypes: int = limited(32, minimum=1, maximum=LARGEST)
     mask_iou: bool = False  # the mask re-scoring network of YOLACT++
 
@@ -123,7 +125,8 @@ class TrainingConfig:
     weight_decay: float = limited(5e-4, maximum=1e3)
     max_iter: int = limited(800_000, maximum=10**9)  # length in iterations; 0: use `epochs`
     epochs: int = limited(0, maximum=LARGEST)  # length in epochs; 0: use `max_iter`
-    lr_schedule: str = limited("steps", choices=("steps", "cosine"))
+    lr_schedule: str = limited("steps", choices=("steps", "cosine", "flat_cosine"))
+    backbone_lr: float = limited(1.0, maximum=1)  # learning rate of the backbone, as a factor
     # Points at which the learning rate is divided by 10: in epochs if `epochs` is set, otherwise in iterations.
     lr_steps: tuple[float, ...] = limited((280_000, 600_000, 700_000, 750_000), maximum=10**9)
     warmup_iters: int = limited(500, maximum=10**9)
@@ -139,6 +142,13 @@ class TrainingConfig:
 class LossConfig:
     """Matching and the mask loss. Values that no configuration changes are constants in layers/loss.py."""
 
+    assigner: str = limited("max_iou", choices=("max_iou", "atss", "task_aligned"))
+    box_loss: str = limited("smooth_l1", choices=("smooth_l1", "giou", "ciou"))
+    class_loss: str = limited("ohem", choices=("ohem", "focal", "quality_focal"))
+    box_weight: float = limited(1.5, maximum=1e3)
+    class_weight: float = limited(1.0, maximum=1e3)
+    mask_weight: float = limited(6.125, maximum=1e3)
+
     crowd_iou: float = limited(0.7, maximum=1)  # negatives with more than this share in a crowd are ignored; 1: none
     masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image, for the mask loss; a random sample
     # The mask loss is computed at this multiple of the prototypes' size.
@@ -150,6 +160,8 @@ class AugmentationConfig:
     """SSD's augmentation (paper, section 5) and copy-paste."""
 
     augment_photometric: bool = True
+    scale_jitter: float = limited(1.0, minimum=1, maximum=10)  # replaces expand and crop
+    mosaic: float = limited(0.0, maximum=1)
     augment_expand: float = limited(4.0, minimum=1, maximum=100)  # zoom out by up to this factor; mean colour around
     augment_crop: bool = True
     crop_min_side: float = limited(0.3, above=0, maximum=1)  # share of the image's width and height
@@ -414,9 +426,6 @@ _RETIRED = {
     "positive_iou": 0.5,
     "negative_iou": 0.4,
     "negatives_per_positive": 3,
-    "box_weight": 1.5,
-    "class_weight": 1.0,
-    "mask_weight": 6.125,
     "semantic_weight": 1.0,
     "mask_iou_weight": 25.0,
     "mask_iou_min_area": 25,

@@ -7,6 +7,7 @@ computed for regions that the crop removes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,16 @@ class Augment:
         """Sample the expansion, the crop and the mirroring, and return them as one window."""
         height, width = sample.image.shape[:2]
         x1, y1, x2, y2 = 0, 0, width, height
+        if self.config.scale_jitter > 1:
+            limit = math.log(self.config.scale_jitter)
+            scale = math.exp(rng.uniform(-limit, limit))
+            w, h = width / scale, height / scale
+            # Keep most of the image, or of the window, in view.
+            x1, y1 = (
+                rng.uniform(min(0, width - w), max(0, width - w)),
+                rng.uniform(min(0, height - h), max(0, height - h)),
+            )
+            return Window(x1, y1, x1 + w, y1 + h, self.config.augment_mirror and rng.random() < 0.5)
         if self.config.augment_expand > 1 and rng.random() < 0.5:
             ratio = rng.uniform(1, self.config.augment_expand)
             # Placing the image at random on a larger canvas is a window that extends beyond the image.

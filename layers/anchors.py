@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layers.structures import Predictions
+
 LEVELS = (3, 4, 5, 6, 7)  # P3..P7, of strides 8..128
 
 
@@ -55,3 +57,15 @@ def make_anchors(
         levels.append(torch.cat((centres, shapes), dim=-1).reshape(-1, 4))
     # Computed in float64 and rounded once, so that the values are the same on every device.
     return torch.cat(levels).to(device=device, dtype=torch.float32)
+
+
+def level_sizes(predictions: Predictions) -> list[int]:
+    """Return the number of anchors of each level P3..P7.
+
+    The sizes of all levels follow from that of P3, which is half the size of the prototypes.
+    """
+    # ceil(H / 2^k) depends on ceil(H / 8) only, so 8 * rows can replace the height H of the input.
+    rows, columns = predictions.prototypes.shape[1] // 2, predictions.prototypes.shape[2] // 2
+    positions = [height * width for height, width in feature_sizes(8 * rows, 8 * columns)]
+    per_position = predictions.boxes.shape[1] // sum(positions)
+    return [count * per_position for count in positions]

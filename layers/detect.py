@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from config import DetectionConfig
-from layers.anchors import feature_sizes
+from layers.anchors import level_sizes
 from layers.boxes import decode
 from layers.nms import find_nms
 from layers.structures import Candidates, Predictions
@@ -59,18 +59,6 @@ def detect(
         kept.labels,
         _take(coefficients, kept.indices),
     )
-
-
-def level_sizes(predictions: Predictions) -> list[int]:
-    """Return the number of anchors of each level P3..P7.
-
-    The sizes of all levels follow from that of P3, which is half the size of the prototypes.
-    """
-    # ceil(H / 2^k) depends on ceil(H / 8) only, so 8 * rows can replace the height H of the input.
-    rows, columns = predictions.prototypes.shape[1] // 2, predictions.prototypes.shape[2] // 2
-    positions = [height * width for height, width in feature_sizes(8 * rows, 8 * columns)]
-    per_position = predictions.boxes.shape[1] // sum(positions)
-    return [count * per_position for count in positions]
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

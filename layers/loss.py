@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from config import LossConfig
-from layers.boxes import area, box_iof, box_iou, encode, to_corners
+from layers.anchors import level_sizes
+from layers.boxes import area, box_iof, decode, encode, to_corners
 from layers.masks import crop_window, mask_logits
+from layers.matching import ASSIGNERS, IGNORED, Grid, Matches, unmatched
 from layers.structures import Predictions, Target
 
 # Weights of the terms, from the released code and the paper (section 3.3); the mask IoU weight is that of YOLACT++.
 WEIGHTS = {"box": 1.5, "class": 1.0, "mask": 6.125, "semantic": 1.0, "mask_iou": 25.0}
 TERMS = tuple(WEIGHTS)
-# An anchor is positive if its IoU is at least the first value, negative if it is below the second, and otherwise
-# ignored (released code; SSD uses 0.5 for both).
-POSITIVE_IOU, NEGATIVE_IOU = 0.5, 0.4
+IOU_LOSSES = {"giou": generalized_box_iou_loss, "ciou": complete_box_iou_loss}
 NEGATIVES_PER_POSITIVE = 3  # SSD, section 2.2
 # An image without objects contributes as many negatives as one with this many positive anchors: enough to suppress
 # false positives, and too few to outweigh other images. Negatives are mined per image, so that the loss does not depend
@@ -28,18 +28,6 @@ EMPTY_POSITIVES = 10
 # The mask IoU network is trained on objects with more prototype pixels than this. The IoU is that of the soft mask,
 # thresholded at 0.5 (released code).
 MASK_IOU_MIN_AREA, MASK_IOU_THRESHOLD = 25, 0.5
-
-
-class Matches(NamedTuple):
-    """The training targets of every anchor."""
-
-    objects: Tensor  # [B, A] index of the matched object in the image's target
-    classes: Tensor  # [B, A] label + 1, 0 for background, -1 for ignored anchors
-    boxes: Tensor  # [B, A, 4] the matched boxes in corner form, relative; meaningful for positive anchors only
-
-    @property
-    def positive(self) -> Tensor:
-        return self.classes > 0
 
 
 class MultiBoxLoss:
@@ -79,65 +67,89 @@ class MultiBoxLoss:
         Raises:
             ValueError: if the predictions have no semantic maps, because the model was in evaluation mode.
         """
-        offsets, logits = predictions.boxes.float(), predictions.logits.float()
-        matches = self.match(anchors, targets)
+        offsets = predictions.boxes.float()
+        matches = self.match(anchors, targets, level_sizes(predictions), predictions)
         if num_positives is None:
             num_positives = matches.positive.sum().clamp(min=1)
         divisor = torch.as_tensor(num_positives, device=offsets.device)
         mask, mask_iou = self.mask_terms(predictions, matches, targets, mask_iou_net)
         losses = {
             "box": self.box_term(offsets, anchors, matches) / divisor,
-            "class": self.class_term(logits, matches) / divisor,
+            "class": self.class_term(predictions, anchors, matches) / divisor,
             "mask": mask / divisor,
             "semantic": self.semantic_term(predictions.semantic, targets) / (num_images or len(targets)),
             "mask_iou": mask_iou / divisor,
         }
-        return {term: WEIGHTS[term] * value for term, value in losses.items()}
+        weights = WEIGHTS | {t: getattr(self.config, f"{t}_weight") for t in ("box", "class", "mask")}
+        return {term: weights[term] * value for term, value in losses.items()}
 
     @torch.no_grad()
-    def match(self, anchors: Tensor, targets: list[Target]) -> Matches:
+    def match(
+        self, anchors: Tensor, targets: list[Target], level_sizes: list[int], predictions: Predictions | None = None
+    ) -> Matches:
         """Match every anchor to an object or the background, or mark it as ignored, for each image.
 
         Args:
             anchors: [A, 4] in centre form, relative to the image.
             targets: the ground truth of B images.
+            level_sizes: the number of anchors of each level, see `level_sizes`.
+            predictions: needed by the task-aligned assigner.
         """
-        corners = to_corners(anchors)
-        matched = [self._match_one(corners, target) for target in targets]
+        grid = Grid(anchors, level_sizes)
+        matched = []
+        for b, target in enumerate(targets):
+            if not len(target["boxes"]):
+                objects, classes = unmatched(grid)
+                boxes = anchors.new_ones(len(anchors), 4)  # a placeholder
+            else:
+                offsets, logits = (None, None) if predictions is None else (predictions.boxes[b], predictions.logits[b])
+                objects, classes = ASSIGNERS[self.config.assigner](target, grid, offsets, logits)
+                boxes = target["boxes"][objects]
+            if len(target["crowds"]) and self.config.crowd_iou < 1:
+                # An anchor inside a crowd region may contain an object that is not annotated, so it is not a negative.
+                inside = box_iof(grid.corners, target["crowds"]).amax(dim=1)
+                classes = classes.masked_fill((classes <= 0) & (inside > self.config.crowd_iou), IGNORED)
+            matched.append((objects, classes, boxes))
         return Matches(*(torch.stack(x) for x in zip(*matched, strict=True)))
 
-    def _match_one(self, corners: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, labels = target["boxes"], target["labels"]
-        if len(boxes):
-            overlaps = box_iou(boxes, corners)  # [n, A]
-            best, objects = overlaps.max(dim=0)
-            # Every object gets at least one positive anchor, even if none reaches POSITIVE_IOU. Changes `best` and
-            # `objects` in place.
-            _force_matches(overlaps, best, objects)
-            classes = labels[objects] + 1
-            # Anchors between the two thresholds are ignored (-1).
-            classes = classes.masked_fill(best < POSITIVE_IOU, -1).masked_fill(best < NEGATIVE_IOU, 0)
-            matched = boxes[objects]
-        else:
-            # No object: every anchor is background. The objects and boxes are placeholders.
-            objects = torch.zeros(len(corners), dtype=torch.long, device=corners.device)
-            classes, matched = objects.clone(), corners.new_ones(len(corners), 4)
-        if len(target["crowds"]) and self.config.crowd_iou < 1:
-            # An anchor inside a crowd region may contain an object that is not annotated, so it is not a negative.
-            inside = box_iof(corners, target["crowds"]).amax(dim=1)
-            classes = classes.masked_fill((classes <= 0) & (inside > self.config.crowd_iou), -1)
-        return objects, classes, matched
-
     def box_term(self, offsets: Tensor, anchors: Tensor, matches: Matches) -> Tensor:
-        """Smooth L1 loss between offsets [B, A, 4] and the encoded matched boxes, summed over the positive anchors."""
+        """Loss between offsets [B, A, 4] and the matched boxes, summed over the positive anchors."""
         positive = matches.positive
-        # Other anchors are encoded against themselves, which is finite, and masked out below. Indexing the positives
+        # Other anchors are compared with themselves, which is finite, and masked out below. Indexing the positives
         # instead would synchronise with the device.
         boxes = torch.where(positive[..., None], matches.boxes, to_corners(anchors))
-        loss = F.smooth_l1_loss(offsets, encode(boxes, anchors), reduction="none").sum(dim=-1)
+        if self.config.box_loss == "smooth_l1":
+            loss = F.smooth_l1_loss(offsets, encode(boxes, anchors), reduction="none").sum(dim=-1)
+        else:
+            loss = IOU_LOSSES[self.config.box_loss](decode(offsets, anchors), boxes)
         return (loss * positive).sum()
 
-    def class_term(self, logits: Tensor, matches: Matches) -> Tensor:
+    def class_term(self, predictions: Predictions, anchors: Tensor, matches: Matches) -> Tensor:
+        """The classification loss of logits [B, A, C + 1], summed over the anchors that are not ignored."""
+        logits = predictions.logits.float()
+        if self.config.class_loss == "ohem":
+            return self._mined_cross_entropy(logits, matches)
+        log_scores, positive = logits.log_softmax(dim=-1), matches.positive
+        background = log_scores[..., 0]
+        own = log_scores.gather(2, matches.classes.clamp(min=0)[..., None])[..., 0]
+        negative = -((1 - background.exp()) ** 2) * background
+        if self.config.class_loss == "focal":
+            loss = torch.where(positive, -0.25 * (1 - own.exp()) ** 2 * own, 0.75 * negative)
+        else:
+            with torch.no_grad():
+                boxes = torch.where(positive[..., None], matches.boxes, to_corners(anchors))
+                predicted = decode(predictions.boxes, anchors)
+                low, high = (
+                    torch.maximum(boxes[..., :2], predicted[..., :2]),
+                    torch.minimum(boxes[..., 2:], predicted[..., 2:]),
+                )
+                shared = (high - low).clamp(min=0).prod(dim=-1)
+                quality = shared / (area(boxes) + area(predicted) - shared).clamp(min=1e-12)
+            soft = -((quality - own.exp()).abs() ** 2) * (quality * own + (1 - quality) * background)
+            loss = torch.where(positive, soft, negative)
+        return (loss * (matches.classes != IGNORED)).sum()
+
+    def _mined_cross_entropy(self, logits: Tensor, matches: Matches) -> Tensor:
         """Cross-entropy of logits [B, A, C + 1], summed over the positives and the hardest negatives (OHEM).
 
         Background anchors far outnumber positives. The loss therefore includes only NEGATIVES_PER_POSITIVE of them for
@@ -271,29 +283,3 @@ def resize_truth(masks: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(masks.shape[1:]) == tuple(size):
         return masks.float()
     return (F.interpolate(masks[None].float(), tuple(size), mode="bilinear", align_corners=False)[0] > 0.5).float()
-
-
-def _force_matches(overlaps: Tensor, best: Tensor, objects: Tensor) -> None:
-    """Assign to each object its best anchor that is not taken yet, in order of decreasing overlap.
-
-    Modifies two tensors in place: in `best` [A] the assigned anchors get the value 2, which exceeds any threshold, and
-    in `objects` [A] the index of their object. `overlaps` is [n, A]. At most n - 1 anchors are taken by other objects,
-    so only the n best of each object are considered. No operation synchronises with the device.
-
-    Ties are common, because all anchors of one size inside an object have the same IoU. The anchor with the lowest
-    index is taken, as in the released code. `topk` does not define an order for ties, so the sort key is made unique:
-    the bit pattern of a non-negative float, which has the order of the floats, followed by the reversed index.
-    """
-    count, num_anchors = min(overlaps.shape), overlaps.shape[1]
-    order = torch.arange(num_anchors, 0, -1, device=overlaps.device)
-    anchors = (overlaps.view(torch.int32).long() * 2**32 + order).topk(count, dim=1).indices
-    values = overlaps.gather(1, anchors)
-    for _ in range(count):
-        # The best remaining pair, as an index into the flattened [n, count]; stays on the device, unlike `.item()`.
-        pair = values.argmax().reshape(1)
-        row, anchor = torch.div(pair, count, rounding_mode="floor"), anchors.flatten()[pair]
-        best.index_fill_(0, anchor, 2.0)
-        objects.index_copy_(0, anchor, row)
-        # Neither the anchor nor the object can be chosen again.
-        values.masked_fill_(anchors == anchor, -1.0)
-        values.index_fill_(0, row, -1.0)

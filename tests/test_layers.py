@@ -169,7 +169,7 @@ def test_detect_has_fixed_shapes_without_detections():
 
 
 def test_levels_follow_from_the_prototypes():
-    from layers.detect import level_sizes
+    from layers.anchors import level_sizes
 
     for size in ((550, 550), (97, 333)):
         anchors = make_anchors(*size, SIZES, (1, 0.5, 2))

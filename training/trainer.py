@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from data.loader import Batch
+from layers.anchors import feature_sizes
 from layers.loss import MultiBoxLoss
 from layers.structures import Target
 from training.schedule import build_optimizer, update_ema
@@ -49,6 +50,11 @@ class TrainStep(nn.Module):
         self.loss = MultiBoxLoss(model.config.loss)
         size = model.config.model.max_size
         self.register_buffer("anchors", model.anchors(size, size), persistent=False)
+        per = model.config.model.anchors_per_position
+        self.level_sizes = [per * h * w for h, w in feature_sizes(size, size)]
+
+    def positives(self, targets: list[Target]) -> Tensor:
+        return self.loss.match(self.anchors, targets, self.level_sizes).positive.sum()
 
     def forward(
         self,
@@ -110,7 +116,7 @@ class Trainer:
         Raises UserError if a loss is not finite or, except in float16, if the gradient norm is not.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
@@ -134,7 +140,7 @@ class Trainer:
         num_positives, num_images = None, len(batch.images)
         if len(parts) > 1 or self.ranks.size > 1:
             # Every micro-batch divides by the number of positives in the whole batch, so that their losses add up.
-            mine = self.step_module.loss.match(self.step_module.anchors, batch.targets).positive.sum()
+            mine = self.step_module.positives(batch.targets)
             num_positives = self.ranks.sum(mine).clamp(min=1) / self.ranks.size  # DDP averages the gradients
         sums: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):

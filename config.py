@@ -57,8 +57,6 @@ class ModelConfig:
     fpn_relu: bool = True  # a ReLU after the FPN's 3x3 convolutions
     p6_from_c5: bool = False  # P6 comes from C5 (MMDetection) or from P5 (the authors)
     proto_channels: int = limited(256, minimum=1, maximum=LARGEST)
-    proto_relu: bool = True
-    proto_bias: float = 0.0
     num_prototypes: int = limited(32, minimum=1, maximum=LARGEST)
     mask_iou: bool = False  # the mask re-scoring network of YOLACT++
 
@@ -125,8 +123,7 @@ class TrainingConfig:
     weight_decay: float = limited(5e-4, maximum=1e3)
     max_iter: int = limited(800_000, maximum=10**9)  # length in iterations; 0: use `epochs`
     epochs: int = limited(0, maximum=LARGEST)  # length in epochs; 0: use `max_iter`
-    lr_schedule: str = limited("steps", choices=("steps", "cosine", "flat_cosine"))
-    backbone_lr: float = limited(1.0, maximum=1)  # learning rate of the backbone, as a factor
+    lr_schedule: str = limited("steps", choices=("steps", "cosine"))
     # Points at which the learning rate is divided by 10: in epochs if `epochs` is set, otherwise in iterations.
     lr_steps: tuple[float, ...] = limited((280_000, 600_000, 700_000, 750_000), maximum=10**9)
     warmup_iters: int = limited(500, maximum=10**9)
@@ -134,6 +131,10 @@ class TrainingConfig:
     freeze_stages: int = limited(0, maximum=100)  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
     freeze_bn: bool = False  # freeze the backbone's batch norm: statistics, scale and shift
     sync_bn: bool = False  # compute batch norm statistics over the images of all GPUs
+    # Side of the training input, as a fraction of max_size. Random crops enlarge objects, so that they look as large in
+    # a smaller training input as in inference (Touvron et al., "Fixing the train-test resolution discrepancy", 2019).
+    train_scale: float = limited(1.0, above=0, maximum=1)
+    fit_anchors: bool = False  # fit the anchors to the training set, see data.fit_anchors
     repeat_threshold: float = limited(0.0, maximum=1)  # oversample classes in less than this share of images
     ema: float = limited(0.0, below=1)  # decay of the EMA of the weights, which is validated and saved; 0: no EMA
 
@@ -142,13 +143,7 @@ class TrainingConfig:
 class LossConfig:
     """Matching and the mask loss. Values that no configuration changes are constants in layers/loss.py."""
 
-    assigner: str = limited("max_iou", choices=("max_iou", "atss", "task_aligned"))
-    box_loss: str = limited("smooth_l1", choices=("smooth_l1", "giou", "ciou"))
-    class_loss: str = limited("ohem", choices=("ohem", "focal", "quality_focal"))
-    box_weight: float = limited(1.5, maximum=1e3)
-    class_weight: float = limited(1.0, maximum=1e3)
-    mask_weight: float = limited(6.125, maximum=1e3)
-
+    assigner: str = limited("max_iou", choices=("max_iou", "atss"))  # a key of layers.matching.ASSIGNERS
     crowd_iou: float = limited(0.7, maximum=1)  # negatives with more than this share in a crowd are ignored; 1: none
     masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image, for the mask loss; a random sample
     # The mask loss is computed at this multiple of the prototypes' size.
@@ -160,8 +155,6 @@ class AugmentationConfig:
     """SSD's augmentation (paper, section 5) and copy-paste."""
 
     augment_photometric: bool = True
-    scale_jitter: float = limited(1.0, minimum=1, maximum=10)  # replaces expand and crop
-    mosaic: float = limited(0.0, maximum=1)
     augment_expand: float = limited(4.0, minimum=1, maximum=100)  # zoom out by up to this factor; mean colour around
     augment_crop: bool = True
     crop_min_side: float = limited(0.3, above=0, maximum=1)  # share of the image's width and height
@@ -186,6 +179,12 @@ class Config:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def train_size(self) -> int:
+        """The side of the training input in pixels: a multiple of 32, unless it is `max_size`."""
+        scale, side = self.training.train_scale, self.model.max_size
+        return side if scale == 1 else max(32, 32 * round(scale * side / 32))
 
 
 SECTIONS: dict[str, type] = {
@@ -269,6 +268,16 @@ def check(config: Config) -> None:
         raise UserError("exactly one of max_iter and epochs must be greater than 0")
 
 
+def geometric_sizes(side: int) -> tuple[tuple[float, ...], ...]:
+    """Return anchor sizes for an input of `side` pixels: three for each of P3..P7, in a geometric progression.
+
+    It starts with the stride of P3, the smallest object that has an anchor's centre inside, and ends with the side.
+    """
+    count = 15
+    sizes = [round(8 * (side / 8) ** (i / (count - 1)), 1) for i in range(count)]
+    return tuple(tuple(sizes[i : i + 3]) for i in range(0, count, 3))
+
+
 _BASE = Config(name="yolact_base")
 
 
@@ -331,27 +340,38 @@ CONFIGS: dict[str, Config] = {
         _derive(
             _BASE,
             "yolact_lite",
-            max_size=288,
+            max_size=640,
             mean=(127, 127, 127),
             std=(128, 128, 128),
             resize_uint8=True,
             backbone="efficientnet_lite0",
             fpn_channels=96,
             proto_channels=64,
-            anchor_sizes=((12,), (25,), (50,), (100,), (200,)),
+            anchor_sizes=geometric_sizes(512),
+            aspect_ratios=(1, 0.5),
             square_anchors=False,
+            mask_threshold=0.35,
+            crop_after_resize=True,
+            maskness=True,
+            assigner="atss",
+            masks_to_train=80,
+            mask_supersample=2,
             optimizer="adamw",
             lr=7e-4,
             weight_decay=0.05,
             max_iter=0,
-            epochs=100,
+            epochs=80,
             lr_schedule="cosine",
             lr_steps=(),
             warmup_iters=100,
             clip_grad=10.0,
             freeze_stages=4,
-            ema=0.998,
-            augment_expand=1.5,
+            ema=0.999,
+            train_scale=0.8,
+            fit_anchors=True,
+            augment_expand=1.25,
+            crop_min_side=0.4,
+            copy_paste=0.5,
             min_box_size=4.0,
         ),
     )
@@ -426,6 +446,9 @@ _RETIRED = {
     "positive_iou": 0.5,
     "negative_iou": 0.4,
     "negatives_per_positive": 3,
+    "box_weight": 1.5,
+    "class_weight": 1.0,
+    "mask_weight": 6.125,
     "semantic_weight": 1.0,
     "mask_iou_weight": 25.0,
     "mask_iou_min_area": 25,

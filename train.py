@@ -34,6 +34,7 @@ from data.sampling import epoch_indices
 from evaluation.evaluator import check_classes
 from training.advice import objects_per_class, unlikely_settings
 from training.batch_size import fitting_batch_size
+from training.fit_anchors import fit_anchors, keep_anchors
 from training.loop import fit
 from training.schedule import Schedule
 from training.settings import Settings
@@ -121,7 +122,8 @@ def start_run(given: dict[str, Any]) -> int:
         raise UserError("--val_images has no effect without --val_annotations")
     start = read_start(given.get("init", "imagenet"))
     config = get_config(given["config"]) if "config" in given else start.config
-    config = override(config, **parse_overrides(given.get("set", [])))
+    overrides = parse_overrides(given.get("set", []))
+    config = override(config, **overrides)
     if given.get("batch_size") == "auto":
         device = choose_device(given.get("device", "auto"))
         dtype = choose_precision(given.get("precision", "auto"), device)
@@ -136,6 +138,9 @@ def start_run(given: dict[str, Any]) -> int:
         torch.manual_seed(settings.seed)
         train, val = load_data(settings, config, ranks)
         config = override(config, class_names=train.class_names, category_ids=train.category_ids)
+        if config.training.fit_anchors and not {"anchor_sizes", "aspect_ratios"} & overrides.keys():
+            # Weights depend on their anchors, so those of --init are kept.
+            config = keep_anchors(config, start.config) if start.weights else fit_anchors(config, train)
         model = Yolact(config)
         init_model(model, start)
         with claim_folder(folder, ranks):
@@ -214,8 +219,9 @@ def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) 
     if trainer.step > schedule.max_iter:
         raise UserError(f"{trainer.folder}: the run is at step {trainer.step}, beyond --max_iter {schedule.max_iter}")
     print(schedule)
+    size = f"{config.train_size} px" + f" for {config.model.max_size}" * (config.train_size != config.model.max_size)
     print(
-        f"{config.name}: {config.num_classes} classes, {len(train)} images, {config.model.max_size} px, "
+        f"{config.name}: {config.num_classes} classes, {len(train)} images, {size}, "
         f"{str(trainer.dtype).removeprefix('torch.')} on {ranks.size} x {trainer.device}, "
         f"batch norm {trainer.batch_norm}"
     )

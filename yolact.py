@@ -11,7 +11,6 @@ prototypes with these coefficients. `layers.detect` and `layers.masks` convert t
 from __future__ import annotations
 
 import itertools
-import math
 from typing import ClassVar
 
 import torch
@@ -62,7 +61,7 @@ class FPN(nn.Module):
 class ProtoNet(nn.Sequential):
     """P3 [B, in_channels, h, w] -> non-negative prototypes [B, K, 2h, 2w] (paper, section 3.1, figure 3)."""
 
-    def __init__(self, in_channels: int, channels: int, num_prototypes: int, relu: bool = True):
+    def __init__(self, in_channels: int, channels: int, num_prototypes: int):
         super().__init__(
             nn.Conv2d(in_channels, channels, 3, padding=1),
             nn.ReLU(inplace=True),
@@ -74,7 +73,7 @@ class ProtoNet(nn.Sequential):
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, num_prototypes, 1),
-            nn.ReLU(inplace=True) if relu else nn.Identity(),
+            nn.ReLU(inplace=True),
         )
 
 
@@ -144,7 +143,7 @@ class Yolact(nn.Module):
         channels, num_anchors = model.fpn_channels, model.anchors_per_position
         self.backbone = build_backbone(model.backbone, model.dcn_interval)
         self.fpn = FPN(self.backbone.channels, channels, model.fpn_relu, model.p6_from_c5)
-        self.protonet = ProtoNet(channels, model.proto_channels, model.num_prototypes, model.proto_relu)
+        self.protonet = ProtoNet(channels, model.proto_channels, model.num_prototypes)
         self.head = PredictionHead(channels, num_anchors, num_classes, model.num_prototypes)
         # Used by the loss only: a 1x1 convolution on P3 that predicts the classes of every pixel (paper, section 5).
         self.semantic = nn.Conv2d(channels, num_classes, 1)
@@ -152,14 +151,6 @@ class Yolact(nn.Module):
         for module in (self.fpn, self.protonet, self.head, self.semantic, self.mask_iou):
             if module is not None:
                 _init_convolutions(module)
-        if config.loss.class_loss != "ohem":
-            # Start with a probability of 0.01 for objects, as focal losses need (Lin et al. 2017, section 4.1).
-            with torch.no_grad():
-                bias = self.head.cls.bias
-                assert bias is not None
-                bias.view(num_anchors, num_classes + 1)[:, 0] = math.log(num_classes * 0.99 / 0.01)
-        if model.proto_bias:
-            nn.init.constant_(self.protonet[9].bias, model.proto_bias)
 
     def train(self, mode: bool = True) -> Yolact:
         """Set training or evaluation mode. Layers that the configuration freezes stay in evaluation mode."""

@@ -7,7 +7,6 @@ computed for regions that the crop removes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +71,7 @@ class Augment:
 
     def __init__(self, config: Config):
         self.config: AugmentationConfig = config.augmentation
-        self.size, self.mean, self.std = config.model.max_size, config.model.mean, config.model.std
+        self.size, self.mean, self.std = config.train_size, config.model.mean, config.model.std
         rows, columns = prototype_size(self.size, self.size)
         self.mask_size = (rows * config.loss.mask_supersample, columns * config.loss.mask_supersample)
 
@@ -94,16 +93,6 @@ class Augment:
         """Sample the expansion, the crop and the mirroring, and return them as one window."""
         height, width = sample.image.shape[:2]
         x1, y1, x2, y2 = 0, 0, width, height
-        if self.config.scale_jitter > 1:
-            limit = math.log(self.config.scale_jitter)
-            scale = math.exp(rng.uniform(-limit, limit))
-            w, h = width / scale, height / scale
-            # Keep most of the image, or of the window, in view.
-            x1, y1 = (
-                rng.uniform(min(0, width - w), max(0, width - w)),
-                rng.uniform(min(0, height - h), max(0, height - h)),
-            )
-            return Window(x1, y1, x1 + w, y1 + h, self.config.augment_mirror and rng.random() < 0.5)
         if self.config.augment_expand > 1 and rng.random() < 0.5:
             ratio = rng.uniform(1, self.config.augment_expand)
             # Placing the image at random on a larger canvas is a window that extends beyond the image.

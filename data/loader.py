@@ -19,7 +19,6 @@ from config import Config
 from data.augment import Augment, Augmented
 from data.coco import CocoDataset
 from data.copy_paste import copy_paste
-from data.mosaic import mosaic
 from data.sampling import epoch_indices
 from layers.structures import Target
 from utils.distributed import Ranks, single
@@ -35,7 +34,6 @@ class TrainingSet(Dataset[Item]):
         self.dataset = dataset
         self.augment = Augment(config)
         self.copy_paste = config.augmentation.copy_paste
-        self.mosaic = config.augmentation.mosaic
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
@@ -50,9 +48,6 @@ class TrainingSet(Dataset[Item]):
             chosen = index if attempt == 0 else int(rng.integers(len(self.dataset)))
             try:
                 sample = self.dataset[chosen]
-                if self.mosaic and rng.random() < self.mosaic:
-                    others = [self.dataset[int(i)] for i in rng.integers(len(self.dataset), size=3)]
-                    sample = mosaic([sample, *others], rng)
                 if self.copy_paste and rng.random() < self.copy_paste:
                     sample = copy_paste(sample, self.dataset[int(rng.integers(len(self.dataset)))], rng)
             except UserError as error:

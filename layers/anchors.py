@@ -59,13 +59,15 @@ def make_anchors(
     return torch.cat(levels).to(device=device, dtype=torch.float32)
 
 
-def level_sizes(predictions: Predictions) -> list[int]:
-    """Return the number of anchors of each level P3..P7.
-
-    The sizes of all levels follow from that of P3, which is half the size of the prototypes.
-    """
+def positions_per_level(predictions: Predictions) -> list[int]:
+    """Return the number of positions of each level P3..P7. They follow from that of P3, half the prototypes' size."""
     # ceil(H / 2^k) depends on ceil(H / 8) only, so 8 * rows can replace the height H of the input.
     rows, columns = predictions.prototypes.shape[1] // 2, predictions.prototypes.shape[2] // 2
-    positions = [height * width for height, width in feature_sizes(8 * rows, 8 * columns)]
+    return [height * width for height, width in feature_sizes(8 * rows, 8 * columns)]
+
+
+def level_sizes(predictions: Predictions) -> list[int]:
+    """Return the number of anchors of each level P3..P7."""
+    positions = positions_per_level(predictions)
     per_position = predictions.boxes.shape[1] // sum(positions)
     return [count * per_position for count in positions]

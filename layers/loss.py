@@ -7,19 +7,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from config import LossConfig
-from layers.anchors import level_sizes
-from layers.boxes import area, box_iof, decode, encode, to_corners
+from layers.anchors import positions_per_level
+from layers.boxes import area, box_iof, encode, to_corners
 from layers.masks import crop_window, mask_logits
-from layers.matching import ASSIGNERS, IGNORED, Grid, Matches, unmatched
+from layers.matching import ASSIGNERS, IGNORED, Grid, Matches
 from layers.structures import Predictions, Target
 
 # Weights of the terms, from the released code and the paper (section 3.3); the mask IoU weight is that of YOLACT++.
 WEIGHTS = {"box": 1.5, "class": 1.0, "mask": 6.125, "semantic": 1.0, "mask_iou": 25.0}
 TERMS = tuple(WEIGHTS)
-IOU_LOSSES = {"giou": generalized_box_iou_loss, "ciou": complete_box_iou_loss}
 NEGATIVES_PER_POSITIVE = 3  # SSD, section 2.2
 # An image without objects contributes as many negatives as one with this many positive anchors: enough to suppress
 # false positives, and too few to outweigh other images. Negatives are mined per image, so that the loss does not depend
@@ -67,89 +65,58 @@ class MultiBoxLoss:
         Raises:
             ValueError: if the predictions have no semantic maps, because the model was in evaluation mode.
         """
-        offsets = predictions.boxes.float()
-        matches = self.match(anchors, targets, level_sizes(predictions), predictions)
+        offsets, logits = predictions.boxes.float(), predictions.logits.float()
+        matches = self.match(anchors, targets, positions_per_level(predictions))
         if num_positives is None:
             num_positives = matches.positive.sum().clamp(min=1)
         divisor = torch.as_tensor(num_positives, device=offsets.device)
         mask, mask_iou = self.mask_terms(predictions, matches, targets, mask_iou_net)
         losses = {
             "box": self.box_term(offsets, anchors, matches) / divisor,
-            "class": self.class_term(predictions, anchors, matches) / divisor,
+            "class": self.class_term(logits, matches) / divisor,
             "mask": mask / divisor,
             "semantic": self.semantic_term(predictions.semantic, targets) / (num_images or len(targets)),
             "mask_iou": mask_iou / divisor,
         }
-        weights = WEIGHTS | {t: getattr(self.config, f"{t}_weight") for t in ("box", "class", "mask")}
-        return {term: weights[term] * value for term, value in losses.items()}
+        return {term: WEIGHTS[term] * value for term, value in losses.items()}
 
     @torch.no_grad()
-    def match(
-        self, anchors: Tensor, targets: list[Target], level_sizes: list[int], predictions: Predictions | None = None
-    ) -> Matches:
+    def match(self, anchors: Tensor, targets: list[Target], positions: list[int] | None = None) -> Matches:
         """Match every anchor to an object or the background, or mark it as ignored, for each image.
 
         Args:
             anchors: [A, 4] in centre form, relative to the image.
             targets: the ground truth of B images.
-            level_sizes: the number of anchors of each level, see `level_sizes`.
-            predictions: needed by the task-aligned assigner.
+            positions: the number of positions of each level P3..P7, for ATSS. Default: one level, one anchor each.
         """
-        grid = Grid(anchors, level_sizes)
-        matched = []
-        for b, target in enumerate(targets):
-            if not len(target["boxes"]):
-                objects, classes = unmatched(grid)
-                boxes = anchors.new_ones(len(anchors), 4)  # a placeholder
-            else:
-                offsets, logits = (None, None) if predictions is None else (predictions.boxes[b], predictions.logits[b])
-                objects, classes = ASSIGNERS[self.config.assigner](target, grid, offsets, logits)
-                boxes = target["boxes"][objects]
-            if len(target["crowds"]) and self.config.crowd_iou < 1:
-                # An anchor inside a crowd region may contain an object that is not annotated, so it is not a negative.
-                inside = box_iof(grid.corners, target["crowds"]).amax(dim=1)
-                classes = classes.masked_fill((classes <= 0) & (inside > self.config.crowd_iou), IGNORED)
-            matched.append((objects, classes, boxes))
+        grid = Grid(anchors, to_corners(anchors), positions or [len(anchors)])
+        matched = [self._match_one(grid, target) for target in targets]
         return Matches(*(torch.stack(x) for x in zip(*matched, strict=True)))
 
+    def _match_one(self, grid: Grid, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+        if len(target["boxes"]):
+            objects, classes = ASSIGNERS[self.config.assigner](target, grid)
+            boxes = target["boxes"][objects]
+        else:
+            # No object: every anchor is background. The objects and boxes are placeholders.
+            objects = torch.zeros(len(grid.anchors), dtype=torch.long, device=grid.anchors.device)
+            classes, boxes = objects.clone(), torch.ones_like(grid.anchors)
+        if len(target["crowds"]) and self.config.crowd_iou < 1:
+            # An anchor inside a crowd region may contain an object that is not annotated, so it is not a negative.
+            inside = box_iof(grid.corners, target["crowds"]).amax(dim=1)
+            classes = classes.masked_fill((classes <= 0) & (inside > self.config.crowd_iou), IGNORED)
+        return objects, classes, boxes
+
     def box_term(self, offsets: Tensor, anchors: Tensor, matches: Matches) -> Tensor:
-        """Loss between offsets [B, A, 4] and the matched boxes, summed over the positive anchors."""
+        """Smooth L1 loss between offsets [B, A, 4] and the encoded matched boxes, summed over the positive anchors."""
         positive = matches.positive
-        # Other anchors are compared with themselves, which is finite, and masked out below. Indexing the positives
+        # Other anchors are encoded against themselves, which is finite, and masked out below. Indexing the positives
         # instead would synchronise with the device.
         boxes = torch.where(positive[..., None], matches.boxes, to_corners(anchors))
-        if self.config.box_loss == "smooth_l1":
-            loss = F.smooth_l1_loss(offsets, encode(boxes, anchors), reduction="none").sum(dim=-1)
-        else:
-            loss = IOU_LOSSES[self.config.box_loss](decode(offsets, anchors), boxes)
+        loss = F.smooth_l1_loss(offsets, encode(boxes, anchors), reduction="none").sum(dim=-1)
         return (loss * positive).sum()
 
-    def class_term(self, predictions: Predictions, anchors: Tensor, matches: Matches) -> Tensor:
-        """The classification loss of logits [B, A, C + 1], summed over the anchors that are not ignored."""
-        logits = predictions.logits.float()
-        if self.config.class_loss == "ohem":
-            return self._mined_cross_entropy(logits, matches)
-        log_scores, positive = logits.log_softmax(dim=-1), matches.positive
-        background = log_scores[..., 0]
-        own = log_scores.gather(2, matches.classes.clamp(min=0)[..., None])[..., 0]
-        negative = -((1 - background.exp()) ** 2) * background
-        if self.config.class_loss == "focal":
-            loss = torch.where(positive, -0.25 * (1 - own.exp()) ** 2 * own, 0.75 * negative)
-        else:
-            with torch.no_grad():
-                boxes = torch.where(positive[..., None], matches.boxes, to_corners(anchors))
-                predicted = decode(predictions.boxes, anchors)
-                low, high = (
-                    torch.maximum(boxes[..., :2], predicted[..., :2]),
-                    torch.minimum(boxes[..., 2:], predicted[..., 2:]),
-                )
-                shared = (high - low).clamp(min=0).prod(dim=-1)
-                quality = shared / (area(boxes) + area(predicted) - shared).clamp(min=1e-12)
-            soft = -((quality - own.exp()).abs() ** 2) * (quality * own + (1 - quality) * background)
-            loss = torch.where(positive, soft, negative)
-        return (loss * (matches.classes != IGNORED)).sum()
-
-    def _mined_cross_entropy(self, logits: Tensor, matches: Matches) -> Tensor:
+    def class_term(self, logits: Tensor, matches: Matches) -> Tensor:
         """Cross-entropy of logits [B, A, C + 1], summed over the positives and the hardest negatives (OHEM).
 
         Background anchors far outnumber positives. The loss therefore includes only NEGATIVES_PER_POSITIVE of them for

@@ -111,7 +111,7 @@ def test_gradients_of_parts_add_up(dataset, small_config):
             sum(step(part.images, part.targets, **given).values()).backward()
         return {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad}
 
-    positives = step.loss.match(step.anchors, batch.targets).positive.sum()
+    positives = step.match(batch.targets).positive.sum()
     whole = gradients([batch])
     parts = gradients(batch.split(4), num_positives=positives, num_images=4)
     assert [len(part.images) for part in batch.split(3)] == [1, 2, 1]

@@ -72,6 +72,47 @@ def test_every_object_gets_an_anchor_of_its_own():
     assert torch.equal(matches.classes[0][matches.positive[0]], some["labels"][owners] + 1)
 
 
+def atss(boxes, sizes=(64, 16)):
+    """Match boxes, in pixels of an input of 64 x 64, to two levels of square anchors of 8 and 16 pixels."""
+    y, x = torch.meshgrid(torch.arange(8) * 8.0 + 4, torch.arange(8) * 8.0 + 4, indexing="ij")
+    small = torch.stack((x, y, torch.full_like(x, 8), torch.full_like(x, 8)), dim=-1).reshape(-1, 4)
+    y, x = torch.meshgrid(torch.arange(4) * 16.0 + 8, torch.arange(4) * 16.0 + 8, indexing="ij")
+    large = torch.stack((x, y, torch.full_like(x, 16), torch.full_like(x, 16)), dim=-1).reshape(-1, 4)
+    anchors = torch.cat((small, large)) / 64
+    boxes = torch.tensor(boxes) / 64
+    some = {"boxes": boxes, "labels": torch.arange(len(boxes)) % 3, "crowds": torch.zeros(0, 4)}
+    config = get_config("yolact_resnet50", assigner="atss").loss
+    return MultiBoxLoss(config).match(anchors, [some], list(sizes)), anchors
+
+
+def test_atss_follows_the_paper():
+    """Computed by hand: the 9 nearest anchors of each level, their IoUs, mean + standard deviation, centre inside."""
+    box = [17.0, 17.0, 33.0, 33.0]
+    matches, anchors = atss([box])
+    corners = to_corners(anchors) * 64
+    overlaps = box_iou(torch.tensor([box]), corners)[0]
+    distances = (anchors[:, :2] * 64 - 25).norm(dim=1)
+    nearest = torch.cat((distances[:64].argsort(stable=True)[:9], 64 + distances[64:].argsort(stable=True)[:9]))
+    # Anchors at the same distance may be chosen in any order; here they have the same IoU.
+    threshold = overlaps[nearest].mean() + overlaps[nearest].std()
+    inside = ((anchors[:, :2] * 64 > 17) & (anchors[:, :2] * 64 < 33)).all(dim=1)
+    expected = {int(i) for i in nearest if overlaps[i] >= threshold and inside[i]}
+    assert set(matches.positive[0].nonzero()[:, 0].tolist()) == expected
+    assert expected == {64 + 5}  # the anchor of 16 pixels at (24, 24)
+    assert (matches.classes >= 0).all()  # none is ignored
+
+
+def test_atss_gives_every_object_an_anchor():
+    """A box between four anchor centres has no centre inside; two boxes never share an anchor."""
+    boxes = [[6.0, 6.0, 10.0, 10.0], [0.0, 0.0, 32.0, 32.0], [1.0, 1.0, 31.0, 31.0], [40.0, 40.0, 63.0, 63.0]]
+    matches, _ = atss(boxes)
+    owners = matches.objects[0][matches.positive[0]]
+    assert set(owners.tolist()) == {0, 1, 2, 3}
+    positive = matches.positive[0]
+    assert torch.equal(matches.boxes[0][positive], torch.tensor(boxes)[owners] / 64)
+    assert torch.equal(matches.classes[0][positive], owners % 3 + 1)
+
+
 def test_thresholds_and_crowds():
     some = target(2)
     matches = MultiBoxLoss(CONFIG.loss).match(ANCHORS, [some])

@@ -45,10 +45,10 @@ def unlikely_settings(
     """
     counts, sides = objects
     lines = []
-    largest = np.sqrt(np.prod(sides, axis=1)) * config.model.max_size  # geometric mean of the sides, in pixels
+    largest = np.sqrt(np.prod(sides, axis=1)) * config.train_size  # geometric mean of the sides, in pixels
     if len(largest) and np.median(largest) < SMALL_SIDE:
         lines.append(
-            f"half of the objects are smaller than {np.median(largest):.0f} pixels at {config.model.max_size} px, "
+            f"half of the objects are smaller than {np.median(largest):.0f} pixels at {config.train_size} px, "
             "which is too small for the anchors; increase max_size, and predict with --tile"
         )
     few = [name for name, count in zip(config.class_names, counts, strict=True) if count < FEW_PER_CLASS]

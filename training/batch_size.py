@@ -56,7 +56,7 @@ def training_step(
     model: Yolact, optimizer: torch.optim.Optimizer, batch_size: int, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Take one step on random images with OBJECTS objects each, as large as training steps are."""
-    side = model.config.model.max_size
+    side = model.config.train_size
     images = torch.randn(batch_size, 3, side, side, device=device)
     low = torch.rand(OBJECTS, 2, device=device) * 0.5
     target = {

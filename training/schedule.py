@@ -75,9 +75,6 @@ class Schedule:
         """Return the learning rate of iteration `step`, counted from 0, including the linear warm-up."""
         if self.config.lr_schedule == "cosine":
             lr = self.lr * 0.5 * (1 + math.cos(math.pi * min(1, step / self.max_iter)))
-        elif self.config.lr_schedule == "flat_cosine":
-            half = self.max_iter / 2
-            lr = self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, max(0, step - half) / half))))
         else:
             lr = self.lr * LR_GAMMA ** sum(step >= s for s in self.steps)
         if step < self.config.warmup_iters:
@@ -88,17 +85,11 @@ class Schedule:
 def build_optimizer(model: Yolact, config: TrainingConfig) -> torch.optim.Optimizer:
     """Return SGD, as published, or AdamW without weight decay for biases and batch norm; frozen weights excluded."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    backbone = {id(p) for p in model.backbone.parameters()}
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
     groups = [
-        {
-            "params": [p for p in trained if (p.ndim > 1) == decayed and (id(p) in backbone) == inner],
-            "weight_decay": config.weight_decay * decayed,
-            "factor": config.backbone_lr if inner else 1.0,
-        }
-        for decayed in (True, False)
-        for inner in (False, True)
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr)
 

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from data.loader import Batch
 from layers.anchors import feature_sizes
 from layers.loss import MultiBoxLoss
+from layers.matching import Matches
 from layers.structures import Target
 from training.schedule import build_optimizer, update_ema
 from training.settings import Settings
@@ -48,13 +49,13 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model = model
         self.loss = MultiBoxLoss(model.config.loss)
-        size = model.config.model.max_size
+        size = model.config.train_size
         self.register_buffer("anchors", model.anchors(size, size), persistent=False)
-        per = model.config.model.anchors_per_position
-        self.level_sizes = [per * h * w for h, w in feature_sizes(size, size)]
+        self.positions = [rows * columns for rows, columns in feature_sizes(size, size)]
 
-    def positives(self, targets: list[Target]) -> Tensor:
-        return self.loss.match(self.anchors, targets, self.level_sizes).positive.sum()
+    def match(self, targets: list[Target]) -> Matches:
+        """Match the anchors to the objects of some images."""
+        return self.loss.match(self.anchors, targets, self.positions)
 
     def forward(
         self,
@@ -116,7 +117,7 @@ class Trainer:
         Raises UserError if a loss is not finite or, except in float16, if the gradient norm is not.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("factor", 1.0)
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
@@ -140,7 +141,7 @@ class Trainer:
         num_positives, num_images = None, len(batch.images)
         if len(parts) > 1 or self.ranks.size > 1:
             # Every micro-batch divides by the number of positives in the whole batch, so that their losses add up.
-            mine = self.step_module.positives(batch.targets)
+            mine = self.step_module.match(batch.targets).positive.sum()
             num_positives = self.ranks.sum(mine).clamp(min=1) / self.ranks.size  # DDP averages the gradients
         sums: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):

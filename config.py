@@ -131,10 +131,10 @@ class TrainingConfig:
     freeze_stages: int = limited(0, maximum=100)  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
     freeze_bn: bool = False  # freeze the backbone's batch norm: statistics, scale and shift
     sync_bn: bool = False  # compute batch norm statistics over the images of all GPUs
-    # Side of the training input, as a fraction of max_size. Random crops enlarge objects, so that they look as large in
-    # a smaller training input as in inference (Touvron et al., "Fixing the train-test resolution discrepancy", 2019).
+    # Side of the training input, as a fraction of max_size. Random crops make objects larger, so that they have the
+    # same size in a smaller training input as in inference (Touvron et al. 2019).
     train_scale: float = limited(1.0, above=0, maximum=1)
-    fit_anchors: bool = False  # fit the anchors to the training set, see data.fit_anchors
+    fit_anchors: bool = False  # fit the anchors to the training set, see training.fit_anchors
     repeat_threshold: float = limited(0.0, maximum=1)  # oversample classes in less than this share of images
     ema: float = limited(0.0, below=1)  # decay of the EMA of the weights, which is validated and saved; 0: no EMA
 

@@ -236,7 +236,10 @@ def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Te
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     else:
         soft = F.interpolate(logits.sigmoid()[None], size, mode="bilinear", align_corners=False)[0]
-        loss = F.binary_cross_entropy(soft, truth, reduction="none")
+        # `binary_cross_entropy` raises for NaN, and on a GPU it aborts the process. The caller reports a NaN instead.
+        broken = soft.isnan()
+        loss = F.binary_cross_entropy(soft.masked_fill(broken, 0.5), truth, reduction="none")
+        loss = loss.masked_fill(broken, torch.nan)
     # One prototype pixel of padding, as in inference. The divisor is the area of the box without it (released code).
     window = crop_window(boxes, *size, padding=supersample)
     return (loss * window).sum(dim=(1, 2)) / (area(boxes) * size[0] * size[1])

@@ -41,7 +41,16 @@ SCRIPTS = {
     "data.audit": audit_script.main,
     "data.formats": formats_script.main,
 }
-SMALL = ["--set", "max_size=96", "--set", "anchor_sizes=((8,),(16,),(32,),(64,),(96,))", "--init", "none"]
+SMALL = [
+    "--set",
+    "max_size=96",
+    "--set",
+    "anchor_sizes=((8,),(16,),(32,),(64,),(96,))",
+    "--set",
+    "train_scale=1",
+    "--init",
+    "none",
+]
 
 CLASSES = ({"id": 7, "name": "disc"}, {"id": 3, "name": "tile"})  # neither sorted nor from 1
 
@@ -159,6 +168,7 @@ def small_config() -> Config:
     return get_config(
         "yolact_lite",
         max_size=96,
+        train_scale=1,
         anchor_sizes=((8,), (16,), (32,), (64,), (96,)),
         class_names=("disc", "tile"),
         category_ids=(7, 3),

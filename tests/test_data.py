@@ -288,7 +288,7 @@ def test_copy_paste_moves_pixels_masks_boxes_and_labels_together(tmp_path):
 
 def test_copy_paste_gives_the_photos_without_objects_some(dataset, small_config):
     data = CocoDataset(dataset, dataset.parent / "images")
-    plain = override(small_config, augment_crop=False, augment_expand=1.0)
+    plain = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
     pasted = TrainingSet(data, override(plain, copy_paste=1.0), seed=0)
     empty = len(data) - 1
     assert len(TrainingSet(data, plain, seed=0)[(0, empty)][0].boxes) == 0

@@ -28,7 +28,7 @@ def test_parameters_and_anchors_as_published(name):
 def test_lite_is_small():
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = get_config("yolact_lite")
+    config = get_config("yolact_lite", max_size=288)
     model = Yolact(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, config.model.max_size, config.model.max_size))

@@ -529,7 +529,7 @@ def test_a_run_estimates_its_time(dataset, tmp_path):
 
 
 def test_settings_that_cannot_work_are_named(dataset, tmp_path):
-    config = get_config("yolact_lite", class_names=("disc", "tile"), category_ids=(7, 3))
+    config = get_config("yolact_lite", max_size=288, train_scale=1, class_names=("disc", "tile"), category_ids=(7, 3))
     schedule = Schedule.build(config.training, 100, 8)
     fine = np.array([50, 50]), np.full((100, 2), 0.3)
     assert unlikely_settings(config, schedule, 8, fine) == []

@@ -488,7 +488,7 @@ def test_patience_ends_a_run_and_keeps_the_best(dataset, tmp_path):
     """Nothing is learnt at this learning rate: the first validation stays the best."""
     out = tmp_path / "run"
     words = ["--output_dir", out, "--batch_size", 2, "--lr", 1e-12, "--max_iter", 40, "--val_interval", 1]
-    text = run(*train_args(dataset, *words, "--patience", 3))
+    text = run(*train_args(dataset, *words, "--patience", 3, "--set", "freeze_bn=true"))
     assert "stopped early at step 4: mask AP has not improved in 3 validations" in text
     assert len(read_log(out / "log.jsonl")[1]) == 4
     again = run("train.py", "--resume", out)

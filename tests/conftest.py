@@ -170,6 +170,10 @@ def small_config() -> Config:
         max_size=96,
         train_scale=1,
         anchor_sizes=((8,), (16,), (32,), (64,), (96,)),
+        aspect_ratios=(1, 0.5, 2),
+        mask_threshold=0.5,
+        crop_after_resize=False,
+        maskness=False,
         class_names=("disc", "tile"),
         category_ids=(7, 3),
     )

@@ -29,7 +29,8 @@ pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 pytest.importorskip("openvino", reason="needs requirements-export.txt")
 
 ASTRONAUT = ROOT / "data/demo/astronaut.jpg"
-KEYS = ("max_size", "anchor_sizes", "class_names", "category_ids")
+KEYS = ("max_size", "anchor_sizes", "aspect_ratios", "mask_threshold", "crop_after_resize", "maskness", "class_names",
+        "category_ids")  # fmt: skip
 SIZES = [(96, 96), (70, 130), (150, 110)]  # of images
 
 

@@ -436,7 +436,7 @@ def test_memory_of_a_hundred_masks_on_twelve_megapixels(tmp_path, kind, limit):
 def test_prototype_sheet():
     sheet = prototype_sheet(disc_detections(200, 300), np.zeros((200, 300, 3), np.uint8))
     assert sheet.dtype == np.uint8
-    assert sheet.shape[1] == 11 * 207  # 2:3 as the image
+    assert sheet.shape[1] == 8 * 207  # 2:3 as the image
     with pytest.raises(ValueError, match="of an image of"):
         disc_detections().draw(random_image())
 

@@ -374,7 +374,7 @@ def test_twenty_own_classes_are_not_pascal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "command"),
     [
-        ({"aspect_ratios": (0.5, 1)}, '--set "aspect_ratios=(1.0,0.5)"'),
+        ({"aspect_ratios": (0.5, 1, 2)}, '--set "aspect_ratios=(1.0,0.5,2.0)"'),
         ({"mean": (0, 0, 0)}, '--set "mean=(127.0,127.0,127.0)"'),
         ({"anchor_sizes": ((9,), (16,), (32,), (64,), (96,))}, '--set "anchor_sizes=((8.0,),'),
         ({"square_anchors": True}, "--set square_anchors=False"),

@@ -288,7 +288,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
     from yolact import Yolact
 
     config = get_config(args.configs[0])
-    size = config.model.max_size
+    size = config.train_size
     rows = 2 * -(-size // 8)
     targets = [
         {

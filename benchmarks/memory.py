@@ -59,7 +59,7 @@ def main() -> int:
 def training_memory(name: str, batch_size: int, precision: str) -> dict[str, Any]:
     """Return the peak memory in MiB of one training step with SGD, by category."""
     config = get_config(name)
-    side = config.model.max_size
+    side = config.train_size
     rows = 2 * -(-side // 8)
     tracker = MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True):

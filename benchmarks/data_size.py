@@ -75,7 +75,7 @@ def train(args: argparse.Namespace, annotations: Path, run: Path, options: list[
         str(args.images),
     ]
     command += ["--max_iter", str(args.steps), "--val_interval", str(args.steps), "--workers", "1"]
-    command += ["--set", f"max_size={args.size}", "warmup_iters=20", "--output_dir", str(run)]
+    command += ["--set", f"max_size={args.size}", "train_scale=1", "warmup_iters=20", "--output_dir", str(run)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -82,7 +82,7 @@ def tables() -> str:
     parts = [INTRODUCTION, *(comparison(kind) for kind in ("cpu", "cuda")), runtimes(read("runtimes_cpu.json"))]
     parts += [*stages(), *(scaling(read(path.name)) for path in sorted(FOLDER.glob("scaling_*.json")))]
     parts += [precision(read("precision.json")), nms(read("nms.json")), loader(read("loader.json"))]
-    parts += [tiles(read("tiles.json")), data_size(read("data_size.json"))]
+    parts += [tiles(read("tiles.json")), stability(read("stability.json")), data_size(read("data_size.json"))]
     parts += [training_memory(read("memory.json")), inference_bound(read("memory.json"))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -158,13 +158,32 @@ def tiles(report: Report) -> str:
     )
 
 
+def stability(report: Report) -> str:
+    """Show the IoU of masks and boxes between consecutive frames."""
+    if not report:
+        return ""
+    keys = ("mask_mean", "mask_5th_percentile", "box_mean", "box_5th_percentile")
+    rows = [
+        [row["motion"], row["masks"], *(f"{row[key]:.1f}" for key in keys), row["pairs"], f"{row['lost']:.1f}"]
+        for row in report["rows"]
+    ]
+    head = ["motion", "masks", "mask IoU", "5th percentile", "box IoU", "5th percentile", "pairs", "lost, %"]
+    return (
+        "## Temporal stability\n\nIoU of masks and of boxes between consecutive frames, in percent, of "
+        f"{report['images']} images with {report['weights']}. All frames have noise with a standard deviation of "
+        f"{report['noise']:g}. Panned images also move by {report['motion'][0]} and {report['motion'][1]} pixels per "
+        "frame, which is undone before the comparison.\n\n" + table(head, rows) + f"\n\n`{report['command']}`"
+    )
+
+
 def data_size(report: Report) -> str:
     """Show AP against the number of training images."""
     if not report:
         return ""
     return (
         f"## Number of training images\n\nAP after {report['steps']} steps at {report['size']} px, on "
-        f"{report['val_images']} images. The bundled weights were trained on all of these training images before.\n\n"
+        f"{report['val_images']} images. The bundled weights were trained on all of these training images before. "
+        "The runs from ImageNet used the settings of `yolact_lite` before its present recipe.\n\n"
         + size_table(report)
         + f"\n\n`{report['command']}`"
     )

@@ -196,7 +196,7 @@ class Detections:
         return found
 
     def blur(self, image: np.ndarray) -> np.ndarray:
-        """Return a copy of `image`, uint8 BGR [H, W, 3], in which every instance is blurred beyond recognition.
+        """Return a copy of `image`, uint8 BGR [H, W, 3], in which every instance is blurred.
 
         The image is reduced until the longer side of the instance's box has BLUR_CELLS pixels, and upsampled again, so
         the blur grows with the instance. Raises ValueError if the image is not of the detections' size.

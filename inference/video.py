@@ -179,7 +179,9 @@ class VideoWriter:
         size = (frame.shape[0], frame.shape[1])
         if has_h264():
             self.report.codec = H264
-            return H264Encoder(path, size, self.source.fps, None if self.source.camera else self.source.name)
+            # The sound is read when the frames are complete, so only from a file and not from a camera or a stream.
+            sound_from = self.source.name if Path(self.source.name).is_file() else None
+            return H264Encoder(path, size, self.source.fps, sound_from)
         self.report.codec = MPEG4
         return Mpeg4Encoder(path, size, self.source.fps)
 

@@ -117,7 +117,8 @@ def test_paths_arrays_and_pil_images_agree(weights, tmp_path):
     for found in same:
         assert torch.allclose(found.boxes, expected.boxes, atol=1e-2)
     assert not torch.allclose(predictor(rgb)[:3].coefficients, expected[:3].coefficients, atol=1e-2)
-    assert len(predictor(Image.fromarray(rgb).convert("L"))) >= 0  # grey and palette images are converted
+    grey = Image.fromarray(rgb).convert("L")  # is converted to colour
+    assert torch.equal(predictor(grey).boxes, predictor(cv2.cvtColor(np.asarray(grey), cv2.COLOR_GRAY2BGR)).boxes)
     with pytest.raises(ValueError, match="channels must be 'bgr' or 'rgb'"):
         predictor(rgb, channels="RGB")
     with pytest.raises(UserError, match="no such image"):

@@ -36,7 +36,7 @@ class Released:
     url: str
     source: str
     mask_ap: str  # as published, on COCO
-    sha256: str = ""  # MMDetection publishes the first eight digits; the authors' host states it with each download
+    sha256: str = ""  # MMDetection publishes the first eight digits; the host of the authors' files may state it
 
     @property
     def file_name(self) -> str:

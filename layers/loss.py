@@ -11,7 +11,7 @@ from torch import Tensor
 from config import LossConfig
 from layers.anchors import positions_per_level
 from layers.boxes import area, box_iof, encode, to_corners
-from layers.masks import crop_window, mask_logits
+from layers.masks import crop_limits, crop_window, mask_logits
 from layers.matching import ASSIGNERS, IGNORED, Grid, Matches
 from layers.structures import Predictions, Target
 
@@ -231,18 +231,41 @@ def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Te
             thin objects are kept, which would vanish if their masks were thresholded at the prototypes' size.
     """
     size = (logits.shape[1] * supersample, logits.shape[2] * supersample)
-    truth = resize_truth(masks, size)[objects]
-    if supersample == 1:
-        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    else:
-        soft = F.interpolate(logits.sigmoid()[None], size, mode="bilinear", align_corners=False)[0]
-        # `binary_cross_entropy` raises for NaN, and on a GPU it aborts the process. The caller reports a NaN instead.
-        broken = soft.isnan()
-        loss = F.binary_cross_entropy(soft.masked_fill(broken, 0.5), truth, reduction="none")
-        loss = loss.masked_fill(broken, torch.nan)
+    truth = resize_truth(masks, size)
     # One prototype pixel of padding, as in inference. The divisor is the area of the box without it (released code).
     window = crop_window(boxes, *size, padding=supersample)
-    return (loss * window).sum(dim=(1, 2)) / (area(boxes) * size[0] * size[1])
+    if supersample == 1:
+        loss = F.binary_cross_entropy_with_logits(logits, truth[objects], reduction="none")
+        sums = (loss * window).sum(dim=(1, 2))
+    else:
+        sums = _supersampled_sums(logits, truth, objects, boxes, window)
+    return sums / (area(boxes) * size[0] * size[1])
+
+
+def _supersampled_sums(logits: Tensor, truth: Tensor, objects: Tensor, boxes: Tensor, window: Tensor) -> Tensor:
+    """Return the cross-entropy [N] of upsampled soft masks, summed over `window` [N, H, W]; `truth` is [n, H, W].
+
+    Most boxes are small, so each object's masks are upsampled only around its box. The result is the same, because the
+    region is one prototype pixel wider than the window on each side, and bilinear interpolation reads no further.
+    """
+    height, width = logits.shape[1:]
+    scale = truth.shape[1] // height
+    limits = crop_limits(boxes, height, width, padding=2)
+    low, high = limits[:, :2].floor().clamp(min=0), limits[:, 2:].ceil()
+    regions = torch.cat((low, high), dim=1).long().tolist()
+    rows = [(objects == n).nonzero()[:, 0] for n in objects.unique().tolist()]
+    sums = []
+    for same in rows:
+        x1, y1, x2, y2 = regions[same[0]]
+        soft = logits[same, y1:y2, x1:x2].sigmoid()
+        soft = F.interpolate(soft[None], scale_factor=scale, mode="bilinear", align_corners=False)[0]
+        # `binary_cross_entropy` raises for NaN, and on a GPU it aborts the process. The caller reports a NaN instead.
+        broken = soft.isnan()
+        region = (..., slice(y1 * scale, y2 * scale), slice(x1 * scale, x2 * scale))
+        target = truth[objects[same[0]]][region].expand_as(soft)
+        loss = F.binary_cross_entropy(soft.masked_fill(broken, 0.5), target, reduction="none")
+        sums.append((loss.masked_fill(broken, torch.nan) * window[same[0]][region]).sum(dim=(1, 2)))
+    return torch.cat(sums)[torch.cat(rows).argsort()]
 
 
 def resize_truth(masks: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -151,11 +151,11 @@ def test_broken_and_large_uploads_get_a_message(address, browser, tmp_path):
     wait_for(lambda: any("cannot identify image file" in e.text for e in page.all(".toast-body, .toast-wrap, .error")))
 
 
-def test_exported_models_and_wrong_weights(tmp_path):
+def test_wrong_weights_and_a_port_in_use(tmp_path):
+    pytest.importorskip("gradio", reason="needs requirements-tools.txt")
     assert "no such weights file" in run("demo.py", "--weights", tmp_path / "none.pth", code=2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        pytest.importorskip("gradio", reason="needs requirements-tools.txt")
         message = run("demo.py", "--port", taken.getsockname()[1], "--device", "cpu", code=2)
     assert "cannot be used" in message

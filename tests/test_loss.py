@@ -160,6 +160,29 @@ def test_upsampled_masks_keep_what_is_thinner_than_a_prototype_pixel():
     assert both / either > 0.45
 
 
+@pytest.mark.parametrize("supersample", [2, 3])
+def test_upsampling_around_the_box_is_exact(supersample):
+    """Boxes at the borders, in the middle and over the whole image; the reference upsamples whole masks."""
+    torch.manual_seed(0)
+    height, width = 12, 16
+    size = (height * supersample, width * supersample)
+    boxes = torch.tensor([[0, 0, 0.2, 0.3], [0.41, 0.33, 0.47, 0.52], [0.7, 0.6, 1, 1], [0, 0, 1, 1]])
+    masks = (torch.rand(4, *size) > 0.5).float()
+    objects = torch.tensor([1, 0, 3, 1, 2, 2])
+    logits = torch.randn(6, height, width, requires_grad=True)
+    found = mask_cross_entropy(logits, masks, objects, boxes[objects], supersample)
+    found_gradient = torch.autograd.grad(found.square().sum(), logits)[0]
+
+    soft = torch.nn.functional.interpolate(logits.sigmoid()[None], size, mode="bilinear", align_corners=False)[0]
+    loss = torch.nn.functional.binary_cross_entropy(soft, masks[objects], reduction="none")
+    window = crop_window(boxes[objects], *size, padding=supersample)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)[objects] * size[0] * size[1]
+    expected = (loss * window).sum(dim=(1, 2)) / areas
+    gradient = torch.autograd.grad(expected.square().sum(), logits)[0]
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(found_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_upsampled_masks_cost_what_others_do():
     """Where nothing is lost by the size; and logits that are sure and wrong stay finite."""
     masks = torch.zeros(1, 64, 64)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backbone import BACKBONES
+from backbone import BACKBONES, DepthwiseConv
 from config import get_config
 from yolact import Yolact
 
@@ -23,6 +23,21 @@ def test_parameters_and_anchors_as_published(name):
     if millions is not None:
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=5e-4)
     assert len(model.anchors(550, 550)) == anchors
+
+
+def test_depthwise_convolutions_train_in_float32_on_the_cpu():
+    """The gradient under bfloat16 autocast is that of float32, except for the rounding of the input and the output."""
+    conv = DepthwiseConv(8, 5, 2)
+    x = torch.randn(2, 8, 15, 15).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+        with torch.no_grad():
+            assert conv(x).dtype == out.dtype == torch.bfloat16
+    exact = torch.nn.functional.conv2d(x.float(), conv.weight, stride=2, padding=2, groups=8)
+    weights = torch.randn_like(exact).bfloat16()  # a gradient that bfloat16 represents exactly
+    found = torch.autograd.grad((out * weights).float().sum(), conv.weight)[0]
+    assert torch.equal(out, exact.bfloat16())
+    assert torch.allclose(found, torch.autograd.grad((exact * weights.float()).sum(), conv.weight)[0], rtol=1e-5)
 
 
 def test_lite_is_small():

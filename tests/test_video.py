@@ -253,10 +253,13 @@ def test_track_ids_are_stable(tmp_path):
     assert len(frames(tmp_path / "out.blur.mp4")[0]) == 12
 
 
-def test_tracking_names_the_packages(weights, clip, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackers", None)
+@pytest.mark.parametrize("missing", ["supervision", "trackers"])
+def test_tracking_names_the_packages(weights, clip, tmp_path, monkeypatch, missing):
+    if missing == "trackers":
+        pytest.importorskip("supervision", reason="needs requirements-tools.txt")
+    monkeypatch.setitem(sys.modules, missing, None)
     out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "x", "--track", code=2)
-    assert "trackers is not installed; run: pip install -r requirements-tools.txt" in out
+    assert f"{missing} is not installed; run: pip install -r requirements-tools.txt" in out
     assert "--track has no effect with --image/--images" in run("eval.py", "--image", "a.jpg", "--track", code=2)
 
 

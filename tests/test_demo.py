@@ -49,13 +49,19 @@ def address():
 
 @pytest.fixture
 def browser(tmp_path):
+    """Chromium, with a webcam that always shows the astronaut."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("needs Chromium and its driver (chromium and chromium-driver in Debian)")
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
+    webcam = tmp_path / "webcam.mjpeg"
+    webcam.write_bytes((ROOT / "data/demo/astronaut.jpg").read_bytes() * 30)
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000"):
         options.add_argument(argument)
+    for argument in ("device-for-media-stream", "ui-for-media-stream"):
+        options.add_argument(f"--use-fake-{argument}")
+    options.add_argument(f"--use-file-for-fake-video-capture={webcam}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
@@ -77,6 +83,11 @@ class Page:
         for button in self.all("button[aria-label='Clear'], button[aria-label='Remove Image']"):
             button.click()
         wait_for(lambda: self.all("input[type=file]"), what="the upload field")[0].send_keys(str(path))
+
+    def visible_button(self, name):
+        """Return the button with this text or label, or None if there is none."""
+        found = [b for b in self.all("button") if b.is_displayed() and name in (b.text, b.get_attribute("aria-label"))]
+        return found[0] if found else None
 
     @property
     def status(self):
@@ -131,6 +142,15 @@ def test_the_page(address, browser, tmp_path):
         assert int(image.get_property("naturalWidth")) > 500
     browser.set_window_size(420, 900)  # a phone: no horizontal scrolling
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.slow
+def test_the_webcam(address, browser):
+    page = Page(browser, address)
+    for action in ("Capture from camera", "Click to Access Webcam", "capture photo"):
+        wait_for(lambda name=action: page.visible_button(name), what=action).click()
+    wait_for(lambda: page.count)
+    assert page.status.endswith(": person")
 
 
 @pytest.mark.slow

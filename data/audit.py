@@ -111,14 +111,38 @@ def audit(
     for report in reports:
         for kind, example in report.problems:
             problems[kind].append(example)
+    names = [dataset.file_name(i) for i in indices]
+    problems["same_image"] = _same_images(names, reports)
+    _check_index(dataset, reports, problems, sampled=sample is not None)
+    if val is not None:
+        _compare(dataset, reports, val, config, problems, progress)
+    totals = _totals(dataset, reports, val)
+    findings = [
+        Finding(name, len(problems[name]), totals[kind.of], problems[name][:EXAMPLES])
+        for name, kind in KINDS.items()
+        if problems[name]
+    ]
+    return Report(
+        f"{config.name} at {config.model.max_size} px",
+        findings,
+        _class_rows(dataset, reports),
+        len(reports),
+        sum(not report.labels for report in reports),
+        totals["objects"],
+        sum(report.crowds for report in reports),
+    )
+
+
+def _check_index(
+    dataset: CocoDataset, reports: list[ImageReport], problems: dict[str, list[str]], sampled: bool
+) -> None:
+    """Add the problems of the annotation file as a whole; with `sampled`, `reports` covers only some of its images."""
     listed = [dataset.annotations(i) for i in range(len(dataset))]
     ids = [a.get("id") for some in listed for a in some] + [orphan["id"] for orphan in dataset.orphans]
     used = {label for report in reports for label in report.labels}
-    if sample is not None:  # a class is unused only if no image of the file has it, read or not
+    if sampled:  # a class is unused only if no image of the file has it, read or not
         used |= {dataset.label_of(a) for some in listed for a in some if not a["iscrowd"]}
-    names = [dataset.file_name(i) for i in range(len(dataset))]
-    problems["listed_twice"] = _repeated(names)
-    problems["same_image"] = _same_images([names[i] for i in indices], reports)
+    problems["listed_twice"] = _repeated([dataset.file_name(i) for i in range(len(dataset))])
     problems["orphan"] = [f"annotation {orphan['id']} of image {orphan['image_id']}" for orphan in dataset.orphans]
     problems["same_id"] = [str(key) for key, n in Counter(map(str, ids)).items() for _ in range(n - 1)]
     odd_ids = [f"annotation id {key!r}" for key in ids if not isinstance(key, (int, str))]
@@ -131,35 +155,23 @@ def audit(
     if any(listed) and not with_masks:
         # One error for a detection data set, instead of one about masks that are missing or damaged.
         problems["detection_only"] = problems.pop("no_mask", [])
-    objects = sum(len(report.labels) for report in reports)
-    totals = {
+
+
+def _totals(dataset: CocoDataset, reports: list[ImageReport], val: CocoDataset | None) -> dict[str, int]:
+    """Return the totals that findings are counted out of, see `of` in data.findings."""
+    annotations = sum(len(dataset.annotations(i)) for i in range(len(dataset))) + len(dataset.orphans)
+    return {
         "images": len(reports),
         "listed images": len(dataset),
         "annotations": sum(report.annotations for report in reports),
-        "listed annotations": len(ids),
-        "objects": objects,
+        "listed annotations": annotations,
+        "objects": sum(len(report.labels) for report in reports),
         "classes": len(dataset.class_names),
         "files": 1,
-        "ids": len(dataset) + len(dataset.class_names) + 3 * len(ids),  # id, image_id, category_id
+        "ids": len(dataset) + len(dataset.class_names) + 3 * annotations,  # id, image_id, category_id
         "classes of both files": len(set(dataset.class_names) | set(() if val is None else val.class_names)),
         "val images": 0 if val is None else len(val),
     }
-    if val is not None:
-        _compare(dataset, reports, val, config, problems, progress)
-    findings = [
-        Finding(name, len(problems[name]), totals[kind.of], problems[name][:EXAMPLES])
-        for name, kind in KINDS.items()
-        if problems[name]
-    ]
-    return Report(
-        f"{config.name} at {config.model.max_size} px",
-        findings,
-        _class_rows(dataset, reports),
-        len(reports),
-        sum(not report.labels for report in reports),
-        objects,
-        sum(report.crowds for report in reports),
-    )
 
 
 def _inspect_all(dataset: CocoDataset, indices: Sequence[int], config: Config, progress: bool) -> list[ImageReport]:

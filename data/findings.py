@@ -19,7 +19,7 @@ class Kind:
     text: str
     advice: str
     limit: float = math.inf  # fraction, 0..1; with infinity it is always a warning
-    of: str = "objects"  # a key of `totals` in data.audit.audit
+    of: str = "objects"  # a key of `_totals` in data.audit
     tolerated: int = 0
 
 

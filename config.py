@@ -124,6 +124,7 @@ class TrainingConfig:
     max_iter: int = limited(800_000, maximum=10**9)  # length in iterations; 0: use `epochs`
     epochs: int = limited(0, maximum=LARGEST)  # length in epochs; 0: use `max_iter`
     lr_schedule: str = limited("steps", choices=("steps", "cosine"))
+    lr_end: float = limited(0.0, maximum=1)  # the cosine schedule ends at this fraction of `lr`
     # Points at which the learning rate is divided by 10: in epochs if `epochs` is set, otherwise in iterations.
     lr_steps: tuple[float, ...] = limited((280_000, 600_000, 700_000, 750_000), maximum=10**9)
     warmup_iters: int = limited(500, maximum=10**9)
@@ -271,10 +272,11 @@ def check(config: Config) -> None:
 def geometric_sizes(side: int) -> tuple[tuple[float, ...], ...]:
     """Return anchor sizes for an input of `side` pixels: three for each of P3..P7, in a geometric progression.
 
-    It starts with the stride of P3, the smallest object that has an anchor's centre inside, and ends with the side.
+    It starts with twice the stride of P3, so that every level has sizes between two and four times its stride, and
+    ends with the side.
     """
-    count = 15
-    sizes = [round(8 * (side / 8) ** (i / (count - 1)), 1) for i in range(count)]
+    count, smallest = 15, 16
+    sizes = [round(smallest * (side / smallest) ** (i / (count - 1)), 1) for i in range(count)]
     return tuple(tuple(sizes[i : i + 3]) for i in range(0, count, 3))
 
 
@@ -360,13 +362,14 @@ CONFIGS: dict[str, Config] = {
             lr=7e-4,
             weight_decay=0.05,
             max_iter=0,
-            epochs=50,
+            epochs=30,
             lr_schedule="cosine",
+            lr_end=0.2,
             lr_steps=(),
             warmup_iters=100,
             clip_grad=10.0,
             freeze_stages=4,
-            ema=0.999,
+            ema=0.9995,
             train_scale=0.8,
             fit_anchors=True,
             augment_expand=1.25,

@@ -25,7 +25,7 @@ def test_steps_and_warm_up():
 
 
 def test_cosine():
-    config = get_config("yolact_lite", epochs=10, warmup_iters=20).training
+    config = get_config("yolact_lite", epochs=10, warmup_iters=20, lr_end=0).training
     schedule = Schedule.build(config, num_images=800)
     assert schedule.max_iter == 1000
     for step in (20, 250, 500, 999):
@@ -33,6 +33,10 @@ def test_cosine():
     assert schedule.lr_at(500) == pytest.approx(3.5e-4)
     assert schedule.lr_at(0) == pytest.approx(7e-5)
     assert schedule.lr_at(1000) == pytest.approx(0, abs=1e-12)
+    ending = Schedule.build(get_config("yolact_lite", epochs=10, warmup_iters=20, lr_end=0.2).training, num_images=800)
+    assert "cosine to 0.00014 at 1000" in str(ending)
+    for step, lr in ((500, 4.2e-4), (1000, 1.4e-4)):  # the middle of 7e-4 and 1.4e-4, and the latter
+        assert ending.lr_at(step) == pytest.approx(lr)
 
 
 def test_another_batch_size_scales_rate_and_length():
@@ -91,12 +95,12 @@ def test_decay_groups():
 
 
 def test_ema():
-    """averaged = d * averaged + (1 - d) * current, with d = min(decay, (1 + n) / (10 + n))."""
+    """averaged = d * averaged + (1 - d) * current, with d = min(decay, (1 + n) / (5 + n))."""
     averaged, wanted = [torch.tensor([1.0, -2.0])], torch.tensor([1.0, -2.0])
     for n in range(1, 200):
         current = torch.tensor([math.sin(n), math.cos(n)])
-        decay = min(0.9, (1 + n) / (10 + n))
+        decay = min(0.95, (1 + n) / (5 + n))
         wanted = decay * wanted + (1 - decay) * current
-        update_ema(0.9, averaged, [current], torch.tensor(n))
+        update_ema(0.95, averaged, [current], torch.tensor(n))
         assert torch.allclose(averaged[0], wanted, atol=1e-6), n
-    assert (1 + 199) / (10 + 199) > 0.9  # both branches were taken
+    assert (1 + 199) / (5 + 199) > 0.95  # both branches were taken

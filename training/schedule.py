@@ -57,7 +57,7 @@ class Schedule:
     def __str__(self) -> str:
         config, scale = self.config, self.batch_size / self.config.batch_size
         cosine = config.lr_schedule == "cosine"
-        plan = f"cosine to 0 at {self.max_iter}" if cosine else f"x{LR_GAMMA} at {self.steps}"
+        plan = f"cosine to {self.lr * config.lr_end:g} at {self.max_iter}" if cosine else f"x{LR_GAMMA} at {self.steps}"
         scaled_from_config = scale != 1 and math.isclose(self.lr, config.lr * scale)
         scaled = f" ({config.lr:g} x {scale:g} for the batch size)" if scaled_from_config else ""
         text = (
@@ -74,7 +74,8 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of iteration `step`, counted from 0, including the linear warm-up."""
         if self.config.lr_schedule == "cosine":
-            lr = self.lr * 0.5 * (1 + math.cos(math.pi * min(1, step / self.max_iter)))
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / self.max_iter)))
+            lr = self.lr * (self.config.lr_end + (1 - self.config.lr_end) * cosine)
         else:
             lr = self.lr * LR_GAMMA ** sum(step >= s for s in self.steps)
         if step < self.config.warmup_iters:
@@ -97,8 +98,9 @@ def build_optimizer(model: Yolact, config: TrainingConfig) -> torch.optim.Optimi
 def update_ema(decay: float, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
     """Update the EMA in place: averaged = d * averaged + (1 - d) * current.
 
-    d is min(decay, (1 + n) / (10 + n)) with n = `count` previous updates, so that the EMA of a short run does not lag
-    behind. `AveragedModel` calls this from the second update on; the first one copies the weights.
+    d is min(decay, (1 + n) / (5 + n)) with n = `count` previous updates. Until it reaches `decay`, the EMA therefore
+    covers about the last quarter of all updates, and does not lag behind in a short run. `AveragedModel` calls this
+    from the second update on; the first one copies the weights.
     """
-    warm = min(decay, (1 + int(count)) / (10 + int(count)))
+    warm = min(decay, (1 + int(count)) / (5 + int(count)))
     get_ema_multi_avg_fn(warm)(averaged, current, count)

@@ -237,7 +237,7 @@ def moving_person(tmp_path, count=12):
 def test_track_ids_are_stable(tmp_path):
     pytest.importorskip("trackers", reason="needs requirements-tools.txt")
     args = ["eval.py", "--video", moving_person(tmp_path), "--output", tmp_path / "out", "--device", "cpu"]
-    options = ["--track", "--save", "json,cutout,blur", "--precision", "fp32", "--size", 416]
+    options = ["--track", "--save", "json,cutout,blur", "--precision", "fp32", "--size", 512]
     run(*args, *options, "--score_threshold", 0.5)
     results = json.loads((tmp_path / "out.json").read_text())
     tracks = {}

@@ -182,8 +182,8 @@ def data_size(report: Report) -> str:
         return ""
     return (
         f"## Number of training images\n\nAP after {report['steps']} steps at {report['size']} px, on "
-        f"{report['val_images']} images. Measured with the former bundled weights, which were trained on all of these "
-        "training images before. The runs from ImageNet used the settings of `yolact_lite` before its present recipe.\n\n"
+        f"{report['val_images']} images. Measured with the former bundled weights, which were trained on all of "
+        "these training images before. The runs from ImageNet used the settings of `yolact_lite` at that time.\n\n"
         + size_table(report)
         + f"\n\n`{report['command']}`"
     )

@@ -272,8 +272,8 @@ def check(config: Config) -> None:
 def geometric_sizes(side: int) -> tuple[tuple[float, ...], ...]:
     """Return anchor sizes for an input of `side` pixels: three for each of P3..P7, in a geometric progression.
 
-    It starts with twice the stride of P3 and ends with the side. At 512 pixels, the sizes of every level are between two
-    and four times its stride.
+    It starts with twice the stride of P3 and ends with the side. At 512 pixels, the sizes of every level are between
+    two and four times its stride.
     """
     count, smallest = 15, 16
     sizes = [round(smallest * (side / smallest) ** (i / (count - 1)), 1) for i in range(count)]

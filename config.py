@@ -86,6 +86,7 @@ class DetectionConfig:
     nms: str = "fast"  # a key of layers.nms.NMS
     nms_threshold: float = limited(0.5, maximum=1)
     nms_top_k: int = limited(200, minimum=1, maximum=LARGEST)  # candidates per class
+    box_voting: bool = False  # refine boxes and scores by the boxes that NMS suppresses, see layers.voting
     top_k: int = limited(100, minimum=1, maximum=LARGEST)  # detections per image
     pre_nms_top_k: int = limited(0, maximum=LARGEST)  # anchors per pyramid level; 0: all (MMDetection: 1000)
     clip_boxes: bool = False  # clip boxes to the image before NMS (MMDetection)
@@ -352,8 +353,9 @@ CONFIGS: dict[str, Config] = {
             anchor_sizes=geometric_sizes(512),
             aspect_ratios=(1, 0.5),
             square_anchors=False,
-            nms_threshold=0.6,
+            nms="cluster",
             nms_top_k=1000,  # ATSS trains several anchors for each object, so 200 do not reach the small objects
+            box_voting=True,
             mask_threshold=0.35,
             crop_after_resize=True,
             maskness=True,

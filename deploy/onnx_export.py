@@ -16,7 +16,7 @@ from utils.errors import UserError, needs
 from yolact import Yolact
 
 OPSET = 20  # DeformConv needs 19
-EXPORTABLE_NMS = ("fast", "cross_class")  # the others loop until values stop changing, or call torchvision
+EXPORTABLE_NMS = ("fast", "cross_class", "cluster", "cluster_penalty")  # "standard" calls torchvision
 LARGEST_SIDE = 16384
 
 

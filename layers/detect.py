@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import DetectionConfig
+from config import PUBLISHED_THRESHOLD, DetectionConfig
 from layers.anchors import level_sizes
 from layers.boxes import decode
 from layers.nms import find_nms
 from layers.structures import Candidates, Predictions
+from layers.voting import vote
 
 
 def detect(
@@ -18,7 +19,8 @@ def detect(
     """Select anchors by their scores, decode their boxes and suppress duplicates.
 
     An anchor is selected if its best class scores above `config.score_threshold`. As in the authors' code, NMS then
-    receives the scores of all its classes. With `config.strict`, scores below the threshold are removed as well.
+    receives the scores of all its classes. With `config.strict`, scores below the threshold are removed as well. With
+    `config.box_voting`, the detections are then refined by boxes that were suppressed.
 
     Args:
         predictions: raw outputs of B images.
@@ -37,9 +39,11 @@ def detect(
         chosen = _best_per_level(scores.amax(dim=-1), level_sizes(predictions), config.pre_nms_top_k)
         scores, offsets, coefficients = (_take(x, chosen) for x in (scores, offsets, coefficients))
         anchors = anchors[chosen]
+    # Boxes above a fixed threshold vote, so that the score of a detection does not depend on the configured one.
+    lowest = min(config.score_threshold, PUBLISHED_THRESHOLD) if config.box_voting else config.score_threshold
     if drop_weak_anchors:
         # The images of a batch share the anchor dimension, so an anchor is kept if any image selects it.
-        used = (scores.amax(dim=-1) > config.score_threshold).any(dim=0).nonzero()[:, 0]
+        used = (scores.amax(dim=-1) > lowest).any(dim=0).nonzero()[:, 0]
         # Keep at least one anchor, because NMS cannot reduce over an empty dimension; its scores become -1 below.
         used = used if len(used) else used.new_zeros(1)
         scores, offsets, coefficients = (x[:, used] for x in (scores, offsets, coefficients))
@@ -48,17 +52,27 @@ def detect(
     if config.clip_boxes:
         boxes = boxes.clamp(0, 1)
     min_score = config.score_threshold if config.strict else 0.0
+    best = scores.amax(dim=-1, keepdim=True)
     # -1 marks entries that are not candidates. They stay in place, so that all shapes are fixed.
-    weak = (scores.amax(dim=-1, keepdim=True) <= config.score_threshold) | (scores < min_score)
-    scores = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
-    kept = find_nms(config.nms)(boxes, scores, config.nms_threshold, config.nms_top_k, config.top_k)
-    return Candidates(
-        _take(boxes, kept.indices),
-        # Cluster-NMS with the score penalty lowers scores, so the threshold is applied again.
-        kept.scores.masked_fill(kept.scores < min_score, -1.0),
-        kept.labels,
-        _take(coefficients, kept.indices),
-    )
+    weak = (best <= config.score_threshold) | (scores < min_score)
+    candidates = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
+    top_k = config.nms_top_k
+    if drop_weak_anchors:  # candidates sort first, so NMS needs no more boxes than there are candidates
+        top_k = min(top_k, int((~weak.all(dim=2)).sum(dim=1).amax().clamp(min=1)))
+    kept = find_nms(config.nms)(boxes, candidates, config.nms_threshold, top_k, config.top_k)
+    found = Candidates(_take(boxes, kept.indices), kept.scores, kept.labels, _take(coefficients, kept.indices))
+    if config.box_voting:
+        found = _vote(found, boxes, scores.masked_fill(best <= PUBLISHED_THRESHOLD, 0.0), config.nms_top_k)
+    # Voting and Cluster-NMS with the score penalty lower scores, so the threshold is applied again.
+    return found._replace(scores=found.scores.masked_fill(found.scores < min_score, -1.0))
+
+
+def _vote(found: Candidates, boxes: Tensor, scores: Tensor, max_voters: int) -> Candidates:
+    """Refine detections by the `max_voters` best of the boxes [B, A, 4] with scores [B, A, C], see layers.voting."""
+    voters = scores.amax(dim=-1).topk(min(max_voters, scores.shape[1]), dim=1).indices
+    voter_scores = _take(scores, voters).transpose(1, 2)
+    voted, rescored, order = vote(found.boxes, found.scores, found.labels, _take(boxes, voters), voter_scores)
+    return Candidates(voted, rescored, found.labels.gather(1, order), _take(found.coefficients, order))
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from layers.detect import detect
 from layers.masks import assemble_masks, crop_window, maskness, soft_masks
 from layers.nms import NMS, cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
 from layers.structures import Predictions
+from layers.voting import vote
 
 SIZES = ((24,), (48,), (96,), (192,), (384,))
 
@@ -89,7 +90,7 @@ def test_dropping_weak_anchors_changes_nothing(nms, hot):
         logits[b, some, 0] -= 9
         logits[b, some, torch.randint(1, 6, (len(some),))] += 6 * torch.rand(len(some))
     raw = Predictions(offsets, logits, coefficients, torch.zeros(2, rows, rows, 8), None)
-    for options in ({}, {"score_threshold": 0.3}, {"pre_nms_top_k": 100}):
+    for options in ({}, {"score_threshold": 0.3}, {"pre_nms_top_k": 100}, {"score_threshold": 0.3, "box_voting": True}):
         config = DetectionConfig(nms=nms, **options)
         fixed, dropped = (detect(raw, anchors, config, drop_weak_anchors=drop) for drop in (False, True))
         for b in range(2):
@@ -136,6 +137,38 @@ def test_cross_class_nms_keeps_one_class_a_place():
     assert kept.indices[0][used].tolist() == [0, 2]
     assert kept.labels[0][used].tolist() == [0, 1]
     assert (fast_nms(boxes, scores).scores[0] > 0).sum() == 4
+
+
+def test_box_voting_by_hand():
+    """Two boxes agree on an object, one box stands alone, and a slot is unused."""
+    voters = torch.tensor([[[0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.54], [0.6, 0.6, 0.9, 0.9], [0.1, 0.1, 0.5, 0.9]]])
+    voter_scores = torch.tensor([[[0.8, 0.4, 0.9, 0.7]]])
+    boxes, scores = voters[:, [2, 0, 1]], torch.tensor([[0.9, 0.8, -1.0]])
+    found, rescored, order = vote(boxes, scores, torch.zeros(1, 3, dtype=torch.long), voters, voter_scores)
+    assert order.tolist() == [[1, 0, 2]]  # two weaker boxes outweigh one stronger box
+    assert rescored[0].tolist() == pytest.approx([0.8 * (1.2 / 30) ** 0.5, 0.9 * (0.9 / 30) ** 0.5, -1])
+    assert found[0, 0].tolist() == pytest.approx([0.1, 0.1, 0.5, (0.8 * 0.5 + 0.4 * 0.54) / 1.2])
+    assert torch.equal(found[0, 1], voters[0, 2])
+
+
+def test_votes_count_for_their_class_only_and_full_support_changes_nothing():
+    voters = torch.tensor([[0.1, 0.1, 0.5, 0.5]]).expand(1, 60, 4)
+    voter_scores = torch.stack((torch.full((60,), 0.6), torch.zeros(60)))[None]
+    scores, labels = torch.tensor([[0.6, 0.5]]), torch.tensor([[0, 1]])
+    found, rescored, _ = vote(voters[:, :2], scores, labels, voters, voter_scores)
+    assert rescored[0].tolist() == pytest.approx([0.6, 0.5 * (0.5 / 30) ** 0.5])  # the second votes for itself
+    assert torch.allclose(found, voters[:, :2])
+
+
+def test_voting_does_not_depend_on_the_score_threshold():
+    anchors = box_ops.to_centres(random_boxes(200)[0])
+    raw = raw_predictions(anchors=200)
+    low, high = (detect(raw, anchors, DetectionConfig(score_threshold=t, box_voting=True)) for t in (0.05, 0.1))
+    count = int((high.scores > 0).sum(dim=1).min())
+    assert count > 3
+    assert (high.scores[high.scores > 0] >= 0.1).all()
+    for a, b in zip(low, high, strict=True):
+        assert torch.equal(a[:, :count], b[:, :count])
 
 
 def raw_predictions(batch: int = 2, anchors: int = 15, classes: int = 4):

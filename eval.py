@@ -131,7 +131,7 @@ def build_parser() -> ArgumentParser:
         help=f"a number, or best (default: {DISPLAY_THRESHOLD} for images and videos, 0.05 for AP)",
     )
     how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
-    how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, fast)")
+    how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, usually fast)")
     how("--size", help="input size of the network, HxW or one number, at least 32")
     how("--tile", type=integer(32), metavar="PIXELS", help="also predict on tiles of this size, for large images")
     how("--overlap", type=fraction, default=0.25, help="part of a tile that it shares with the next (%(default)s)")

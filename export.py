@@ -77,7 +77,7 @@ def build_parser() -> ArgumentParser:
     add(
         "--nms",
         choices=EXPORTABLE_NMS,
-        help="NMS method (default: the configuration's, fast); others cannot be exported",
+        help="NMS method (default: the configuration's, usually fast); standard cannot be exported",
     )
     add("--set", nargs="+", action="extend", default=[], metavar="key=value", help="any field of DetectionConfig")
     return parser

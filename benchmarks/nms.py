@@ -29,6 +29,10 @@ from layers.nms import NMS
 from utils.errors import run_main
 from weights import load_model
 
+NMS_VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"nms": name, "box_voting": False} for name in NMS},
+    **{f"{name}, box voting": {"nms": name, "box_voting": True} for name in ("fast", "cluster")},
+}
 CROPS: dict[str, dict[str, Any]] = {
     "crop before resize": {"crop_after_resize": False},
     "no crop": {"crop": False, "crop_after_resize": False},
@@ -48,7 +52,7 @@ def main() -> int:
     model = load_model(args.weights)
     dataset = CocoDataset(args.annotations, args.image_dir)
     rows = []
-    for name, options in [(nms, {"nms": nms}) for nms in NMS] + list(CROPS.items()):
+    for name, options in {**NMS_VARIANTS, **CROPS}.items():
         predictor = Predictor(model, args.device, **options)
         metrics = evaluate(predictor, dataset, args.max_images)
         step = _mask_times(predictor, dataset) if name in CROPS else _detect_times(predictor, dataset)

@@ -38,7 +38,7 @@ class DetectionGraph(nn.Module):
     Args:
         model: the network.
         size: height and width of the network's input, to which images are resized.
-        detection: thresholds, NMS and limits. The NMS must have fixed shapes: "fast" or "cross_class".
+        detection: thresholds, NMS and limits. The NMS must have fixed shapes: any but "standard".
         expose: also return the intermediate tensors at which the graph can be cut, see `cut_points`.
     """
 

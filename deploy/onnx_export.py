@@ -16,7 +16,7 @@ from utils.errors import UserError, needs
 from yolact import Yolact
 
 OPSET = 20  # DeformConv needs 19
-EXPORTABLE_NMS = ("fast", "cross_class", "cluster", "cluster_penalty")  # "standard" calls torchvision
+EXPORTABLE_NMS = ("fast", "cross_class", "cluster", "cluster_penalty")  # the shapes of "standard" depend on values
 LARGEST_SIDE = 16384
 
 

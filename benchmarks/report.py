@@ -311,8 +311,8 @@ def nms(report: Report) -> str:
     return (
         f"## NMS and cropping\n\nMeasured with `{report['configuration']}` at {report['input']} px on "
         f"{report['images']} images; number of classes: {report['classes']}. The time is that of the varied step "
-        "alone: from raw outputs to detections for NMS, and from detections to masks for cropping. The rows of NMS are without box voting unless stated, "
-        "and those of cropping use the settings of the weights. With one class, "
+        "alone: from raw outputs to detections for NMS, and from detections to masks for cropping. The rows of NMS are "
+        "without box voting unless stated, and those of cropping use the settings of the weights. With one class, "
         "`cross_class` equals `fast`.\n\n"
         + table(["variant", "box AP", "mask AP", "mask AP50", "ms"], rows)
         + f"\n\n`{report['command']}`"

@@ -37,7 +37,10 @@ class TiledDetections(Detections):
     codes: tuple[dict[str, Any], ...] = ()  # COCO RLE of each mask
 
     def __getitem__(self, index: Any) -> TiledDetections:
-        order = torch.arange(len(self))[index if isinstance(index, slice) else torch.as_tensor(index)].reshape(-1)
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+            index = index if index.numel() else index.long()  # the type of an empty list is float
+        order = torch.arange(len(self))[index].reshape(-1)
         chosen = super().__getitem__(order)
         assert isinstance(chosen, TiledDetections)
         return replace(chosen, codes=tuple(self.codes[i] for i in order.tolist()))

@@ -174,6 +174,8 @@ def small_config() -> Config:
         mask_threshold=0.5,
         crop_after_resize=False,
         maskness=False,
+        nms="fast",
+        box_voting=False,  # anchors with random weights do not agree
         class_names=("disc", "tile"),
         category_ids=(7, 3),
     )

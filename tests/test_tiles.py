@@ -125,3 +125,10 @@ def test_the_command_line(weights, dataset, tmp_path):
     assert "--tile has no effect with --benchmark" in run("eval.py", *common, "--benchmark", code=2)
     with pytest.raises(UserError, match="at least 32"):
         TiledPredictor(Squares(), 10)
+
+
+def test_no_detections_can_be_drawn(weights):
+    image = random_image(150, 220)
+    found = TiledPredictor(Predictor(load_model(weights), "cpu", score_threshold=1.0), tile=100)(image)
+    assert len(found) == 0
+    assert (found.draw(image) == image).all()

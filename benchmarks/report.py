@@ -297,7 +297,8 @@ def nms(report: Report) -> str:
     names = {
         "fast": "`--nms fast` (default)",
         "standard": "`--nms standard` (torchvision)",
-        **{f"{name}, box voting": f"`--nms {name}` and box voting" for name in ("fast", "cluster")},
+        "fast, box voting": "`--nms fast` and box voting",
+        "cluster, box voting": "`--nms cluster` and box voting",
         "crop before resize": "masks cropped before upsampling (published)",
         "no crop": "`--no_crop`",
         "crop after resize": "`--crop_after_resize`",

@@ -48,15 +48,20 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]) -> Detections:
-        if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=self.scores.device)
-            if index.ndim == 0 and not -len(self) <= int(index) < len(self):
-                raise IndexError(f"index {int(index)} is out of range for {len(self)} detections")
-            # as_tensor([]) is a float tensor, which cannot index; an integer is kept as a dimension of size 1.
-            index = (index if index.numel() else index.long()).reshape(-1)
+        index = self._selection(index)
         names = ["boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes"]
         names += ["track_ids"] if self.track_ids is not None else []
         return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+    def _selection(self, index: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]) -> slice | Tensor:
+        """Return the index as a slice or a tensor of one dimension. Raises IndexError for an integer out of range."""
+        if isinstance(index, slice):
+            return index
+        index = torch.as_tensor(index, device=self.scores.device)
+        if index.ndim == 0 and not -len(self) <= int(index) < len(self):
+            raise IndexError(f"index {int(index)} is out of range for {len(self)} detections")
+        # as_tensor([]) is a float tensor, which cannot index; an integer is kept as a dimension of size 1.
+        return (index if index.numel() else index.long()).reshape(-1)
 
     @cached_property
     def masks(self) -> Tensor:

@@ -37,10 +37,7 @@ class TiledDetections(Detections):
     codes: tuple[dict[str, Any], ...] = ()  # COCO RLE of each mask
 
     def __getitem__(self, index: Any) -> TiledDetections:
-        if not isinstance(index, slice):
-            index = torch.as_tensor(index)
-            index = index if index.numel() else index.long()  # the type of an empty list is float
-        order = torch.arange(len(self))[index].reshape(-1)
+        order = torch.arange(len(self))[self._selection(index)]
         chosen = super().__getitem__(order)
         assert isinstance(chosen, TiledDetections)
         return replace(chosen, codes=tuple(self.codes[i] for i in order.tolist()))

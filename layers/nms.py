@@ -67,6 +67,8 @@ def cluster_nms(
 
     A box that is suppressed in one iteration does not suppress others in the next. With `penalty` (the score penalty
     mechanism), no box is removed; instead, scores decay with the IoU with better boxes that are not suppressed.
+
+    An exported graph takes EXPORTED_ITERATIONS, so it may differ where a longer chain of boxes overlaps.
     """
     scores, index, overlaps = _candidates(boxes, scores, top_k)
     near = (overlaps > iou_threshold).float()

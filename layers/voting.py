@@ -18,7 +18,7 @@ def vote(
     """Refine the boxes and scores of detections.
 
     A detection's box becomes the mean of the boxes that overlap it, weighted by their scores for its class (Gidaris and
-    Komodakis, "Object detection via a multi-region & semantic segmentation-aware CNN model", ICCV 2015, section 5).
+    Komodakis, "Object detection via a multi-region & semantic segmentation-aware CNN model", ICCV 2015).
     Its score is multiplied by the square root of the sum of these weights divided by FULL_SUPPORT, or by 1 if that is
     smaller. An object that many anchors agree on is thus ranked above a single anchor that happens to score high; in
     the same way, weighted boxes fusion (Solovyev et al. 2021) lowers the scores of boxes that few models agree on.

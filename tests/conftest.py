@@ -174,8 +174,7 @@ def small_config() -> Config:
         mask_threshold=0.5,
         crop_after_resize=False,
         maskness=False,
-        nms="fast",
-        box_voting=False,  # anchors with random weights do not agree
+        box_voting=False,  # anchors with random weights do not agree, so their scores would become very low
         class_names=("disc", "tile"),
         category_ids=(7, 3),
     )

@@ -29,7 +29,7 @@ pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 pytest.importorskip("openvino", reason="needs requirements-export.txt")
 
 ASTRONAUT = ROOT / "data/demo/astronaut.jpg"
-KEYS = ("max_size", "anchor_sizes", "aspect_ratios", "mask_threshold", "crop_after_resize", "maskness", "nms",
+KEYS = ("max_size", "anchor_sizes", "aspect_ratios", "mask_threshold", "crop_after_resize", "maskness",
         "box_voting", "class_names", "category_ids")  # fmt: skip
 SIZES = [(96, 96), (70, 130), (150, 110)]  # of images
 
@@ -119,8 +119,9 @@ def test_graph_finds_what_predictor_finds(small, weights, suffix):
 
 
 MODELS = {
-    "lite": ("yolact_lite", {"max_size": 96, "maskness": True, "box_voting": False}),
+    "lite": ("yolact_lite", {"max_size": 96, "box_voting": False}),
     "voting": ("yolact_lite", {"max_size": 96}),
+    "penalty": ("yolact_lite", {"max_size": 96, "box_voting": False, "nms": "cluster_penalty"}),
     "resnet50": ("yolact_resnet50", {"max_size": 128}),
     "mmdetection": ("yolact_r50", {"max_size": 128}),
     "pascal": ("yolact_resnet50_pascal", {"max_size": 128}),

@@ -47,6 +47,7 @@ class ModelConfig:
     # Images are resized to a square with this side unless another size is given. Weights can be used at other sizes
     # than they were trained at, so `differences` does not compare this field.
     max_size: int = limited(550, minimum=32, maximum=16384)
+    preserve_aspect_ratio: bool = False  # resize to this area and the image's aspect ratio, see data.image.input_size
     mean: tuple[float, float, float] = limited((123.68, 116.78, 103.94), maximum=255)  # RGB, for pixel values 0..255
     std: tuple[float, float, float] = limited((58.40, 57.12, 57.38), above=0, maximum=1000)
     resize_uint8: bool = False  # resize the 8-bit image (MMDetection) or the float image (the authors)
@@ -66,6 +67,9 @@ class ModelConfig:
     # Use the width of each anchor as its height. YOLACT's released COCO weights were trained like this, because of a
     # bug in the authors' code; YOLACT++, Pascal and MMDetection use the true aspect ratios.
     square_anchors: bool = True
+    # Divide the image evenly by the centres of the anchors, as in all published models, or place them at multiples of
+    # the stride, where the features are. At most input sizes that are not multiples of 128, the two differ.
+    even_anchors: bool = True
 
     @property
     def anchors_per_position(self) -> int:
@@ -244,8 +248,9 @@ def _with_length(training: TrainingConfig, changed: dict[str, Any]) -> dict[str,
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Return the names of the fields that differ, except `max_size`. Weights of `a` need them equal in `b`."""
-    return [f.name for f in dataclasses.fields(a) if f.name != "max_size" and getattr(a, f.name) != getattr(b, f.name)]
+    """Return the names of the fields that differ, except those of the input size. Weights of `a` need them in `b`."""
+    free = {"max_size", "preserve_aspect_ratio"}
+    return [f.name for f in dataclasses.fields(a) if f.name not in free and getattr(a, f.name) != getattr(b, f.name)]
 
 
 def check(config: Config) -> None:
@@ -344,6 +349,7 @@ CONFIGS: dict[str, Config] = {
             _BASE,
             "yolact_lite",
             max_size=640,
+            preserve_aspect_ratio=True,
             mean=(127, 127, 127),
             std=(128, 128, 128),
             resize_uint8=True,
@@ -353,6 +359,7 @@ CONFIGS: dict[str, Config] = {
             anchor_sizes=geometric_sizes(512),
             aspect_ratios=(1, 0.5),
             square_anchors=False,
+            even_anchors=False,
             nms="cluster",
             nms_top_k=1000,  # ATSS trains several anchors for each object, so 200 do not reach the small objects
             box_voting=True,

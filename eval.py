@@ -132,7 +132,7 @@ def build_parser() -> ArgumentParser:
     )
     how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
     how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, usually fast)")
-    how("--size", help="input size of the network, HxW or one number, at least 32")
+    how("--size", help="input size of the network, HxW, or one number (yolact_lite: of the same area), at least 32")
     how("--tile", type=integer(32), metavar="PIXELS", help="also predict on tiles of this size, for large images")
     how("--overlap", type=fraction, default=0.25, help="part of a tile that it shares with the next (%(default)s)")
     how("--no_crop", action="store_true", help="do not crop masks to their boxes")
@@ -201,7 +201,7 @@ def build_predictor(args: argparse.Namespace, device: str | torch.device, displa
     }
     detection |= {key: value for key, value in flags.items() if value is not None}
     if args.compile and isinstance(model, Yolact):
-        print("compiling the network; this can take minutes", file=sys.stderr)
+        print("compiling the network; this can take minutes. Its input is square unless --size is HxW", file=sys.stderr)
     return Predictor(
         model,
         device=device,

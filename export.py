@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass  # a missing package is reported now, and not after the export
     model = load_model(args.weights)
     side = model.config.model.max_size
-    size = parse_size(args.size) or (side, side)
+    size = parse_size(args.size) or side
+    size = (size, size) if isinstance(size, int) else size
     detection = choose_detection(model, args)
     images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
 

@@ -171,9 +171,7 @@ class Yolact(nn.Module):
 
     def anchors(self, height: int, width: int) -> Tensor:
         """[A, 4] anchors (cx, cy, w, h) relative to an input of `height` x `width` pixels, on the model's device."""
-        model = self.config.model
-        device = self.semantic.weight.device
-        return make_anchors(height, width, model.anchor_sizes, model.aspect_ratios, model.square_anchors, device)
+        return make_anchors(height, width, self.config.model, self.semantic.weight.device)
 
 
 def _init_convolutions(module: nn.Module) -> None:

@@ -206,8 +206,9 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
         name = str(best).removeprefix("torch.")
         variants |= {name: {"precision": "auto"}, f"{name} compiled": {"precision": "auto", "compile": True}}
     jobs: Jobs = {}
+    size = (model.config.model.max_size,) * 2  # that of the exported models
     for name, options in variants.items():
-        predictor = Predictor(model, args.device, score_threshold=THRESHOLD, **options)
+        predictor = Predictor(model, args.device, size=size, score_threshold=THRESHOLD, **options)
         jobs[f"network {name}"] = network_job(predictor, image)
         jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
     if args.exports:
@@ -218,7 +219,7 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
         for _ in range(3):
             job()
     torch.backends.cudnn.allow_tf32 = False  # for an exact comparison of the detections
-    exact = Predictor(model, args.device, "fp32", score_threshold=THRESHOLD)(image)
+    exact = Predictor(model, args.device, "fp32", size=size, score_threshold=THRESHOLD)(image)
     torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     found = {"labels": exact.labels.tolist(), "scores": exact.scores.tolist()}
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}

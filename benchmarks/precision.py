@@ -55,7 +55,8 @@ def main() -> int:
     dataset = CocoDataset(args.annotations, args.image_dir)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        makers = {name: partial(Predictor, model, args.device, **options) for name, options in VARIANTS.items()}
+        size = (model.config.model.max_size,) * 2  # that of the exported models
+        makers = {name: partial(Predictor, model, args.device, size=size, **o) for name, o in VARIANTS.items()}
         if args.calibration:
             makers |= exported(model, calibration_images(args), Path(folder))
         for name, make in makers.items():

@@ -89,7 +89,7 @@ def our_jobs(model: Yolact, size: int, image: np.ndarray, folder: Path) -> Jobs:
     fast_bf16 = has_fast_bf16(torch.device("cpu"))
     options: dict[str, Any] = {"score_threshold": THRESHOLD}
     predictors = {
-        f"PyTorch {label}": Predictor(model, "cpu", precision, size=size, **options)
+        f"PyTorch {label}": Predictor(model, "cpu", precision, size=(size, size), **options)
         for label, precision in (("float32", "fp32"), ("bfloat16", "bf16"))[: 1 + fast_bf16]
     }
     for label, name, precision in (

@@ -64,13 +64,14 @@ def benchmark(
     stages = {stage: dict(zip(("p10", "median", "p90"), np.percentile(v, (10, 50, 90)).tolist(), strict=True))
               for stage, v in times.items() if v}  # fmt: skip
     memory = _peak_memory(predictor.device)  # before the measurements below allocate memory
-    flops = network_flops(predictor.config, predictor.size, batch_size)
+    size = predictor.input_size(image)
+    flops = network_flops(predictor.config, size, batch_size)
     peak = compute_peak(predictor.device, predictor.dtype)
     seconds = stages["network"]["median"] / 1000
     return {
         "command": " ".join(sys.argv),
         "configuration": predictor.config.name,
-        "size": list(predictor.size),
+        "size": list(size),
         "image": list(image_size),
         "batch_size": batch_size,
         "provided_detections": provide,

@@ -30,7 +30,7 @@ from data.annotation import Annotation, exact_copies, parse_annotation, to_rle
 from data.augment import Window, draw_mask
 from data.coco import CocoDataset
 from data.findings import EXAMPLES, KINDS, Finding
-from data.image import write_image
+from data.image import input_size, write_image
 from data.sheets import truth_sheet
 from layers.anchors import prototype_size
 from utils.device import configure_process
@@ -234,8 +234,9 @@ def _inspect_annotation(
         yield "no_mask"
         return
     x1, y1, x2, y2 = annotation.box
-    scale = config.model.max_size / width, config.model.max_size / height
-    sides = (x2 - x1) * scale[0], (y2 - y1) * scale[1]
+    side = config.model.max_size
+    network = input_size((height, width), side) if config.model.preserve_aspect_ratio else (side, side)
+    sides = (x2 - x1) * network[1] / width, (y2 - y1) * network[0] / height
     report.labels.append(annotation.label)
     report.sides.append(sides)
     code = to_rle(annotation.segmentation, height, width)
@@ -251,8 +252,7 @@ def _inspect_annotation(
         yield "corner_box" if _iou([a, b, c - a, d - b], drawn) > 0.7 else "box_and_mask"
     if min(sides) < 4:
         yield "tiny"
-    prototypes = prototype_size(config.model.max_size, config.model.max_size)
-    if not draw_mask(annotation.segmentation, Window(0, 0, width, height), prototypes).any():
+    if not draw_mask(annotation.segmentation, Window(0, 0, width, height), prototype_size(*network)).any():
         yield "vanishing_mask"
 
 

@@ -25,6 +25,7 @@ ImageLike = np.ndarray | PIL.Image.Image | str | Path  # what `as_image` accepts
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 MARK = b"made by YOLACT"  # a comment in images that are written, by which results are recognised
 MAX_PIXELS = 200_000_000  # 600 MB as 8-bit colour; the header of a small file can declare any size
+INPUT_STEP = 32  # pixels; the stride of C5, so that no level of the backbone is rounded up
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -214,6 +215,22 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             height, width = struct.unpack(">HH", data[position + 5 : position + 9])
             return height, width
     return 0, 0
+
+
+def input_size(image_size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the (height, width) of the network's input that preserves an image's aspect ratio.
+
+    Its area is about `side` squared, as with `preserve_aspect_ratio` in the authors' code. Both sides are multiples of
+    INPUT_STEP, so the aspect ratio is not exact.
+
+    Args:
+        image_size: (height, width) of the image in pixels.
+        side: the side in pixels of the input for a square image.
+    """
+    thinnest = side / INPUT_STEP  # more extreme images are distorted, so that the area is limited
+    root = min(max((image_size[1] / image_size[0]) ** 0.5, 1 / thinnest), thinnest)
+    height, width = (max(1, round(length / INPUT_STEP)) * INPUT_STEP for length in (side / root, side * root))
+    return height, width
 
 
 def resize(image: np.ndarray, size: tuple[int, int], uint8: bool) -> np.ndarray:

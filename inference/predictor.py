@@ -11,7 +11,8 @@ cv2.imwrite("out.jpg", detections.draw(image))
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from config import Config, override
-from data.image import ImageLike, as_image, normalise, resize
+from data.image import ImageLike, as_image, input_size, normalise, resize
 from inference.detections import Detections
 from inference.optimize import compile_network
 from inference.optimize import optimize as optimized
@@ -47,9 +48,11 @@ class Predictor:
         device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
         precision: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" selects bfloat16 where the hardware supports
             it, float16 on older CUDA GPUs, and float32 otherwise.
-        size: (height, width) of the network's input, or one number for both; by default the configuration's.
-        compile: compile the network. Compilation takes seconds to minutes, here and again for each new batch size,
-            and needs a C++ compiler.
+        size: (height, width) of the network's input, or one number, by default the configuration's `max_size`. One
+            number means a square or, with the configuration's `preserve_aspect_ratio`, an input of that area for each
+            image, see data.image.input_size.
+        compile: compile the network, for square inputs unless `size` states both sides. Compilation takes seconds to
+            minutes, here and again for each new batch size, and needs a C++ compiler.
         optimize: fold batch norm and use channels_last, see inference.optimize. If False, the model runs unchanged in
             float32.
         detection: any field of DetectionConfig, such as `score_threshold`, `top_k`, `nms` or `crop`, to override the
@@ -84,8 +87,10 @@ class Predictor:
         else:
             prepared = self._start_pytorch(model, device, precision, size, optimize)
             if compile:
+                self.size_is_fixed = True
                 self.network, self.compile_seconds = compile_network(prepared, self.size)
-        self.anchors = self.model.anchors(*self.size)
+        # Computing the anchors of an input size takes a millisecond, so those of the last sizes are kept.
+        self.anchors = functools.lru_cache(maxsize=16)(self.model.anchors)
 
     def _start_pytorch(
         self,
@@ -95,7 +100,9 @@ class Predictor:
         size: int | tuple[int, int] | None,
         optimize: bool,
     ) -> Yolact:
-        self.size = _size(self.config.model.max_size if size is None else size)
+        size = self.config.model.max_size if size is None else size
+        self.size = _size(size)
+        self.size_is_fixed = isinstance(size, tuple) or not self.config.model.preserve_aspect_ratio
         if min(self.size) < 32:
             raise UserError(f"size {self.size[0]}x{self.size[1]}: the network needs at least 32 pixels a side")
         self.device = choose_device(device)
@@ -122,7 +129,8 @@ class Predictor:
         if size is not None and _size(size) != model.size:
             height, width = model.size
             raise UserError(f"{model.path}: it was exported for {height}x{width}; export it again with another --size")
-        self.size, self.device, self.dtype, self.model = model.size, torch.device("cpu"), torch.float32, model
+        self.size, self.size_is_fixed, self.model = model.size, True, model
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.network = model.start(precision)
         self.mask_iou = model.start_mask_iou(precision)
 
@@ -167,21 +175,33 @@ class Predictor:
         if not isinstance(images, (list, tuple)):
             return self([images], channels)[0]
         arrays = [as_image(image, channels) for image in images]
-        found: list[Detections] = []
-        for start in range(0, len(arrays), MAX_BATCH):
-            batch = arrays[start : start + MAX_BATCH]
-            with torch.inference_mode():
-                predictions = self.predict(torch.stack([self.preprocess(image) for image in batch]))
-                candidates = self.detect(predictions)
-                counts = (candidates.scores > 0).sum(dim=1).tolist()  # synchronises with the device
-            for i, image in enumerate(batch):
-                found.append(self.postprocess(candidates, predictions.prototypes, i, counts[i], image.shape[:2]))
-        return found
+        groups: dict[tuple[int, int], list[int]] = {}  # the images of a batch need inputs of the same size
+        for index, image in enumerate(arrays):
+            groups.setdefault(self.input_size(image), []).append(index)
+        found: dict[int, Detections] = {}
+        for group in groups.values():
+            for start in range(0, len(group), MAX_BATCH):
+                batch = group[start : start + MAX_BATCH]
+                found |= zip(batch, self._predict_batch([arrays[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(arrays))]
+
+    def _predict_batch(self, images: list[np.ndarray]) -> Iterator[Detections]:
+        """Yield the detections of images with the same input size."""
+        with torch.inference_mode():
+            predictions = self.predict(torch.stack([self.preprocess(image) for image in images]))
+            candidates = self.detect(predictions)
+            counts = (candidates.scores > 0).sum(dim=1).tolist()  # synchronises with the device
+        for i, image in enumerate(images):
+            yield self.postprocess(candidates, predictions.prototypes, i, counts[i], image.shape[:2])
+
+    def input_size(self, image: np.ndarray) -> tuple[int, int]:
+        """Return (height, width) of the network's input for an image [H, W, 3]."""
+        return self.size if self.size_is_fixed else input_size(image.shape[:2], self.size[0])
 
     def preprocess(self, image: np.ndarray) -> Tensor:
-        """Resize and normalise uint8 BGR [H, W, 3] to float32 RGB [3, h, w] at the network's size, on the device."""
+        """Resize and normalise uint8 BGR [H, W, 3] to float32 RGB [3, h, w], the network's input, on the device."""
         model = self.config.model
-        resized = resize(image, self.size, model.resize_uint8)
+        resized = resize(image, self.input_size(image), model.resize_uint8)
         return torch.from_numpy(normalise(resized, model.mean, model.std)).to(self.device)
 
     def predict(self, batch: Tensor) -> Predictions:
@@ -190,8 +210,10 @@ class Predictor:
 
     def detect(self, predictions: Predictions) -> Candidates:
         """Decode raw outputs and apply NMS; returns at most `top_k` slots per image, unused ones with the score -1."""
-        on_cpu = self.device.type == "cpu"
-        return detect(predictions, self.anchors, self.config.detection, drop_weak_anchors=on_cpu)
+        # Sides of inputs that depend on the image are multiples of 32, and thus four times those of the prototypes.
+        rows, columns = predictions.prototypes.shape[1:3]
+        anchors = self.anchors(*(self.size if self.size_is_fixed else (4 * rows, 4 * columns)))
+        return detect(predictions, anchors, self.config.detection, drop_weak_anchors=self.device.type == "cpu")
 
     def postprocess(
         self, candidates: Candidates, prototypes: Tensor, i: int, count: int, size: tuple[int, ...]

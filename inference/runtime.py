@@ -195,8 +195,7 @@ class ExportedNetwork:
 
     def anchors(self, height: int, width: int) -> Tensor:
         """See `Yolact.anchors`."""
-        model = self.config.model
-        return make_anchors(height, width, model.anchor_sizes, model.aspect_ratios, model.square_anchors)
+        return make_anchors(height, width, self.config.model)
 
 
 def is_exported(path: str | Path) -> bool:

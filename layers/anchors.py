@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from config import ModelConfig
 from layers.structures import Predictions
 
 LEVELS = (3, 4, 5, 6, 7)  # P3..P7, of strides 8..128
@@ -21,40 +22,30 @@ def prototype_size(height: int, width: int) -> tuple[int, int]:
     return 2 * rows, 2 * columns
 
 
-def make_anchors(
-    height: int,
-    width: int,
-    sizes: tuple[tuple[float, ...], ...],
-    ratios: tuple[float, ...],
-    square: bool = False,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def make_anchors(height: int, width: int, config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
     """Return [A, 4] anchors (cx, cy, w, h), relative to an input of `height` x `width` pixels.
 
-    They are ordered by level, row, column, size and ratio, as the head's outputs are.
-
-    Args:
-        sizes: the sides s in pixels for each level. An anchor is s * sqrt(ratio) wide and s / sqrt(ratio) high.
-        ratios: width / height.
-        square: use the width also as the height. YOLACT's released COCO weights were trained like this, because of a
-            bug in the authors' code, and need it. YOLACT++, Pascal and MMDetection use the true ratios.
+    They are ordered by level, row, column, size and ratio, as the head's outputs are. An anchor of size s is
+    s * sqrt(ratio) pixels wide and s / sqrt(ratio) pixels high. The published weights need other heights and centres,
+    see `square_anchors` and `even_anchors` in the configuration.
     """
     levels = []
-    for (rows, columns), sides in zip(feature_sizes(height, width), sizes, strict=True):
-        widths = torch.tensor([side * ratio**0.5 for side in sides for ratio in ratios], dtype=torch.float64)
-        heights = torch.tensor([side / ratio**0.5 for side in sides for ratio in ratios], dtype=torch.float64)
-        if square:
+    for level, (rows, columns), sides in zip(LEVELS, feature_sizes(height, width), config.anchor_sizes, strict=True):
+        shapes = [(side, ratio**0.5) for side in sides for ratio in config.aspect_ratios]
+        widths = torch.tensor([side * root for side, root in shapes], dtype=torch.float64)
+        heights = torch.tensor([side / root for side, root in shapes], dtype=torch.float64)
+        if config.square_anchors:
             heights = widths
-        # Centres divide the image evenly, in the authors' code and in MMDetection. Their spacing is height / rows,
-        # which is not the stride if a side was rounded up: 550 / 69 = 7.97, not 8.
+        # The spacing of the centres. The two differ if a side was rounded up: 550 / 69 = 7.97 pixels instead of 8.
+        step = (1 / rows, 1 / columns) if config.even_anchors else (2**level / height, 2**level / width)
         y, x = torch.meshgrid(
-            (torch.arange(rows, dtype=torch.float64) + 0.5) / rows,
-            (torch.arange(columns, dtype=torch.float64) + 0.5) / columns,
+            (torch.arange(rows, dtype=torch.float64) + 0.5) * step[0],
+            (torch.arange(columns, dtype=torch.float64) + 0.5) * step[1],
             indexing="ij",
         )
         centres = torch.stack((x, y), dim=-1)[:, :, None].expand(rows, columns, len(widths), 2)
-        shapes = torch.stack((widths / width, heights / height), dim=-1).expand(rows, columns, len(widths), 2)
-        levels.append(torch.cat((centres, shapes), dim=-1).reshape(-1, 4))
+        sizes = torch.stack((widths / width, heights / height), dim=-1).expand(rows, columns, len(widths), 2)
+        levels.append(torch.cat((centres, sizes), dim=-1).reshape(-1, 4))
     # Computed in float64 and rounded once, so that the values are the same on every device.
     return torch.cat(levels).to(device=device, dtype=torch.float32)
 

@@ -142,7 +142,7 @@ def test_every_layout_exports(tmp_path, name, suffix):
     check_graph(path, model, SIZES, **detection)
     predictor = Predictor.from_weights(path, precision="fp32", **detection)
     image = random_image(120, 100)
-    expected = Predictor(model, device="cpu", precision="fp32", **detection)(image)
+    expected = Predictor(model, device="cpu", precision="fp32", size=(96, 96), **detection)(image)
     found = predictor(image)
     check_same(expected, *(x.numpy() for x in (found.boxes, found.mask_scores, found.labels, found.masks)))
 
@@ -159,7 +159,7 @@ def test_sizes_of_the_network(tmp_path, weights, size):
 def test_predictor_and_scripts_take_exported_models(small, weights, tmp_path, dataset, suffix):
     path = small / f"small{suffix}"
     image = random_image(100, 140)
-    expected = Predictor(load_model(weights), device="cpu", precision="fp32", score_threshold=0.2)(image)
+    expected = Predictor(load_model(weights), device="cpu", precision="fp32", size=(96, 96), score_threshold=0.2)(image)
     found = Predictor.from_weights(path, precision="fp32", score_threshold=0.2)(image)
     assert len(found)
     check_same(expected, *(x.numpy() for x in (found.boxes, found.scores, found.labels, found.masks)))
@@ -170,7 +170,7 @@ def test_predictor_and_scripts_take_exported_models(small, weights, tmp_path, da
     run("eval.py", "--weights", path, *common, *images, "--output", tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) >= 6
 
-    evaluation = ["--annotations", dataset, "--image_dir", dataset.parent / "images"]
+    evaluation = ["--annotations", dataset, "--image_dir", dataset.parent / "images", "--size", "96x96"]
     metrics = {}
     for source in (weights, path):
         output = tmp_path / f"{source.suffix[1:]}.json"
@@ -249,7 +249,7 @@ def test_int8_keeps_the_bundled_models_detections(tmp_path):
     assert path.with_suffix(".bin").stat().st_size < 0.6 * 15_000_000  # float16 takes 15 MB
     image = cv2.imread(str(ASTRONAUT))
     bundled = load_model(ROOT / "weights/yolact_lite_person.pth")
-    expected = Predictor(bundled, device="cpu", precision="fp32", size=288, score_threshold=0.5)(image)
+    expected = Predictor(bundled, device="cpu", precision="fp32", size=(288, 288), score_threshold=0.5)(image)
     found = Predictor.from_weights(path, precision="fp32", score_threshold=0.4)(image)
     assert len(expected)
     assert len(found)
@@ -264,7 +264,7 @@ def test_the_whole_way_is_one_torch_export_program(weights):
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    predictor = Predictor(model, device="cpu", precision="fp32")
+    predictor = Predictor(model, device="cpu", precision="fp32", size=(96, 96))
     for size in SIZES:
         images = [random_image(*size, seed=1), random_image(*size, seed=2)]
         boxes, scores, labels, masks, count = loaded(torch.from_numpy(to_batch(images)))

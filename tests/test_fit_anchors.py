@@ -55,7 +55,7 @@ def test_every_size_of_object_has_an_anchor():
     """Boxes of the fitted ratios from 12 pixels to the side, anywhere: the best IoU is seldom below 0.5."""
     rng = np.random.default_rng(0)
     side = 512
-    anchors = to_corners(make_anchors(side, side, geometric_sizes(side), (1.0, 0.5)))
+    anchors = to_corners(make_anchors(side, side, get_config("yolact_lite", anchor_sizes=geometric_sizes(side)).model))
     sizes = np.exp(rng.uniform(np.log(12), np.log(side * 0.9), 300))
     width, height = sizes * 0.5**0.25, sizes / 0.5**0.25
     x, y = (rng.uniform(0, np.maximum(side - length, 1)) for length in (width, height))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision.ops import batched_nms
 
-from config import DetectionConfig
+from config import DetectionConfig, ModelConfig
 from layers import boxes as box_ops
 from layers.anchors import feature_sizes, make_anchors, prototype_size
 from layers.detect import detect
@@ -13,7 +15,7 @@ from layers.nms import NMS, cluster_nms, cluster_penalty_nms, cross_class_nms, f
 from layers.structures import Predictions
 from layers.voting import vote
 
-SIZES = ((24,), (48,), (96,), (192,), (384,))
+MODEL = ModelConfig(square_anchors=False)
 
 
 def random_boxes(n: int, batch: int = 1) -> torch.Tensor:
@@ -44,14 +46,32 @@ def test_overlaps():
 
 @pytest.mark.parametrize("size", [(550, 550), (400, 700), (33, 97), (32, 32)])
 def test_anchors_follow_the_size(size):
-    anchors = make_anchors(*size, SIZES, (1, 0.5, 2))
+    anchors = make_anchors(*size, MODEL)
     assert len(anchors) == 3 * sum(h * w for h, w in feature_sizes(*size))
     pixels = anchors * torch.tensor([size[1], size[0], size[1], size[0]])
     assert torch.allclose(pixels[0, 2:], torch.tensor([24.0, 24.0]), atol=1e-3)
     ratio = pixels[1, 2] / pixels[1, 3]
     assert float(ratio) == pytest.approx(0.5, rel=1e-4)
-    square = make_anchors(*size, SIZES, (1, 0.5, 2), square=True) * torch.tensor([size[1], size[0], size[1], size[0]])
+    square = make_anchors(*size, replace(MODEL, square_anchors=True))
+    square *= torch.tensor([size[1], size[0], size[1], size[0]])
     assert torch.allclose(square[:, 2], square[:, 3], atol=1e-3)
+
+
+def test_anchors_at_multiples_of_the_stride():
+    """The anchors of a larger input contain those of a smaller one. Evenly spread, they move instead."""
+    for even in (False, True):
+        model = replace(MODEL, even_anchors=even)
+        centres = []
+        for height, width in ((512, 512), (544, 736)):
+            anchors = make_anchors(height, width, model)
+            rows, columns = feature_sizes(height, width)[-1]
+            last = anchors[-3 * rows * columns :].unflatten(0, (rows, columns, 3))[:4, :4]
+            centres.append(last * torch.tensor([width, height, width, height]))
+        assert torch.equal(centres[0][0, 0, 0, :2], torch.tensor([64.0, 64.0]))
+        assert torch.allclose(*centres, atol=1e-3) != even
+    # 550 / 5 = 110 pixels instead of a stride of 128.
+    spread = make_anchors(550, 550, replace(MODEL, even_anchors=True))[-1, :2] * 550
+    assert torch.allclose(spread, torch.tensor([495.0, 495.0]), atol=1e-3)
 
 
 def test_fast_nms_against_its_definition():
@@ -80,7 +100,7 @@ def test_fast_nms_against_its_definition():
 def test_dropping_weak_anchors_changes_nothing(nms, hot):
     """Few objects, none, crowds, all anchors: the shortcut for the CPU gives the same detections."""
     size = 200
-    anchors = make_anchors(size, size, SIZES, (1, 0.5, 2))
+    anchors = make_anchors(size, size, MODEL)
     rows = 2 * -(-size // 8)
     offsets, coefficients = torch.randn(2, len(anchors), 4), torch.randn(2, len(anchors), 8)
     logits = torch.randn(2, len(anchors), 21)
@@ -205,7 +225,7 @@ def test_levels_follow_from_the_prototypes():
     from layers.anchors import level_sizes
 
     for size in ((550, 550), (97, 333)):
-        anchors = make_anchors(*size, SIZES, (1, 0.5, 2))
+        anchors = make_anchors(*size, MODEL)
         rows, columns = prototype_size(*size)
         raw = raw_predictions(1, len(anchors))._replace(prototypes=torch.zeros(1, rows, columns, 8))
         assert level_sizes(raw) == [3 * h * w for h, w in feature_sizes(*size)]

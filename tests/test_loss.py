@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from layers.masks import crop_window
 from yolact import MaskIoUNet, Predictions
 
 CONFIG = get_config("yolact_resnet50", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
-ANCHORS = make_anchors(128, 128, CONFIG.model.anchor_sizes, CONFIG.model.aspect_ratios)
+ANCHORS = make_anchors(128, 128, replace(CONFIG.model, square_anchors=False))
 
 
 def predictions(batch: int, classes: int = 3) -> Predictions:

@@ -88,7 +88,7 @@ def test_nothing_synchronises_before_the_candidates(name, nms):
     predictor = Predictor(Yolact(get_config(name, max_size=96)), "cpu", nms=nms)
     with FakeTensorMode(allow_non_fake_inputs=True):
         predictions = predictor.predict(torch.zeros(2, 3, 96, 96))
-        found = detect(predictions, predictor.anchors, predictor.config.detection)
+        found = detect(predictions, predictor.anchors(96, 96), predictor.config.detection)
     boxes, scores, labels, coefficients = found
     assert boxes.shape[0] == scores.shape[0] == 2
     assert boxes.shape[1] <= 100
@@ -106,7 +106,7 @@ def test_other_devices_give_the_same_detections(predictor):
     """Without dropping weak anchors, as on a GPU, the same slots come out."""
     with torch.inference_mode():
         raw = predictor.predict(torch.stack([predictor.preprocess(random_image(90, 130, seed=s)) for s in range(2)]))
-        fixed = detect(raw, predictor.anchors, predictor.config.detection)
+        fixed = detect(raw, predictor.anchors(*predictor.input_size(random_image(90, 130))), predictor.config.detection)
     for i in range(2):
         wanted = predictor(random_image(90, 130, seed=i))
         used = int((fixed.scores[i] > 0).sum())
@@ -118,7 +118,7 @@ def test_other_devices_give_the_same_detections(predictor):
 @pytest.mark.slow
 def test_compiled_is_the_same(weights):
     model = load_model(weights)
-    plain, compiled = Predictor(model, "cpu", "fp32"), Predictor(model, "cpu", "fp32", compile=True)
+    plain, compiled = Predictor(model, "cpu", "fp32", size=(96, 96)), Predictor(model, "cpu", "fp32", compile=True)
     assert compiled.compile_seconds > 0
     images = [random_image(90, 130), random_image(200, 64, seed=1)]
     for wanted, found in zip(plain(images), compiled(images), strict=True):  # not the batch size it was compiled for

@@ -15,8 +15,9 @@ from conftest import ROOT, random_image, run, spawn
 from pycocotools import mask as rle
 
 import eval as eval_script
-from config import override
+from config import get_config, override
 from data.coco import CocoDataset
+from data.image import input_size
 from inference import Detections, Predictor
 from inference.outputs import instance_map, prototype_sheet
 from inference.polygons import polygon_iou, rings
@@ -26,6 +27,7 @@ from layers.structures import Candidates
 from utils.errors import UserError
 from weights import load_model
 from weights.checkpoint import save_checkpoint
+from yolact import Yolact
 
 
 def disc_detections(height=301, width=203, count=2):
@@ -186,6 +188,34 @@ def test_any_network_size(weights, size):
     assert all(min(r["bbox"]) >= 0 for r in found.to_coco())
 
 
+@pytest.mark.parametrize(
+    ("image", "side", "expected"),
+    [((312, 416), 640, (544, 736)), ((416, 312), 640, (736, 544)), ((99, 99), 640, (640, 640)),
+     ((2000, 3000), 550, (448, 672)), ((10, 5000), 96, (32, 288)), ((1, 1), 32, (32, 32))],
+)  # fmt: skip
+def test_input_sizes_preserve_the_aspect_ratio(image, side, expected):
+    assert input_size(image, side) == expected
+
+
+def test_the_input_follows_the_image(weights):
+    """Images of several shapes in one list: each gets its own input, and results come in the order of the list."""
+    predictor = Predictor(load_model(weights), "cpu", "fp32")
+    images = [random_image(90, 130), random_image(130, 90, seed=1), random_image(90, 130, seed=2)]
+    assert [predictor.input_size(image) for image in images] == [(64, 128), (128, 64), (64, 128)]
+    for image, found in zip(images, predictor(images), strict=True):
+        size = predictor.input_size(image)
+        exact = Predictor(load_model(weights), "cpu", "fp32", size=size)(image)
+        assert len(exact) == len(found) > 0
+        assert torch.allclose(exact.scores, found.scores, atol=1e-5)
+        assert torch.allclose(exact.boxes.sum(dim=0), found.boxes.sum(dim=0), rtol=1e-4)  # in any order: scores tie
+    square = Predictor(load_model(weights), "cpu", "fp32", size=(96, 96))
+    assert {square.input_size(image) for image in images} == {(96, 96)}
+    larger = Predictor(load_model(weights), "cpu", "fp32", size=192)
+    assert larger.input_size(images[0]) == (160, 224)
+    published = Predictor(Yolact(get_config("yolact_resnet50", max_size=96)), "cpu", "fp32")
+    assert published.input_size(images[0]) == (96, 96)
+
+
 def test_predictor_refuses(weights):
     model = load_model(weights)
     for options, words in (
@@ -309,7 +339,7 @@ def test_a_dangling_link_is_reported(weights, tmp_path):
     assert "a.jpg: " in out
 
 
-@pytest.mark.parametrize(("text", "size"), [("640", (640, 640)), ("480x640", (480, 640)), (None, None)])
+@pytest.mark.parametrize(("text", "size"), [("640", 640), ("480x640", (480, 640)), (None, None)])
 def test_sizes(text, size):
     assert eval_script.parse_size(text) == size
 

@@ -102,7 +102,7 @@ def test_losses_and_gradients(stored):
         targets.append(
             {"boxes": boxes[:n, :4], "labels": boxes[:n, 4].long(), "masks": masks[:n], "crowds": boxes[n:, :4]}
         )
-    anchors = make_anchors(550, 550, config.model.anchor_sizes, config.model.aspect_ratios, config.model.square_anchors)
+    anchors = make_anchors(550, 550, config.model)
     predictions = Predictions(raw["loc"], raw["conf"], raw["mask"], raw["proto"], raw["segm"])
     losses = MultiBoxLoss(config.loss)(predictions, anchors, targets)
     for term, key in (("box", "B"), ("mask", "M"), ("class", "C"), ("semantic", "S")):

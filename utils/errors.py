@@ -88,14 +88,14 @@ def fraction(text: str) -> float:
     return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Parse "480x640" or "640" into (height, width). Raises UserError for any other text."""
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """Parse "480x640" into (height, width), and "640" into a number. Raises UserError for any other text."""
     if text is None:
         return None
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise UserError(f"--size {text}: expected HxW or one number, for instance 480x640 or 640")
-    return int(sides[0]), int(sides[-1])
+    return (int(sides[0]), int(sides[1])) if len(sides) == 2 else int(sides[0])
 
 
 def fraction_or_best(text: str) -> float | str:

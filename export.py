@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from config import DetectionConfig, override, parse_overrides
-from data.image import read_image
+from data.image import input_size, read_image
 from deploy.exporting import write_export
 from deploy.onnx_export import EXPORTABLE_NMS
 from deploy.parity import check_export
@@ -98,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args.weights)
     side = model.config.model.max_size
     size = parse_size(args.size) or side
-    size = (size, size) if isinstance(size, int) else size
+    if isinstance(size, int):
+        if model.config.model.preserve_aspect_ratio:
+            print(f"input {size}x{size}; if all images have one shape, --size {advised(size)} is more accurate")
+        size = (size, size)
     detection = choose_detection(model, args)
     images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
 
@@ -118,6 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(args.output.with_name(f"{args.output.name}.parity.json"), report)
     print(summary(args.output, report))
     return 0
+
+
+def advised(side: int) -> str:
+    """Return the input size for two common shapes of images, in the words of the message."""
+    sizes = ((*shape, *input_size(shape, side)) for shape in ((480, 640), (1080, 1920)))
+    return " or ".join(f"{rows}x{columns} (images of {height}x{width})" for height, width, rows, columns in sizes)
 
 
 def choose_detection(model: Yolact, args: Any) -> DetectionConfig:

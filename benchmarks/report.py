@@ -241,7 +241,7 @@ def stage_table(reports: list[Report], device: str) -> str:
     for r in reports:
         compiled = ", compiled" if r["compiled"] else ""
         batch = f", batch {r['batch_size']}" if r["batch_size"] > 1 else ""
-        head.append(f"{r['configuration']}, {r['size'][0]} px, {r['precision']}{batch}{compiled}")
+        head.append(f"{r['configuration']}, {'x'.join(map(str, r['size']))} px, {r['precision']}{batch}{compiled}")
     rows = [[stage, *(f"{r['stages_ms'][stage]['median']:.2f}" for r in reports)] for stage in reports[0]["stages_ms"]]
     rows.append(["frames/s, network", *(f"{r['network_fps']:.1f}" for r in reports)])
     rows.append(["frames/s, image to masks", *(f"{r['image_to_masks_fps']:.1f}" for r in reports)])

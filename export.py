@@ -98,10 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args.weights)
     side = model.config.model.max_size
     size = parse_size(args.size) or side
-    if isinstance(size, int):
-        if model.config.model.preserve_aspect_ratio:
-            print(f"input {size}x{size}; if all images have one shape, --size {advised(size)} is more accurate")
-        size = (size, size)
+    size = (size, size) if isinstance(size, int) else size
     detection = choose_detection(model, args)
     images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
 
@@ -120,13 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.replace(path, args.output.with_name(path.name))
     write_json(args.output.with_name(f"{args.output.name}.parity.json"), report)
     print(summary(args.output, report))
+    if model.config.model.preserve_aspect_ratio and size[0] == size[1]:
+        height, width = input_size((480, 640), size[0])
+        print(f"its input is a square; for images that are all of 480x640, --size {height}x{width} is more accurate")
     return 0
-
-
-def advised(side: int) -> str:
-    """Return the input size for two common shapes of images, in the words of the message."""
-    sizes = ((*shape, *input_size(shape, side)) for shape in ((480, 640), (1080, 1920)))
-    return " or ".join(f"{rows}x{columns} (images of {height}x{width})" for height, width, rows, columns in sizes)
 
 
 def choose_detection(model: Yolact, args: Any) -> DetectionConfig:

@@ -142,7 +142,7 @@ def test_every_layout_exports(tmp_path, name, suffix):
     check_graph(path, model, SIZES, **detection)
     predictor = Predictor.from_weights(path, precision="fp32", **detection)
     image = random_image(120, 100)
-    expected = Predictor(model, device="cpu", precision="fp32", size=(96, 96), **detection)(image)
+    expected = Predictor(model, device="cpu", precision="fp32", size=predictor.size, **detection)(image)
     found = predictor(image)
     check_same(expected, *(x.numpy() for x in (found.boxes, found.mask_scores, found.labels, found.masks)))
 
@@ -245,6 +245,7 @@ def test_int8_keeps_the_bundled_models_detections(tmp_path):
     path = tmp_path / "int8.xml"
     text = run("export.py", "--output", path, "--size", 288, "--int8", "--calibration", images)
     assert "calibrated on 12 images" in text
+    assert "--size 256x320 is more accurate" in text  # for images of 480x640
     assert ExportedNetwork(path).precision == "int8"
     assert path.with_suffix(".bin").stat().st_size < 0.6 * 15_000_000  # float16 takes 15 MB
     image = cv2.imread(str(ASTRONAUT))

@@ -47,7 +47,9 @@ class ModelConfig:
     # Images are resized to a square with this side unless another size is given. Weights can be used at other sizes
     # than they were trained at, so `differences` does not compare this field.
     max_size: int = limited(550, minimum=32, maximum=16384)
-    preserve_aspect_ratio: bool = False  # resize to this area and the image's aspect ratio, see data.image.input_size
+    # In inference, resize to this area and the image's aspect ratio instead, see data.image.input_size. Training inputs
+    # stay squares; the random crops of augmentation teach the network other aspect ratios.
+    preserve_aspect_ratio: bool = False
     mean: tuple[float, float, float] = limited((123.68, 116.78, 103.94), maximum=255)  # RGB, for pixel values 0..255
     std: tuple[float, float, float] = limited((58.40, 57.12, 57.38), above=0, maximum=1000)
     resize_uint8: bool = False  # resize the 8-bit image (MMDetection) or the float image (the authors)

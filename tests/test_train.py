@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, SMALL, make_dataset, run, spawn, train_args
 
 import train
-from config import from_dict, get_config
+from config import from_dict, get_config, override
 from data.annotation import to_rle
 from data.coco import CocoDataset
 from training.advice import unlikely_settings
@@ -548,6 +548,8 @@ def test_settings_that_cannot_work_are_named(dataset, tmp_path):
     assert "1 of 2 classes have fewer than 10 objects (tile)" in few
     (noisy,) = unlikely_settings(config, schedule, 2, fine)
     assert "freeze_bn=true" in noisy
+    (squares,) = unlikely_settings(override(config, augment_crop=False), schedule, 8, fine)
+    assert "preserve_aspect_ratio=false" in squares
     (high,) = unlikely_settings(config, Schedule.build(config.training, 100, 8, lr=0.1), 8, fine)
     assert "the learning rate 0.1 is far from 0.0007" in high
     words = ["--output_dir", tmp_path / "run", "--batch_size", 2, "--max_iter", 1, "--lr", 1e-9]

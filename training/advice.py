@@ -63,6 +63,11 @@ def unlikely_settings(
             f"batch norm is trained with statistics of {together} image{'s' * (together > 1)}, which are too noisy; "
             "use --set freeze_bn=true or a larger batch"
         )
+    if config.model.preserve_aspect_ratio and not config.augmentation.augment_crop:
+        lines.append(
+            "without augment_crop, images are only seen as squares, but inference preserves their aspect ratio; "
+            "use --set preserve_aspect_ratio=false"
+        )
     usual = config.training.lr * schedule.batch_size / config.training.batch_size
     if not usual / LARGE_FACTOR <= schedule.lr <= usual * LARGE_FACTOR:
         lines.append(

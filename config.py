@@ -69,8 +69,8 @@ class ModelConfig:
     # Use the width of each anchor as its height. YOLACT's released COCO weights were trained like this, because of a
     # bug in the authors' code; YOLACT++, Pascal and MMDetection use the true aspect ratios.
     square_anchors: bool = True
-    # Divide the image evenly by the centres of the anchors, as in all published models, or place them at multiples of
-    # the stride, where the features are. At most input sizes that are not multiples of 128, the two differ.
+    # The centres of the anchors divide the image evenly, as in all published models, or lie at multiples of the stride,
+    # where the features are. The two differ if a side of the input is not a multiple of 128.
     even_anchors: bool = True
 
     @property
@@ -250,7 +250,7 @@ def _with_length(training: TrainingConfig, changed: dict[str, Any]) -> dict[str,
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Return the names of the fields that differ, except those of the input size. Weights of `a` need them in `b`."""
+    """Return the names of the fields that differ, except those of the input size. Weights need the others equal."""
     free = {"max_size", "preserve_aspect_ratio"}
     return [f.name for f in dataclasses.fields(a) if f.name not in free and getattr(a, f.name) != getattr(b, f.name)]
 

@@ -102,7 +102,7 @@ class Predictor:
     ) -> Yolact:
         size = self.config.model.max_size if size is None else size
         self.size = _size(size)
-        self.size_is_fixed = isinstance(size, tuple) or not self.config.model.preserve_aspect_ratio
+        self.size_is_fixed = not isinstance(size, int) or not self.config.model.preserve_aspect_ratio
         if min(self.size) < 32:
             raise UserError(f"size {self.size[0]}x{self.size[1]}: the network needs at least 32 pixels a side")
         self.device = choose_device(device)

@@ -245,7 +245,7 @@ def test_int8_keeps_the_bundled_models_detections(tmp_path):
     path = tmp_path / "int8.xml"
     text = run("export.py", "--output", path, "--size", 288, "--int8", "--calibration", images)
     assert "calibrated on 12 images" in text
-    assert "--size 256x320 is more accurate" in text  # for images of 480x640
+    assert "--size 256x320 is usually more accurate" in text  # for images of 480x640
     assert ExportedNetwork(path).precision == "int8"
     assert path.with_suffix(".bin").stat().st_size < 0.6 * 15_000_000  # float16 takes 15 MB
     image = cv2.imread(str(ASTRONAUT))

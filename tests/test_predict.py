@@ -210,6 +210,7 @@ def test_the_input_follows_the_image(weights):
         assert torch.allclose(exact.boxes.sum(dim=0), found.boxes.sum(dim=0), rtol=1e-4)  # in any order: scores tie
     square = Predictor(load_model(weights), "cpu", "fp32", size=(96, 96))
     assert {square.input_size(image) for image in images} == {(96, 96)}
+    assert Predictor(load_model(weights), "cpu", "fp32", size=[64, 160]).input_size(images[1]) == (64, 160)
     larger = Predictor(load_model(weights), "cpu", "fp32", size=192)
     assert larger.input_size(images[0]) == (160, 224)
     published = Predictor(Yolact(get_config("yolact_resnet50", max_size=96)), "cpu", "fp32")

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary(args.output, report))
     if model.config.model.preserve_aspect_ratio and size[0] == size[1]:
         height, width = input_size((480, 640), size[0])
-        print(f"its input is a square; for images that are all of 480x640, --size {height}x{width} is usually more accurate")
+        print(f"its input is a square; for images of 480x640 only, --size {height}x{width} is usually more accurate")
     return 0
 
 

@@ -44,6 +44,8 @@ def main() -> int:
     parser.add_argument("--training", action="store_true", help="also time a training step")
     parser.add_argument("--exports", action="store_true", help="also the exported model in its runtimes, on a CPU")
     parser.add_argument("--batch_size", type=int, default=8, help="batch size of the training step")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="batch sizes of inference")
+    parser.add_argument("--no_compile", action="store_true", help="leave out the compiled variants")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", choices=["ours", "original"], help=argparse.SUPPRESS)
     parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
@@ -95,10 +97,12 @@ def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -
             for worker in workers:
                 worker.end()
     medians = {name: statistics.median(values) for name, values in times.items()}
+    reference = " float32" if args.device == "cuda" else ""
     for name, ms in medians.items():
         what = name.split()[1]
         row = {"configuration": config, "what": what, "variant": name.replace(f" {what}", ""), "ms": round(ms, 2)}
-        row["times_the_original"] = round(medians[f"original {what}"] / ms, 2)
+        batch = name[name.index(" batch") :] if " batch" in name else ""
+        row["times_the_original"] = round(medians[f"original {what}{reference}{batch}"] / ms, 2)
         if what == "training":
             row["gpu_memory_mib"] = memory[name]
         rows.append(row)
@@ -200,20 +204,31 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     device, image = torch.device(args.device), test_image()
     model = load_model(args.weights)
     best = choose_precision("auto", device)
-    variants: dict[str, dict[str, Any]] = {"float32 as written": {"optimize": False}}
-    variants |= {"float32": {"precision": "fp32"}, "float32 compiled": {"precision": "fp32", "compile": True}}
+    variants: dict[str, dict[str, Any]] = {"float32": {"precision": "fp32"}}
+    if device.type == "cpu":
+        variants = {"float32 as written": {"optimize": False}, **variants}
+        variants["float32 compiled"] = {"precision": "fp32", "compile": True}
+    else:
+        variants["tf32"] = {"precision": "fp32"}
     if best != torch.float32:
         name = str(best).removeprefix("torch.")
         variants |= {name: {"precision": "auto"}, f"{name} compiled": {"precision": "auto", "compile": True}}
+    if args.no_compile:
+        variants = {name: options for name, options in variants.items() if "compile" not in options}
     jobs: Jobs = {}
     size = (model.config.model.max_size,) * 2  # that of the exported models
     for name, options in variants.items():
         predictor = Predictor(model, args.device, size=size, score_threshold=THRESHOLD, **options)
-        jobs[f"network {name}"] = network_job(predictor, image)
-        jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks.cpu()
+        for count in args.batches:
+            images = [image] * count
+            batch = torch.stack([predictor.preprocess(image) for image in images])
+            jobs[f"network {label(name, count)}"] = with_tf32(name == "tf32", network_job(predictor, batch))
+            jobs[f"image {label(name, count)}"] = with_tf32(
+                name == "tf32", lambda predictor=predictor, images=images: [d.masks.cpu() for d in predictor(images)]
+            )
     if args.exports:
         for name, predictor in exported(model, args.weights.parent, image).items():
-            jobs[f"network {name}"] = network_job(predictor, image)
+            jobs[f"network {name}"] = network_job(predictor, predictor.preprocess(image)[None])
             jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks
     for job in jobs.values():  # warm-up
         for _ in range(3):
@@ -253,9 +268,23 @@ def exported(model: Any, folder: Path, image: np.ndarray) -> dict[str, Any]:
     }
 
 
-def network_job(predictor: Any, image: np.ndarray) -> Callable[[], Any]:
+def label(variant: str, batch_size: int) -> str:
+    """Return the name of a variant, with the batch size if there are several images."""
+    return variant if batch_size == 1 else f"{variant} batch {batch_size}".strip()
+
+
+def with_tf32(allow: bool, job: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the job with cuDNN's TF32 allowed or not. PyTorch allows it by default."""
+
+    def run() -> Any:
+        torch.backends.cudnn.allow_tf32 = allow
+        return job()
+
+    return run
+
+
+def network_job(predictor: Any, batch: torch.Tensor) -> Callable[[], Any]:
     """Return a job that runs the network and NMS on an input that is already on the device."""
-    batch = predictor.preprocess(image)[None]
 
     @torch.inference_mode()
     def job() -> Any:
@@ -307,6 +336,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
         name = f"training {str(dtype).removeprefix('torch.')}"
         if name in jobs:
             continue
+        torch.backends.cudnn.allow_tf32 = False
         settings = Settings(output_dir=Path(tempfile.mkdtemp()), precision=precision)
         run = Trainer(Yolact(config), settings, single(torch.device(args.device)))
         batch = Batch(images, targets, list(range(args.batch_size)), []).to(run.device)
@@ -319,9 +349,15 @@ def original_jobs(args: argparse.Namespace) -> Jobs:
     from original import load
 
     detect = load(args.original, args.configs[0], args.device, args.weights, test_image(), THRESHOLD)
-    jobs: Jobs = {"network": lambda: detect.network(), "image": lambda: detect.image_to_masks()}
-    for _ in range(3):
-        detect.network(), detect.image_to_masks()
+    jobs: Jobs = {}
+    for variant in ("float32", "tf32") if args.device == "cuda" else ("",):
+        for count in args.batches:
+            tf32, name = variant == "tf32", label(variant, count)
+            jobs[f"network {name}".strip()] = with_tf32(tf32, lambda count=count: detect.network(count))
+            jobs[f"image {name}".strip()] = with_tf32(tf32, lambda count=count: detect.image_to_masks(count))
+    for job in jobs.values():
+        for _ in range(3):
+            job()
     jobs["answer"] = detect.answer
     return jobs
 
@@ -331,7 +367,8 @@ def original_training_step(args: argparse.Namespace) -> Jobs:
     from original import training_step
 
     targets = training_targets(550, args.batch_size)
-    return {"training": training_step(args.original, args.configs[0], args.device, targets)}
+    name = "training float32" if args.device == "cuda" else "training"
+    return {name: with_tf32(False, training_step(args.original, args.configs[0], args.device, targets))}
 
 
 if __name__ == "__main__":

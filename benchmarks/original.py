@@ -25,14 +25,17 @@ class Original:
         return self.transform(torch.from_numpy(self.image).to(self.device).float()[None])
 
     @torch.no_grad()
-    def network(self) -> Any:
-        return self.net(self.batch)
+    def network(self, count: int = 1) -> Any:
+        return self.net(self.batch.expand(count, -1, -1, -1))
 
     @torch.no_grad()
-    def image_to_masks(self) -> list[torch.Tensor]:
+    def image_to_masks(self, count: int = 1) -> list[torch.Tensor]:
         height, width = self.image.shape[:2]
-        found = self.net(self.upload())
-        return [x.cpu() for x in self.postprocess(found, width, height, score_threshold=self.threshold)]
+        found = self.net(torch.cat([self.upload() for _ in range(count)]))
+        results: list[torch.Tensor] = []
+        for i in range(count):
+            results += self.postprocess(found, width, height, batch_idx=i, score_threshold=self.threshold)
+        return [x.cpu() for x in results]
 
     def answer(self) -> dict[str, Any]:
         torch.backends.cudnn.allow_tf32 = False

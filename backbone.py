@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from utils.errors import UserError, nearest
+from utils.errors import UserError, suggestion
 
 Features = tuple[Tensor, Tensor, Tensor]
 
@@ -314,19 +314,22 @@ BACKBONES: dict[str, type[Backbone]] = {
 }
 
 
-def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:
-    """Return the backbone called `name`, a key of BACKBONES, with random weights.
+def find_backbone(name: str, dcn_interval: int = 0) -> type[Backbone]:
+    """Return the class called `name`, a key of BACKBONES.
 
     Raises UserError for an unknown name, or if `dcn_interval` is set for a backbone without deformable convolutions.
     """
     if name not in BACKBONES:
-        raise UserError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}")
-    backbone = BACKBONES[name]
-    if not dcn_interval:
-        return backbone()
-    if not backbone.deformable:
+        raise UserError(f"unknown backbone {name!r}{suggestion(name, BACKBONES)}")
+    if dcn_interval and not BACKBONES[name].deformable:
         raise UserError(f"dcn_interval={dcn_interval}: {name} does not support deformable convolutions")
-    return backbone(dcn_interval=dcn_interval)
+    return BACKBONES[name]
+
+
+def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:
+    """Return the backbone called `name` with random weights, see `find_backbone`."""
+    backbone = find_backbone(name, dcn_interval)
+    return backbone(dcn_interval=dcn_interval) if dcn_interval else backbone()
 
 
 def freeze(module: nn.Module) -> None:

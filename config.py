@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, nearest
-from utils.fields import LARGEST, check_field, convert, limited
+import numpy as np
+
+from utils.errors import UserError, suggestion
+from utils.fields import convert
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -46,26 +48,26 @@ class ModelConfig:
 
     # Images are resized to a square with this side unless another size is given. Weights can be used at other sizes
     # than they were trained at, so `differences` does not compare this field.
-    max_size: int = limited(550, minimum=32, maximum=16384)
+    max_size: int = 550
     # In inference, resize to this area and the image's aspect ratio instead, see data.image.input_size. Training inputs
     # stay squares; the random crops of augmentation teach the network other aspect ratios.
     preserve_aspect_ratio: bool = False
-    mean: tuple[float, float, float] = limited((123.68, 116.78, 103.94), maximum=255)  # RGB, for pixel values 0..255
-    std: tuple[float, float, float] = limited((58.40, 57.12, 57.38), above=0, maximum=1000)
+    mean: tuple[float, float, float] = (123.68, 116.78, 103.94)  # RGB, for pixel values 0..255
+    std: tuple[float, float, float] = (58.40, 57.12, 57.38)
     resize_uint8: bool = False  # resize the 8-bit image (MMDetection) or the float image (the authors)
 
     backbone: str = "resnet101"  # a key of backbone.BACKBONES
-    dcn_interval: int = limited(0, maximum=100)  # every n-th block from C3 on is deformable (YOLACT++); 0: none
-    fpn_channels: int = limited(256, minimum=1, maximum=LARGEST)
+    dcn_interval: int = 0  # every n-th block from C3 on is deformable (YOLACT++); 0: none
+    fpn_channels: int = 256
     fpn_relu: bool = True  # a ReLU after the FPN's 3x3 convolutions
     p6_from_c5: bool = False  # P6 comes from C5 (MMDetection) or from P5 (the authors)
-    proto_channels: int = limited(256, minimum=1, maximum=LARGEST)
-    num_prototypes: int = limited(32, minimum=1, maximum=LARGEST)
+    proto_channels: int = 256
+    num_prototypes: int = 32
     mask_iou: bool = False  # the mask re-scoring network of YOLACT++
 
     # Anchors: sides in pixels for each of P3..P7, and width / height.
-    anchor_sizes: tuple[tuple[float, ...], ...] = limited(((24,), (48,), (96,), (192,), (384,)), above=0, maximum=1e5)
-    aspect_ratios: tuple[float, ...] = limited((1, 1 / 2, 2), above=0, maximum=1e3)
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((24,), (48,), (96,), (192,), (384,))
+    aspect_ratios: tuple[float, ...] = (1, 1 / 2, 2)
     # Use the width of each anchor as its height. YOLACT's released COCO weights were trained like this, because of a
     # bug in the authors' code; YOLACT++, Pascal and MMDetection use the true aspect ratios.
     square_anchors: bool = True
@@ -78,84 +80,74 @@ class ModelConfig:
         return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
 
 
-# The score threshold of the authors' evaluation. It is compared with the best class of an anchor, so a selected anchor
-# may also be reported for a class with a lower score.
-PUBLISHED_THRESHOLD = 0.05
-
-
 @dataclass(frozen=True)
 class DetectionConfig:
-    """Postprocessing of raw outputs. Any field can be passed to `Predictor`, and to eval.py with --set."""
+    """Postprocessing of raw outputs, as for published AP. Any field can be passed to `Predictor`, and to eval.py --set.
 
-    score_threshold: float = limited(PUBLISHED_THRESHOLD, maximum=1)  # compared with the best class of an anchor
-    best_score_threshold: float = limited(0.0, maximum=1)  # stored by eval.py --store_threshold; 0: unknown
+    `Predictor` and eval.py show people fewer detections, see `DISPLAY`.
+    """
+
+    score_threshold: float = 0.05  # compared with the best class of an anchor
+    # Whether the threshold applies to every detection, and to mask scores. The authors' evaluation selects anchors by
+    # their best class and then also reports their other classes, which may score lower.
+    strict_threshold: bool = False
+    best_score_threshold: float = 0.0  # stored by eval.py --store_threshold; 0: unknown
     nms: str = "fast"  # a key of layers.nms.NMS
-    nms_threshold: float = limited(0.5, maximum=1)
-    nms_top_k: int = limited(200, minimum=1, maximum=LARGEST)  # candidates per class
+    nms_threshold: float = 0.5
+    nms_top_k: int = 200  # candidates per class
     box_voting: bool = False  # refine boxes and scores by the boxes that NMS suppresses, see layers.voting
-    top_k: int = limited(100, minimum=1, maximum=LARGEST)  # detections per image
-    pre_nms_top_k: int = limited(0, maximum=LARGEST)  # anchors per pyramid level; 0: all (MMDetection: 1000)
+    top_k: int = 100  # detections per image
+    pre_nms_top_k: int = 0  # anchors per pyramid level; 0: all (MMDetection: 1000)
     clip_boxes: bool = False  # clip boxes to the image before NMS (MMDetection)
     crop: bool = True  # crop masks to their boxes
     crop_after_resize: bool = False  # also crop at the image's resolution, so that no pixel lies outside the box
-    mask_threshold: float = limited(0.5, maximum=1)  # applied to the upsampled soft mask
+    mask_threshold: float = 0.5  # applied to the upsampled soft mask
     maskness: bool = False  # multiply scores by the mean of the soft mask above the threshold, see layers.masks
 
-    @property
-    def strict(self) -> bool:
-        """Whether `score_threshold` applies to every detection, and not only to the best class of an anchor.
 
-        This is so in MMDetection, and for every threshold above the published one. At the published threshold, the
-        authors' results are reproduced, in which the other classes of a selected anchor may score lower.
-        """
-        return self.clip_boxes or self.above_published
-
-    @property
-    def above_published(self) -> bool:
-        """Whether the results are meant for display or an application rather than for computing AP."""
-        return self.score_threshold > PUBLISHED_THRESHOLD
+# What `Predictor` and eval.py change for people, unless told otherwise.
+DISPLAY: dict[str, Any] = {"score_threshold": 0.3, "strict_threshold": True, "crop_after_resize": True}
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Optimiser and schedule.
 
-    `lr`, `max_iter` and `lr_steps` apply to `batch_size`. With another --batch_size, the learning rate is scaled
-    linearly and the number of iterations inversely.
+    `lr`, `max_iter`, `lr_steps`, `warmup_iters` and `ema` are for `batch_size`. Overriding `batch_size` adapts those
+    that are not overridden too, see `_adapt`.
     """
 
-    optimizer: str = limited("sgd", choices=("sgd", "adamw"))
-    batch_size: int = limited(8, minimum=1, maximum=LARGEST)
-    lr: float = limited(1e-3, above=0, maximum=1e3)
-    weight_decay: float = limited(5e-4, maximum=1e3)
-    max_iter: int = limited(800_000, maximum=10**9)  # length in iterations; 0: use `epochs`
-    epochs: int = limited(0, maximum=LARGEST)  # length in epochs; 0: use `max_iter`
-    lr_schedule: str = limited("steps", choices=("steps", "cosine"))
-    lr_end: float = limited(0.0, maximum=1)  # the cosine schedule ends at this fraction of `lr`
+    optimizer: str = "sgd"
+    batch_size: int = 8
+    lr: float = 1e-3
+    weight_decay: float = 5e-4
+    max_iter: int = 800_000  # length in iterations; 0: use `epochs`
+    epochs: int = 0  # length in epochs; 0: use `max_iter`
+    lr_schedule: str = "steps"
+    lr_end: float = 0.0  # the cosine schedule ends at this fraction of `lr`
     # Points at which the learning rate is divided by 10: in epochs if `epochs` is set, otherwise in iterations.
-    lr_steps: tuple[float, ...] = limited((280_000, 600_000, 700_000, 750_000), maximum=10**9)
-    warmup_iters: int = limited(500, maximum=10**9)
-    clip_grad: float = limited(0.0, maximum=1e9)  # maximum norm of the gradient; 0: no clipping
-    freeze_stages: int = limited(0, maximum=100)  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
+    lr_steps: tuple[float, ...] = (280_000, 600_000, 700_000, 750_000)
+    warmup_iters: int = 500
+    clip_grad: float = 0.0  # maximum norm of the gradient; 0: no clipping
+    freeze_stages: int = 0  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
     freeze_bn: bool = False  # freeze the backbone's batch norm: statistics, scale and shift
     sync_bn: bool = False  # compute batch norm statistics over the images of all GPUs
     # Side of the training input, as a fraction of max_size. Random crops make objects larger, so that they have the
     # same size in a smaller training input as in inference (Touvron et al. 2019).
-    train_scale: float = limited(1.0, above=0, maximum=1)
-    fit_anchors: bool = False  # fit the anchors to the training set, see training.fit_anchors
-    repeat_threshold: float = limited(0.0, maximum=1)  # oversample classes in less than this share of images
-    ema: float = limited(0.0, below=1)  # decay of the EMA of the weights, which is validated and saved; 0: no EMA
+    train_scale: float = 1.0
+    fit_anchors: bool = False  # fit the anchors to the training set, see tools/fit_anchors.py
+    ema: float = 0.0  # decay of the EMA of the weights, which is validated and saved; 0: no EMA
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Matching and the mask loss. Values that no configuration changes are constants in layers/loss.py."""
 
-    assigner: str = limited("max_iou", choices=("max_iou", "atss"))  # a key of layers.matching.ASSIGNERS
-    crowd_iou: float = limited(0.7, maximum=1)  # negatives with more than this share in a crowd are ignored; 1: none
-    masks_to_train: int = limited(100, minimum=1, maximum=LARGEST)  # per image, for the mask loss; a random sample
+    assigner: str = "max_iou"  # a key of layers.matching.ASSIGNERS
+    crowd_iou: float = 0.7  # negatives with more than this share in a crowd are ignored; 1: none
+    masks_to_train: int = 100  # per image, for the mask loss; a random sample
     # The mask loss is computed at this multiple of the prototypes' size.
-    mask_supersample: int = limited(1, minimum=1, maximum=16)
+    mask_supersample: int = 1
 
 
 @dataclass(frozen=True)
@@ -163,12 +155,12 @@ class AugmentationConfig:
     """SSD's augmentation (paper, section 5) and copy-paste."""
 
     augment_photometric: bool = True
-    augment_expand: float = limited(4.0, minimum=1, maximum=100)  # zoom out by up to this factor; mean colour around
+    augment_expand: float = 4.0  # zoom out by up to this factor; mean colour around
     augment_crop: bool = True
-    crop_min_side: float = limited(0.3, above=0, maximum=1)  # share of the image's width and height
+    crop_min_side: float = 0.3  # share of the image's width and height
     augment_mirror: bool = True
-    copy_paste: float = limited(0.0, maximum=1)  # probability of pasting objects from another image
-    min_box_size: float = limited(0.0, maximum=LARGEST)  # in pixels; smaller boxes are dropped
+    copy_paste: float = 0.0  # probability of pasting objects from another image
+    min_box_size: float = 0.0  # in pixels; smaller boxes are dropped
 
 
 @dataclass(frozen=True)
@@ -194,6 +186,18 @@ class Config:
         scale, side = self.training.train_scale, self.model.max_size
         return side if scale == 1 else max(32, 32 * round(scale * side / 32))
 
+
+CHOICES = {"optimizer": ("sgd", "adamw"), "lr_schedule": ("steps", "cosine")}
+LARGEST = 1e9  # no number in a configuration is larger
+# Fields with values from 0 to 1, and fields that cannot be 0.
+SHARES = {
+    "score_threshold", "best_score_threshold", "nms_threshold", "mask_threshold", "lr_end", "ema", "crowd_iou",
+    "crop_min_side", "copy_paste", "train_scale",
+}  # fmt: skip
+NOT_ZERO = {
+    "std", "fpn_channels", "proto_channels", "num_prototypes", "anchor_sizes", "aspect_ratios", "nms_top_k", "top_k",
+    "batch_size", "lr", "train_scale", "masks_to_train", "mask_supersample", "crop_min_side",
+}  # fmt: skip
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -226,27 +230,63 @@ def override(config: Config, /, **overrides: Any) -> Config:
     changed: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         if key not in FIELDS:
-            raise UserError(f"unknown configuration key {key!r}{nearest(key, FIELDS)}")
+            raise UserError(f"unknown configuration key {key!r}{suggestion(key, FIELDS)}")
         section, hint = FIELDS[key]
         changed.setdefault(section, {})[key] = convert(key, value, hint)
     if "training" in changed:
-        changed["training"] = _with_length(config.training, changed["training"])
+        changed["training"] = _adapt(config.training, changed["training"])
     values = {name: replace(getattr(config, name), **changed[name]) for name in SECTIONS if name in changed}
     config = replace(config, **values, **changed.get("", {}))
     check(config)
     return config
 
 
-def _with_length(training: TrainingConfig, changed: dict[str, Any]) -> dict[str, Any]:
-    """Set the other of `max_iter` and `epochs` to 0 if one is overridden, and scale `lr_steps` in proportion."""
-    given = [key for key in ("max_iter", "epochs") if changed.get(key)]
-    if len(given) != 1:
-        return changed
-    (key,) = given
-    other = "epochs" if key == "max_iter" else "max_iter"
-    length = training.epochs or training.max_iter
-    steps = tuple(step * changed[key] / length for step in training.lr_steps)
-    return {"lr_steps": steps, **changed, other: 0}
+def with_detection(config: Config, given: dict[str, Any], display: bool = False) -> Config:
+    """Return `config` with other values for fields of its detection section.
+
+    A score threshold other than the configuration's own applies to every detection, unless `strict_threshold` is given.
+    It may be "best", the one that eval.py --store_threshold has stored. With `display`, DISPLAY replaces the values
+    that are neither given nor set by the configuration. Raises UserError for an unknown field or an invalid value.
+    """
+    own, defaults = vars(config.detection), vars(DetectionConfig())
+    if given.get("score_threshold") == "best":
+        if not own["best_score_threshold"]:
+            raise UserError("score_threshold best: none is stored, see eval.py --store_threshold")
+        given = given | {"score_threshold": own["best_score_threshold"]}
+    for key in given:
+        if key not in own:
+            raise UserError(f"unknown option {key!r}, not a field of DetectionConfig{suggestion(key, own)}")
+    options = {key: value for key, value in DISPLAY.items() if display and own[key] == defaults[key]}
+    if "score_threshold" in given:
+        threshold = override(config, score_threshold=given["score_threshold"]).detection.score_threshold
+        options["strict_threshold"] = own["strict_threshold"] or threshold != own["score_threshold"]
+    return override(config, **options | given)
+
+
+def _adapt(training: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Return `given` with the fields that follow from it. A value that is given is never changed.
+
+    The schedule of another batch size shows the network as many images as before: the number of iterations is scaled
+    inversely and the learning rate linearly for SGD (Goyal et al. 2017), with the square root for AdamW (Malladi et al.
+    2022). Another length moves the steps of the learning rate in proportion.
+    """
+    factor = given.get("batch_size", training.batch_size) / training.batch_size
+    follow: dict[str, Any] = {}
+    if factor != 1 and factor > 0:
+        linear = given.get("optimizer", training.optimizer) == "sgd"
+        follow["lr"] = training.lr * (factor if linear else factor**0.5)
+        follow["warmup_iters"] = round(training.warmup_iters / factor)
+        follow["ema"] = training.ema**factor
+        if training.max_iter:
+            follow["max_iter"] = max(1, round(training.max_iter / factor))
+            follow["lr_steps"] = tuple(step / factor for step in training.lr_steps)
+    lengths = [key for key in ("max_iter", "epochs") if given.get(key)]
+    if len(lengths) == 1:
+        (key,) = lengths
+        length = training.epochs or training.max_iter
+        follow["lr_steps"] = tuple(step * given[key] / length for step in training.lr_steps)
+        follow["max_iter"] = follow["epochs"] = 0
+    return follow | given
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
@@ -257,10 +297,6 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 def check(config: Config) -> None:
     """Raise UserError for values that are out of range or inconsistent with each other."""
-    for section in SECTIONS:
-        values = getattr(config, section)
-        for item in dataclasses.fields(values):
-            check_field(item, getattr(values, item.name))
     model, training = config.model, config.training
     if not config.class_names or len(config.class_names) != len(config.category_ids):
         raise UserError(
@@ -275,6 +311,20 @@ def check(config: Config) -> None:
         raise UserError("anchor_sizes needs the same number of sides at every level; aspect_ratios needs at least one")
     if bool(training.max_iter) == bool(training.epochs):
         raise UserError("exactly one of max_iter and epochs must be greater than 0")
+    for key, known in CHOICES.items():
+        value = getattr(training, key)
+        if value not in known:
+            raise UserError(f"unknown {key} {value!r}{suggestion(value, known)}")
+    for key, value in ((key, value) for section in SECTIONS for key, value in vars(getattr(config, section)).items()):
+        low, high = 0.0, 1.0 if key in SHARES else LARGEST
+        for number in () if isinstance(value, str) else np.ravel(value).tolist():
+            if not low <= number <= high or (number == 0 and key in NOT_ZERO):  # false for NaN as well
+                words = f"{'more than' if key in NOT_ZERO else 'at least'} 0 and at most {high:g}"
+                raise UserError(f"{key}: {number:g} is out of range; it must be {words}")
+    if not 32 <= model.max_size <= 16384:
+        raise UserError(f"max_size: {model.max_size} is out of range; it must be from 32 to 16384 pixels")
+    if config.augmentation.augment_expand < 1:
+        raise UserError("augment_expand: images can only be made smaller, so it must be at least 1")
 
 
 def geometric_sizes(side: int) -> tuple[tuple[float, ...], ...]:
@@ -311,6 +361,7 @@ _MMDET = _derive(
     aspect_ratios=(2, 1, 1 / 2),  # MMDetection's (0.5, 1, 2) are height / width; the order decides the anchors' order
     pre_nms_top_k=1000,
     clip_boxes=True,
+    strict_threshold=True,
     crowd_iou=1.0,
     min_box_size=4.0,
     max_iter=0,
@@ -329,11 +380,7 @@ CONFIGS: dict[str, Config] = {
         _derive(_BASE, "yolact_darknet53", backbone="darknet53", mean=(0, 0, 0), std=(255, 255, 255)),
         _derive(_BASE, "yolact_im400", max_size=400, anchor_sizes=((17,), (34,), (69,), (139,), (279,))),
         _derive(
-            _BASE,
-            "yolact_im700",
-            max_size=700,
-            anchor_sizes=((30,), (61,), (122,), (244,), (488,)),
-            masks_to_train=300,
+            _BASE, "yolact_im700", max_size=700, anchor_sizes=((30,), (61,), (122,), (244,), (488,)), masks_to_train=300
         ),
         _derive(
             _RESNET50,
@@ -427,7 +474,7 @@ def get_config(name: str, /, **overrides: Any) -> Config:
     elif (key := canonical_name(name)) in CONFIGS:
         config = CONFIGS[key]
     else:
-        raise UserError(f"unknown configuration {name!r}{nearest(key, CONFIGS)}")
+        raise UserError(f"unknown configuration {name!r}{suggestion(key, CONFIGS)}")
     return override(config, **overrides)
 
 
@@ -454,23 +501,6 @@ def parse_overrides(pairs: list[str], example: str = "max_size=400") -> dict[str
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-# Configuration keys of format-1 checkpoints that have since become constants.
-_RETIRED = {
-    "momentum": 0.9,
-    "lr_gamma": 0.1,
-    "warmup_factor": 0.1,
-    "positive_iou": 0.5,
-    "negative_iou": 0.4,
-    "negatives_per_positive": 3,
-    "box_weight": 1.5,
-    "class_weight": 1.0,
-    "mask_weight": 6.125,
-    "semantic_weight": 1.0,
-    "mask_iou_weight": 25.0,
-    "mask_iou_min_area": 25,
-}
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as a flat dictionary of plain values, as checkpoints store it."""
     values = dataclasses.asdict(config)
@@ -480,24 +510,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuild the Config that `to_dict` flattened. Format-1 keys that have become constants are ignored.
+    """Rebuild the Config that `to_dict` flattened. Raises UserError for unknown keys or invalid values.
 
-    Raises UserError for unknown keys or invalid values.
+    An older version may have stored a key that has been deleted since. It is dropped if it was switched off.
     """
-    values = {key: value for key, value in values.items() if key not in _RETIRED}
-    if values.get("epochs"):  # the first files could contain both; `epochs` took precedence
-        values["max_iter"] = 0
-    return override(Config(name="stored"), **values)
+    return override(Config(name="stored"), **{key: value for key, value in values.items() if key in FIELDS or value})
 
 
-def retired(values: dict[str, Any]) -> list[str]:
-    """Return the keys of a format-1 configuration whose values differ from today's constants.
-
-    These keys do not affect predictions, but they would affect a resumed run.
-    """
-    return [key for key, value in _RETIRED.items() if values.get(key, value) != value]
-
-
-def shown(values: dict[str, Any], keys: typing.Iterable[str]) -> str:
-    """Format keys and values as arguments of --set."""
-    return " ".join(f"{key}={values[key]}" for key in keys)
+def as_set_arguments(config: Config, keys: typing.Iterable[str]) -> str:
+    """Format fields as arguments of --set, quoted for a shell."""
+    values = to_dict(config)
+    pairs = [f"{key}={str(values[key]).replace(' ', '')}" for key in keys]
+    return " ".join(f'"{pair}"' if "(" in pair else pair for pair in pairs)

@@ -17,54 +17,72 @@ network receives it), and `validation.jpg` (predictions next to the ground truth
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from config import Config, get_config, override, parse_overrides, retired, shown, to_dict
-from data.audit import quick_audit
+from backbone import find_backbone
+from config import Config, as_set_arguments, get_config, override, parse_overrides, to_dict
 from data.coco import CocoDataset
-from data.loader import TrainingLoader
-from data.sampling import epoch_indices
-from evaluation.evaluator import check_classes
-from training.advice import objects_per_class, unlikely_settings
-from training.batch_size import fitting_batch_size
-from training.fit_anchors import fit_anchors, keep_anchors
-from training.loop import fit
+from data.loader import Batch, TrainingLoader, UnusableImages
+from evaluation import evaluate
+from evaluation.evaluator import check_classes, per_class_table
+from inference import Predictor
+from layers.loss import MultiBoxLoss
+from layers.nms import find_nms
+from training.run_folder import RunLog, claim_folder, write_record
 from training.schedule import Schedule
-from training.settings import Settings
-from training.trainer import Trainer, check_resumable, claim_folder
+from training.trainer import Trainer, check_resumable
 from utils.device import PRECISIONS, choose_device, choose_precision, configure_process
-from utils.distributed import Ranks, join
-from utils.errors import ArgumentParser, UserError, integer, integer_or_auto, positive_float, run_main
-from utils.files import write_json
-from weights.checkpoint import read_checkpoint
-from weights.load import build_model, weights_from
+from utils.distributed import Ranks, StopSignal, process_group
+from utils.errors import ArgumentParser, UserError, integer, run_main
+from weights.convert import Weights
+from weights.load import load_state, read_weights
 from weights.released import checkpoint_in
-from weights.transfer import init_model, read_start
+from weights.transfer import Start, init_model, read_start
 from yolact import Yolact
+
+# Flags that are fields of the configuration: `--lr 1e-3` is short for `--set lr=1e-3`.
+CONFIG_FLAGS = ("batch_size", "lr", "epochs", "max_iter")
+# Arguments that a resumed run cannot change, because the result would not be that of one run.
+FIXED = ("config", "set", "batch_size", "lr", "init", "seed")
+# Without None: the default is derived from the data or from other arguments.
+DEFAULTS: dict[str, Any] = {
+    "val_annotations": None,
+    "val_images": None,
+    "init": "imagenet",
+    "accumulate": 1,
+    "device": "auto",
+    "precision": "auto",
+    "workers": 2,
+    "threads": None,
+    "val_interval": None,
+    "patience": None,
+    "tensorboard": False,
+    "ignore_audit": False,
+    "seed": 0,
+}
 
 
 def build_parser() -> ArgumentParser:
-    """Build the parser. Arguments that are not given are absent from the namespace, not None.
+    """Build the parser. Arguments that are not given are absent from the namespace, see DEFAULTS.
 
-    Resuming therefore distinguishes arguments that override a stored setting from those that were not given.
+    Resuming therefore distinguishes arguments that override a stored one from those that were not given.
     """
     parser = ArgumentParser(
-        description="Train YOLACT on a data set in COCO format.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        description="Train YOLACT on a data set in COCO format.", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--config", help="a configuration named in config.py, or a .py file that defines `config`")
-    parser.add_argument("--train_annotations", type=Path, help="annotations in COCO format; they define the classes")
-    parser.add_argument("--train_images", type=Path, help="folder of the training images")
-    parser.add_argument("--val_annotations", type=Path, help="annotations of the validation set, in COCO format")
-    parser.add_argument("--val_images", type=Path, help="folder of the validation images (default: --train_images)")
+    add = parser.add_argument
+    add("--config", help="a configuration named in config.py, or a .py file that defines `config`")
+    add("--train_annotations", help="annotations in COCO format; they define the classes")
+    add("--train_images", help="folder of the training images")
+    add("--val_annotations", help="annotations of the validation set, in COCO format")
+    add("--val_images", help="folder of the validation images (default: --train_images)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--init",
@@ -72,45 +90,182 @@ def build_parser() -> ArgumentParser:
         "without --config, the configuration in the file is used",
     )
     start.add_argument("--resume", type=Path, help="continue a run, given its folder or a checkpoint")
-    parser.add_argument(
-        "--batch_size",
-        type=integer_or_auto,
-        help="images per step over all processes; scales the schedule. auto: as many as a CUDA GPU can hold (untested)",
-    )
-    parser.add_argument("--accumulate", type=integer(1), help="gradient accumulation: micro-batches per step (1)")
-    parser.add_argument("--lr", type=positive_float, help="learning rate; it is not scaled to the batch size")
+    add("--batch_size", help="images per step over all processes; adapts what is not set: learning rate, length, EMA")
+    add("--lr", help="learning rate")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=integer(1), help="number of epochs, instead of the configuration's")
-    length.add_argument("--max_iter", type=integer(1), help="number of iterations, instead of the configuration's")
-    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="network precision; losses use float32")
-    parser.add_argument("--workers", type=integer(0), help="data loading processes (2); 0: load in the main process")
-    parser.add_argument(
-        "--val_interval", type=integer(1), help="iterations between validations (default: one epoch, at least 500)"
-    )
-    parser.add_argument(
-        "--patience", type=integer(1), help="stop after this many validations without a better mask AP (default: never)"
-    )
-    parser.add_argument("--output_dir", type=Path, help="folder for checkpoints and logs (default: runs/CONFIG)")
-    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
-    parser.add_argument("--ignore_audit", action="store_true", help="train even if the audit finds errors")
-    parser.add_argument("--follow_links", action="store_true", help="follow links to files outside the image folders")
-    parser.add_argument("--seed", type=integer(0), help="random seed (0)")
-    parser.add_argument("--set", nargs="+", action="extend", metavar="key=value", help="override configuration fields")
+    length.add_argument("--epochs", help="number of epochs, instead of the configuration's length")
+    length.add_argument("--max_iter", help="number of iterations, instead of the configuration's length")
+    add("--set", nargs="+", action="extend", metavar="key=value", help="any field of the configuration")
+    add("--accumulate", type=integer(1), help="gradient accumulation: micro-batches per step (1)")
+    add("--device", help="auto (default), cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=["auto", *PRECISIONS], help="network precision; losses use float32")
+    add("--workers", type=integer(0), help="data loading processes (2); 0: load in the main process")
+    add("--threads", type=integer(1), help="number of CPU threads (default: one per core)")
+    add("--val_interval", type=integer(1), help="iterations between validations (default: one epoch, at least 500)")
+    add("--patience", type=integer(1), help="stop after so many validations without a better mask AP (default: never)")
+    add("--output_dir", help="folder for checkpoints and logs (default: runs/CONFIG)")
+    add("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    add("--ignore_audit", action="store_true", help="train even if the audit finds errors")
+    add("--seed", type=integer(0), help="random seed (0)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Start or resume a run. Return 0 if training finished, also by early stopping, and 130 if it was interrupted."""
     given = vars(build_parser().parse_args(argv))
-    configure_process()
+    configure_process(given.get("threads"))
     resume: Path | None = given.pop("resume", None)
-    if resume is None:
-        return start_run(given)
-    return resume_run(resume, given)
+    start, stored = None, None
+    if resume is not None:
+        stored, config, args = resumed_run(resume, given)
+    with process_group(args["device"] if stored else given.get("device", "auto")) as ranks:
+        if stored is None:
+            with ranks.main_first():  # only the main process downloads weights
+                start, config, args = new_run(given)
+        check_batch(config, args, ranks)
+        torch.manual_seed(args["seed"])
+        train, val = load_data(args, config, ranks, resumed=stored is not None)
+        config = override(config, class_names=train.class_names, category_ids=train.category_ids)
+        if start is not None:
+            if config.training.fit_anchors and not chosen(args) & {"anchor_sizes", "aspect_ratios"}:
+                from tools.fit_anchors import fit_anchors, keep_anchors
+
+                # Weights depend on their anchors, so those of --init are kept.
+                config = keep_anchors(config, start.config) if start.weights else fit_anchors(config, train)
+            model = Yolact(config)
+            with ranks.main_first():
+                init_model(model, start)
+        else:
+            assert stored is not None
+            model = Yolact(config)
+            load_state(model, stored, str(resume))
+        with claim_folder(Path(args["output_dir"]), ranks):
+            trainer = Trainer(model, Path(args["output_dir"]), ranks, args["precision"], args["accumulate"])
+            if stored is not None:
+                trainer.load(stored.training or {})
+                print(f"resumed {resume} at step {trainer.iteration}")
+            schedule = Schedule.build(config.training, len(train))
+            if trainer.iteration > schedule.max_iter:
+                raise UserError(f"the run is at step {trainer.iteration}, beyond --max_iter {schedule.max_iter}")
+            describe(trainer, schedule, train)
+            if ranks.is_main:
+                write_record(trainer.folder, args, config, resumed=stored is not None)
+            start_at = trainer.iteration * config.training.batch_size  # images that the run has already used
+            loader = TrainingLoader(train, config, args["seed"], start_at, args["workers"], ranks)
+            with loader as batches:
+                finished = fit(trainer, batches, schedule, val, args)
+    return 0 if finished else 130
 
 
-def start_run(given: dict[str, Any]) -> int:
-    """Start a new run; return the exit code, see `train_to_end`.
+def fit(
+    trainer: Trainer, batches: Iterator[Batch], schedule: Schedule, val: CocoDataset | None, args: dict[str, Any]
+) -> bool:
+    """Train to the end of the schedule, or until a validation or a signal stops the run; return False for a signal."""
+    ranks, terminal, table = trainer.ranks, sys.stderr.isatty(), ""
+    unusable = UnusableImages(schedule.num_images)
+    val_interval = args["val_interval"] or max(500, schedule.per_epoch)
+    log = RunLog(trainer.folder, trainer.iteration, trainer.validated, args["tensorboard"], ranks.is_main)
+    progress = tqdm(
+        total=schedule.max_iter,
+        initial=trainer.iteration,
+        desc="training",
+        mininterval=0.1 if terminal else 30,  # seconds between updates; in a file each of them is kept
+        disable=not ranks.is_main,
+    )
+    with StopSignal() as stop_signal, log, progress:
+        while True:
+            due = trainer.iteration % val_interval == 0 or trainer.iteration == schedule.max_iter
+            if due and trainer.iteration > trainer.validated:
+                trainer.save("last.pth", args)  # nothing is lost if validation fails: --resume repeats it
+                table = validate(trainer, val, log)
+                trainer.save("last.pth", args)
+            if trainer.iteration == schedule.max_iter or is_stale(trainer, args):
+                break
+            started, lr = time.perf_counter(), schedule.lr_at(trainer.iteration)
+            batch = next(batches)
+            unusable.check(batch)
+            waited = time.perf_counter() - started
+            if trainer.iteration == 0:
+                from tools.sheets import batch_sheet
+
+                log.image(0, "first_batch", batch_sheet(batch, trainer.model.config))
+
+            losses = trainer.step(batch, lr)
+
+            times = {"seconds": time.perf_counter() - started, "waited": waited, "time": time.time()}
+            values = {"epoch": trainer.iteration / schedule.per_epoch, **times, **losses}
+            log.line(trainer.iteration, {"lr": lr} | {name: round(value, 4) for name, value in values.items()})
+            shown = {name: value for name, value in losses.items() if name != "mask_iou" or trainer.model.mask_iou}
+            progress.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
+            progress.update()
+            if ranks.any(stop_signal.received):
+                trainer.save("last.pth", args)
+                ranks.barrier()  # an interrupted run exits with 130, on which torchrun ends all processes
+                print(f"stopped at step {trainer.iteration}; continue with: python train.py --resume {trainer.folder}")
+                return False
+    if table:
+        print(table)
+    if is_stale(trainer, args):
+        print(
+            f"stopped early at step {trainer.iteration}: mask AP has not improved in {trainer.stale} validations "
+            f"(best: {trainer.best:.3f})"
+        )
+    if unusable.problems:
+        print(f"images that could not be used and were replaced by others: {len(unusable.problems)}")
+    best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
+    print(f"done: {trainer.folder / 'last.pth'}{best}")
+    return True
+
+
+def is_stale(trainer: Trainer, args: dict[str, Any]) -> bool:
+    """Whether --patience is exhausted."""
+    return args["patience"] is not None and trainer.stale >= args["patience"]
+
+
+def validate(trainer: Trainer, val: CocoDataset | None, log: RunLog) -> str:
+    """Compute and log the COCO metrics of the current model; save it as `best.pth` if its mask AP has improved.
+
+    Returns COCOeval's table, or "" without a validation set.
+    """
+    if val is None:
+        trainer.validated = trainer.iteration
+        return ""
+    model, ranks = trainer.ema_or_model(), trainer.ranks
+    ranks.broadcast(model.buffers())  # batch norm statistics differ between processes
+    predictor = Predictor(model, trainer.device, trainer.dtype)
+    metrics = evaluate(predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=ranks)
+    improved, table = False, ""
+    if metrics is not None:  # in the main process
+        from tools.curves import draw_curves
+        from tools.sheets import comparison_sheet, worst_images
+
+        for problem in metrics["problems"]:
+            tqdm.write(f"warning: {problem}; the image is evaluated as having no detections")
+        worst = worst_images(val, metrics["results"], metrics["sizes"])
+        log.image(trainer.iteration, "validation", comparison_sheet(predictor, val, worst))
+        box, mask = metrics["bbox"], metrics["segm"]
+        tqdm.write(
+            f"step {trainer.iteration}: box AP {box['AP']:.3f} AP50 {box['AP50']:.3f}, "
+            f"mask AP {mask['AP']:.3f} AP50 {mask['AP50']:.3f}"
+        )
+        table = metrics["table"] + (per_class_table(metrics) if len(val.class_names) > 1 else "")
+        per_class = {name: row["AP"] for name, row in metrics["per_class"]["segm"].items()}
+        log.line(trainer.iteration, {"time": round(time.time(), 1), "bbox": box, "segm": mask, "class_AP": per_class})
+        improved = mask["AP"] > trainer.best
+        trainer.best = max(trainer.best, mask["AP"])
+        draw_curves(log.folder / "log.jsonl", log.folder / "curves.png")
+    if ranks.any(improved):
+        trainer.stale = 0
+        trainer.save("best.pth")
+    else:
+        trainer.stale += 1
+    trainer.validated = trainer.iteration
+    trainer.module.train()
+    return table
+
+
+def new_run(given: dict[str, Any]) -> tuple[Start, Config, dict[str, Any]]:
+    """Return the initial weights, the configuration and the arguments of a new run.
 
     Raises UserError for arguments that are missing or invalid, and if the output folder already holds a run.
     """
@@ -118,155 +273,133 @@ def start_run(given: dict[str, Any]) -> int:
         raise UserError(
             "to start a run, give --train_annotations, --train_images and --config or --init; to continue one, --resume"
         )
-    if "val_images" in given and "val_annotations" not in given:
-        raise UserError("--val_images has no effect without --val_annotations")
-    start = read_start(given.get("init", "imagenet"))
-    config = get_config(given["config"]) if "config" in given else start.config
-    overrides = parse_overrides(given.get("set", []))
-    config = override(config, **overrides)
-    if given.get("batch_size") == "auto":
-        device = choose_device(given.get("device", "auto"))
-        dtype = choose_precision(given.get("precision", "auto"), device)
-        given["batch_size"] = fitting_batch_size(config, device, dtype)
-        print(f"--batch_size auto: {given['batch_size']}")
-    given.setdefault("output_dir", Path("runs") / Path(given.get("config", config.name)).stem)
-    settings = Settings(**given | {"set": tuple(given.get("set", ()))})
-    folder = settings.output_dir
-    if (folder / "last.pth").exists():
+    start = None if "config" in given else read_start(given["init"])
+    base = get_config(given["config"]) if start is None else start.config
+    flags = {key: given[key] for key in CONFIG_FLAGS if key in given}
+    overrides = parse_overrides(given.get("set", [])) | flags
+    config = override(base, **overrides)
+    adapted = [key for key, value in to_dict(config).items() if value != to_dict(base)[key] and key not in overrides]
+    if adapted:
+        print(f"adapted to {', '.join(overrides)}: {as_set_arguments(config, adapted)}")
+    name = Path(given.get("config", config.name)).stem
+    args = DEFAULTS | {"output_dir": f"runs/{name}"} | given
+    if (Path(args["output_dir"]) / "last.pth").exists():
+        folder = args["output_dir"]
         raise UserError(f"{folder} already holds a run; use --resume {folder}, or choose another --output_dir")
-    with join(settings.device) as ranks:
-        torch.manual_seed(settings.seed)
-        train, val = load_data(settings, config, ranks)
-        config = override(config, class_names=train.class_names, category_ids=train.category_ids)
-        if config.training.fit_anchors and not {"anchor_sizes", "aspect_ratios"} & overrides.keys():
-            # Weights depend on their anchors, so those of --init are kept.
-            config = keep_anchors(config, start.config) if start.weights else fit_anchors(config, train)
-        model = Yolact(config)
-        init_model(model, start)
-        with claim_folder(folder, ranks):
-            return train_to_end(Trainer(model, settings, ranks), train, val)
+    check_arguments(config, args)
+    return start or read_start(args["init"]), config, args
 
 
-def resume_run(resume: Path, given: dict[str, Any]) -> int:
-    """Continue a run with its stored settings, overridden by the arguments given now; return the exit code.
+def resumed_run(resume: Path, given: dict[str, Any]) -> tuple[Weights, Config, dict[str, Any]]:
+    """Return the weights with the training state, the configuration, and the arguments of a run updated with `given`.
 
     Raises UserError if the file has no valid training state, or an argument cannot change in a resumed run.
     """
+    for key in FIXED:
+        if key in given:
+            raise UserError(f"--{key} cannot change in a run that is resumed; start a new one with --init {resume}")
     if not resume.exists():
         raise UserError(f"--resume {resume}: no such run; give the --output_dir of an earlier one")
     path = checkpoint_in(resume, ("last.pth",)) if resume.is_dir() else resume
-    content = read_checkpoint(path)
-    weights = weights_from(content, path)
-    training = content.get("training")
-    if not isinstance(training, dict):
+    weights = read_weights(path)
+    config, training = weights.config, weights.training
+    if training is None:
         raise UserError(f"{path}: holds only weights and no training state; start a new run with --init {path}")
-    check_resumable(training, bool(weights.config.training.ema), str(path))
-    changed = retired(content["config"])
-    if changed:
-        raise UserError(f"{path}: trained with {shown(content['config'], changed)}, which can no longer be set")
-    settings = Settings.resumed(training["args"], given, path.parent)
-    with join(settings.device) as ranks:
-        train, val = load_data(settings, weights.config, ranks)
-        check_classes(train, weights.config, "in the run")
-        with claim_folder(settings.output_dir, ranks):
-            # The file's model weights are the EMA's if there is one; `load` then restores the weights being trained,
-            # the optimiser and the random state, so no seed is set here.
-            trainer = Trainer(build_model(weights, path), settings, ranks)
-            trainer.load(training)
-            print(f"resumed {path} at step {trainer.step}")
-            return train_to_end(trainer, train, val)
+    check_resumable(training, bool(config.training.ema), str(path))
+    length = {key: given[key] for key in ("epochs", "max_iter") if key in given}
+    stored = {key: value for key, value in training["args"].items() if value is not None}
+    args = DEFAULTS | stored | given | {"output_dir": str(path.parent)}
+    if not isinstance(args.get("train_annotations"), str) or not isinstance(args.get("train_images"), str):
+        raise UserError(f"{path.parent}: the arguments of this run are damaged (they name no training data)")
+    config = override(config, **length)
+    check_arguments(config, args)
+    return weights, config, args
 
 
-def load_data(settings: Settings, config: Config, ranks: Ranks) -> tuple[CocoDataset, CocoDataset | None]:
+def chosen(args: dict[str, Any]) -> set[str]:
+    """Return the fields of the configuration that the user has set."""
+    return {*parse_overrides(args.get("set") or []), *(key for key in CONFIG_FLAGS if key in args)}
+
+
+def check_arguments(config: Config, args: dict[str, Any]) -> None:
+    """Raise UserError for arguments that cannot work, before data are read, weights downloaded or folders created."""
+    if args["val_images"] and not args["val_annotations"]:
+        raise UserError("--val_images has no effect without --val_annotations")
+    if args["patience"] is not None and not args["val_annotations"]:
+        raise UserError("--patience needs --val_annotations, because it compares validations")
+    find_backbone(config.model.backbone, config.model.dcn_interval)
+    find_nms(config.detection.nms)
+    MultiBoxLoss(config.loss)  # raises for an unknown assigner
+    choose_precision(args["precision"], choose_device(args["device"]))
+
+
+def check_batch(config: Config, args: dict[str, Any], ranks: Ranks) -> None:
+    """Raise UserError if the batch cannot be split over the processes and micro-batches."""
+    batch_size = config.training.batch_size
+    if batch_size % ranks.size or batch_size < ranks.size * args["accumulate"]:
+        raise UserError(
+            f"batch size {batch_size} cannot be split over {ranks.size} processes with {args['accumulate']} "
+            "gradient accumulation steps each"
+        )
+
+
+def load_data(
+    args: dict[str, Any], config: Config, ranks: Ranks, resumed: bool
+) -> tuple[CocoDataset, CocoDataset | None]:
     """Read and audit the training set and, if one is given, the validation set.
+
     Raises UserError if a file cannot be read, the classes differ, or the audit finds errors (see --ignore_audit).
     """
-    assert settings.train_annotations is not None
-    assert settings.train_images is not None
-    train = CocoDataset(settings.train_annotations, settings.train_images, settings.follow_links)
+    from tools.audit import quick_audit
+    from tools.formats.readers import open_coco
+
+    train = open_coco(args["train_annotations"], args["train_images"])
     datasets = [train]
-    if settings.val_annotations is not None:
-        val_images = settings.val_images or settings.train_images
-        datasets.append(CocoDataset(settings.val_annotations, val_images, settings.follow_links))
+    if resumed:
+        check_classes(train, config, "in the run")
+    if args["val_annotations"]:
+        datasets.append(open_coco(args["val_annotations"], args["val_images"] or args["train_images"]))
         known = override(config, class_names=train.class_names, category_ids=train.category_ids)
         check_classes(datasets[-1], known, "in training")
-        if settings.val_annotations.resolve() == settings.train_annotations.resolve():
+        if datasets[-1].path.resolve() == train.path.resolve():
             print("warning: training and validation use the same annotations, so AP will be too high")
     for dataset in datasets:
         dataset.check_images()
-        errors = quick_audit(dataset, config) if ranks.main else []
+        errors = quick_audit(dataset, config) if ranks.is_main else []
         problem = None
-        if errors and not settings.ignore_audit:
+        if errors and not args["ignore_audit"]:
             problem = UserError(f"{errors[0]} (use --ignore_audit to train anyway)".removeprefix("error: "))
-        ranks.agree(problem)
+        ranks.raise_in_all(problem)
     copies = train.count_copies()
     if copies:
         print(f"{train.path}: {copies} annotations duplicate another one of the same image and are ignored in training")
     return train, datasets[1] if len(datasets) > 1 else None
 
 
-def train_to_end(trainer: Trainer, train: CocoDataset, val: CocoDataset | None) -> int:
-    """Train; return 0 if training finished, including by early stopping, and 130 if interrupted."""
-    settings, ranks, config = trainer.settings, trainer.ranks, trainer.model.config
-    batch_size = settings.batch_size or config.training.batch_size
-    if batch_size % ranks.size or batch_size < ranks.size * settings.accumulate:
-        raise UserError(
-            f"batch size {batch_size} cannot be split over {ranks.size} processes with {settings.accumulate} "
-            "gradient accumulation steps each"
-        )
-    per_epoch = len(epoch_indices(train, config.training.repeat_threshold))
-    schedule = Schedule.build(config.training, per_epoch, batch_size, settings.lr, settings.epochs, settings.max_iter)
-    if trainer.step > schedule.max_iter:
-        raise UserError(f"{trainer.folder}: the run is at step {trainer.step}, beyond --max_iter {schedule.max_iter}")
+def describe(trainer: Trainer, schedule: Schedule, train: CocoDataset) -> None:
+    """Print what will be trained and how, and warnings about settings that are unlikely to work."""
+    from tools.advice import objects_per_class, unlikely_settings
+
+    config, ranks = trainer.model.config, trainer.ranks
+    synchronised = config.training.sync_bn and ranks.size > 1
+    mode = "frozen" if config.training.freeze_bn else "synchronised" if synchronised else "trained"
+    size = f"{config.train_size} px" + ("" if config.train_size == config.model.max_size else " input")
+    dtype = "tf32" if trainer.tf32 else str(trainer.dtype).removeprefix("torch.")
     print(schedule)
-    size = f"{config.train_size} px" + f" for {config.model.max_size}" * (config.train_size != config.model.max_size)
     print(
-        f"{config.name}: {config.num_classes} classes, {len(train)} images, {size}, "
-        f"{str(trainer.dtype).removeprefix('torch.')} on {ranks.size} x {trainer.device}, "
-        f"batch norm {trainer.batch_norm}"
+        f"{config.name}: {config.num_classes} classes, {len(train)} images, {size}, {dtype} on "
+        f"{ranks.size} x {trainer.device}, batch norm {mode}"
     )
     # The number of images that batch norm computes its statistics over in one forward pass.
-    together = batch_size // settings.accumulate // (1 if trainer.batch_norm == "synchronised" else ranks.size)
-    if together < batch_size and not config.training.freeze_bn:
+    batch_size = config.training.batch_size
+    per_pass = batch_size // trainer.accumulate // (1 if synchronised else ranks.size)
+    if per_pass < batch_size and not config.training.freeze_bn:
         print(
-            f"batch norm statistics are computed over {together} of {batch_size} images at a time; "
+            f"batch norm statistics are computed over {per_pass} of {batch_size} images at a time; "
             "with freeze_bn=true, splitting the batch does not change the result"
         )
-    for line in unlikely_settings(config, schedule, together, objects_per_class(train)):
+    for line in unlikely_settings(config, per_pass, objects_per_class(train)):
         print(f"warning: {line}")
-    if settings.patience is not None and val is None:
-        raise UserError("--patience needs --val_annotations, because it compares validations")
-    if ranks.main:
-        write_record(trainer)
-    loader = TrainingLoader(
-        train,
-        config,
-        batch_size=batch_size // ranks.size,
-        seed=settings.seed,
-        start=trainer.step * batch_size,  # images already used; a resumed run continues with the next one
-        workers=settings.workers,
-        ranks=ranks,
-    )
-    with loader as batches:
-        finished = fit(trainer, schedule, batches, val, settings.val_interval or max(500, schedule.per_epoch))
-    if not finished:
-        return 130
-    print(trainer.table, end="\n" * bool(trainer.table))
-    best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
-    print(f"done: {trainer.folder / 'last.pth'}{best}")
-    return 0
-
-
-def write_record(trainer: Trainer) -> None:
-    """Write the commands that started and resumed a run, and its configuration, as `run.json`."""
-    path = trainer.folder / "run.json"
-    try:
-        commands = json.loads(path.read_text(encoding="utf-8"))["commands"] if trainer.step else []
-    except (OSError, ValueError, KeyError, TypeError):
-        commands = []
-    commands = [*commands, shlex.join(["python", *sys.argv])]
-    settings, config = trainer.settings.to_dict(), to_dict(trainer.model.config)
-    write_json(path, {"commands": commands, "settings": settings, "config": config, "torch": torch.__version__})
 
 
 if __name__ == "__main__":

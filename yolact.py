@@ -36,10 +36,7 @@ class FPN(nn.Module):
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
         p6_in = in_channels[-1] if p6_from_c5 else channels
         self.downsample = nn.ModuleList(
-            (
-                nn.Conv2d(p6_in, channels, 3, stride=2, padding=1),
-                nn.Conv2d(channels, channels, 3, stride=2, padding=1),
-            )
+            (nn.Conv2d(p6_in, channels, 3, stride=2, padding=1), nn.Conv2d(channels, channels, 3, stride=2, padding=1))
         )
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:

@@ -251,8 +251,8 @@ def exported(model: Any, folder: Path, image: np.ndarray) -> dict[str, Any]:
 
     int8 is calibrated on noisy copies of one image, which is enough for measuring speed, and for nothing else.
     """
-    from deploy.exporting import write_export
     from inference import Predictor
+    from tools.export.exporting import write_export
 
     side = model.config.model.max_size
     rng = np.random.default_rng(0)
@@ -309,12 +309,13 @@ def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[n
 
 def our_training_step(args: argparse.Namespace) -> Jobs:
     """Return jobs for a training step in float32 and in the precision that "auto" selects."""
+    from training.settings import Settings
+
     from config import get_config
     from data.loader import Batch
-    from training.settings import Settings
     from training.trainer import Trainer
     from utils.device import choose_precision
-    from utils.distributed import single
+    from utils.distributed import one_process
     from yolact import Yolact
 
     config = get_config(args.configs[0])
@@ -338,7 +339,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
             continue
         torch.backends.cudnn.allow_tf32 = False
         settings = Settings(output_dir=Path(tempfile.mkdtemp()), precision=precision)
-        run = Trainer(Yolact(config), settings, single(torch.device(args.device)))
+        run = Trainer(Yolact(config), settings, one_process(torch.device(args.device)))
         batch = Batch(images, targets, list(range(args.batch_size)), []).to(run.device)
         jobs[name] = lambda run=run, batch=batch: run.train_step(batch, 1e-4)
     return jobs

@@ -22,9 +22,9 @@ import torch
 from benchmarks.stages import device_name
 from data.coco import CocoDataset
 from data.image import read_image
-from deploy.exporting import write_export
 from evaluation.evaluator import evaluate
 from inference import Predictor
+from tools.export.exporting import write_export
 from utils.device import choose_device
 from utils.errors import run_main
 from weights import load_model

@@ -29,8 +29,8 @@ import torch
 
 from benchmarks.stages import compute_peak, device_name, network_flops
 from data.image import read_image
-from deploy.exporting import write_export
 from inference import Predictor
+from tools.export.exporting import write_export
 from utils.device import configure_process, has_fast_bf16
 from utils.errors import run_main
 from weights import load_model

@@ -37,12 +37,7 @@ def main() -> int:
     if args.case is not None:
         print(json.dumps(measure(args, args.case)))
         return 0
-    varied = {
-        "size": args.sizes,
-        "batch_size": args.batches,
-        "detections": args.detections,
-        "image": list(IMAGE_SIZES),
-    }
+    varied = {"size": args.sizes, "batch_size": args.batches, "detections": args.detections, "image": list(IMAGE_SIZES)}
     rows, report = [], {}
     for name, values in varied.items():
         for value in values:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
 from inference import Detections, Predictor
-from layers.structures import Candidates, Predictions
+from layers.structures import Predictions, Selected
 from utils.device import cpu_features
 from yolact import Yolact
 
@@ -80,8 +80,8 @@ def benchmark(
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cv2": cv2.__version__},
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        "compiled": predictor.compile_seconds > 0,
-        "seconds_to_compile": predictor.compile_seconds,
+        "compiled": predictor.backend.compile_seconds > 0,
+        "seconds_to_compile": predictor.backend.compile_seconds,
         "stages_ms": stages,
         "network_fps": batch_size / seconds,
         "image_to_masks_fps": 1000 * batch_size / stages["image to masks"]["median"],
@@ -95,14 +95,14 @@ def benchmark(
 
 
 def _one_pass(
-    predictor: Predictor, encoded: np.ndarray, image: np.ndarray, batch_size: int, provided: Candidates | None
+    predictor: Predictor, encoded: np.ndarray, image: np.ndarray, batch_size: int, provided: Selected | None
 ) -> dict[str, float]:
     """Seconds for each stage of one pass, synchronising with the device after each."""
     clock = _Clock(predictor.device)
-    model, images = predictor.model, [image] * batch_size
+    model, images = predictor.backend.model, [image] * batch_size
     clock.time("read", lambda: cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     batch = clock.time("resize and normalise", lambda: torch.stack([predictor.preprocess(x) for x in images]))
-    if isinstance(model, Yolact):
+    if model is not None:
         # The parts are timed one by one, and then the whole network without synchronisation between the parts; their
         # times may not add up to it.
         inputs = batch.to(predictor.dtype, memory_format=torch.channels_last)
@@ -113,9 +113,9 @@ def _one_pass(
     predictions: Predictions = clock.time("network", lambda: predictor.predict(batch))
     candidates = clock.time("detect", lambda: predictor.detect(predictions))
 
-    def postprocess(candidates: Candidates, prototypes: Tensor) -> list[Detections]:
+    def postprocess(candidates: Selected, prototypes: Tensor) -> list[Detections]:
         if provided is not None:
-            candidates = Candidates(*(field.expand(batch_size, *field.shape[1:]) for field in provided))
+            candidates = Selected(*(field.expand(batch_size, *field.shape[1:]) for field in provided))
         counts = (candidates.scores > 0).sum(dim=1).tolist()
         return [predictor.postprocess(candidates, prototypes, i, n, image.shape[:2]) for i, n in enumerate(counts)]
 
@@ -162,7 +162,7 @@ def _test_image(height: int, width: int) -> np.ndarray:
     return (cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC) + noise).clip(0, 255).astype(np.uint8)
 
 
-def _provided(predictor: Predictor, rng: np.random.Generator, count: int) -> Candidates:
+def _provided(predictor: Predictor, rng: np.random.Generator, count: int) -> Selected:
     """Return `count` synthetic detections with boxes of various sizes and random mask coefficients."""
     low = rng.uniform(0, 0.7, (count, 2))
     boxes = np.concatenate((low, low + rng.uniform(0.05, 0.3, (count, 2))), axis=1)
@@ -174,7 +174,7 @@ def _provided(predictor: Predictor, rng: np.random.Generator, count: int) -> Can
         rng.uniform(-1, 1, (count, config.model.num_prototypes)),
     )
     tensors = [torch.from_numpy(v)[None].to(predictor.device) for v in values]
-    return Candidates(tensors[0].float(), tensors[1].float(), tensors[2], tensors[3].float())
+    return Selected(tensors[0].float(), tensors[1].float(), tensors[2], tensors[3].float())
 
 
 def network_flops(config: Config, size: tuple[int, int], batch_size: int = 1) -> float:

@@ -19,7 +19,7 @@ from benchmarks.stages import device_name
 from data.coco import CocoDataset
 from evaluation.evaluator import evaluate
 from inference import Predictor
-from inference.tiles import TiledPredictor
+from tools.tiles import TiledPredictor
 from utils.device import configure_process
 from utils.errors import run_main
 from weights import load_model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import json
-import os
 import pickle
 from collections import Counter
 from collections.abc import Iterable
@@ -19,7 +18,6 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.annotation import Annotation, Sample, as_id, exact_copies, is_crowd, parse_annotation
-from data.formats.readers import conversion_hint
 from data.image import read_image
 from utils.errors import UserError
 
@@ -59,20 +57,17 @@ class CocoDataset(Dataset[Sample]):
     Args:
         annotations: path of the COCO JSON file.
         image_dir: the folder that the file names are relative to.
-        follow_links: accept symbolic links to files outside the folder.
 
     Raises:
         UserError: if the file or the folder is missing, or the file is not a valid COCO annotation file.
     """
 
-    def __init__(self, annotations: str | Path, image_dir: str | Path, follow_links: bool = False):
+    def __init__(self, annotations: str | Path, image_dir: str | Path):
         self.path = Path(annotations)
         self.image_dir = Path(image_dir)
-        self.follow_links = follow_links
         content = read_coco_json(self.path)
         if not self.image_dir.is_dir():
             raise UserError(f"{self.image_dir}: no such image folder")
-        self._root = os.path.realpath(self.image_dir)
         categories = content["categories"]
         self.class_names = tuple(_text(c.get("name", c["id"]), f"{self.path}: category name") for c in categories)
         self.category_ids = tuple(as_id(c["id"], f"{self.path}: category id") for c in categories)
@@ -148,14 +143,11 @@ class CocoDataset(Dataset[Sample]):
         return self._images[index][1]
 
     def image_path(self, index: int) -> Path:
-        """Return the path of an image. Raises UserError if its name or a link leads out of the image folder."""
+        """Return the path of an image. Raises UserError if its name leads out of the image folder."""
         name = Path(self.file_name(index))
-        path = self.image_dir / name
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{self.path}: file_name {str(name)!r} leads out of the image folder")
-        if not self.follow_links and not Path(os.path.realpath(path)).is_relative_to(self._root):
-            raise UserError(f"{path}: this link leads out of the image folder; --follow_links accepts it")
-        return path
+        return self.image_dir / name
 
     def read_image(self, index: int) -> np.ndarray:
         """Read an image as uint8 BGR [H, W, 3].
@@ -185,10 +177,10 @@ class CocoDataset(Dataset[Sample]):
         """Return the annotations of an image as they are in the file, with checked ids and iscrowd."""
         return self._annotations[index]
 
-    def parsed(self, index: int, size: tuple[int, ...], copies: bool = True) -> list[Annotation]:
-        """Return the parsed annotations of an image of `size` (H, W); exact copies are dropped if not `copies`."""
+    def parsed(self, index: int, size: tuple[int, ...], drop_duplicates: bool = False) -> list[Annotation]:
+        """Return the parsed annotations of an image of `size` (H, W), on request without exact copies of another."""
         entries = self.annotations(index)
-        repeated = set() if copies else set(exact_copies(entries))
+        repeated = set(exact_copies(entries)) if drop_duplicates else set()
         return [
             parse_annotation(entry, self._label[entry["category_id"]], size[0], size[1])
             for position, entry in enumerate(entries)
@@ -207,7 +199,7 @@ class CocoDataset(Dataset[Sample]):
         """Return an image and its objects, as training uses them: exact copies are dropped."""
         image = self.read_image(index)
         boxes, labels, segmentations, crowds = [], [], [], []
-        for annotation in self.parsed(index, image.shape[:2], copies=False):
+        for annotation in self.parsed(index, image.shape[:2], drop_duplicates=True):
             if annotation.box is None:
                 continue
             if annotation.crowd or annotation.segmentation is None:
@@ -265,15 +257,15 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "no such annotation file"
-        raise UserError(f"{path}: {problem}{conversion_hint(path)}")
+        raise UserError(f"{path}: {problem}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: not a JSON file ({error}){conversion_hint(path)}") from None
+        raise UserError(f"{path}: not a JSON file ({error})") from None
     wanted = {"images": ("id", "file_name"), "categories": ("id",), "annotations": ("image_id", "category_id")}
     for key, fields in wanted.items():
         if not isinstance(content, dict) or (key not in content and key != "annotations"):
-            raise UserError(f"{path}: not a COCO annotation file: it has no list of {key!r}{conversion_hint(path)}")
+            raise UserError(f"{path}: not a COCO annotation file: it has no list of {key!r}")
         entries = content.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path}: {key!r} must be a list of objects")

@@ -5,11 +5,10 @@ Throughout this project an image is uint8 [H, W, 3] in BGR order, as OpenCV read
 
 from __future__ import annotations
 
-import struct
+import io
+import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -17,15 +16,18 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from config import ModelConfig
 from utils.errors import UserError
 from utils.files import write_bytes
 
 ImageLike = np.ndarray | PIL.Image.Image | str | Path  # what `as_image` accepts
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 MARK = b"made by YOLACT"  # a comment in images that are written, by which results are recognised
-MAX_PIXELS = 200_000_000  # 600 MB as 8-bit colour; the header of a small file can declare any size
+MAX_PIXELS = 178_956_970  # 537 MB as 8-bit colour, Pillow's limit; the header of a small file can declare any size
 INPUT_STEP = 32  # pixels; the stride of C5, so that no level of the backbone is rounded up
+WEIGHT_ONE = 2048  # 1 in the fixed point of OpenCV's resize
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -53,11 +55,7 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not data:
         raise UserError(f"{path}: the file is empty")
-    if is_truncated(data):
-        raise UserError(f"{path}: the end of the file is missing; copy it again")
-    height, width = declared_size(data)
-    if height * width > max_pixels:
-        raise UserError(f"{path}: {width}x{height} is more than the limit of {max_pixels:,} pixels")
+    _check_file(data, path, max_pixels)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_IGNORE_ORIENTATION if ignore_orientation else 0)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -66,6 +64,34 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
     if image is None:
         raise UserError(f"{path}: cannot be read as an image")
     return _to_uint8(image, data, path)
+
+
+def _check_file(data: bytes, path: Path, max_pixels: int) -> None:
+    """Raise UserError for an image that is too large, and for one whose end is missing, which OpenCV fills with grey.
+
+    Pillow reads the header only. Formats that it does not know are left to OpenCV.
+    """
+    truncated = UserError(f"{path}: the end of the file is missing; copy it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = PIL.Image.open(io.BytesIO(data))
+        width, height = image.size
+        if image.format == "PNG":
+            image.verify()  # the length and the checksum of every chunk
+    except PIL.Image.DecompressionBombError:
+        raise UserError(f"{path}: more than the limit of {MAX_PIXELS:,} pixels") from None
+    except PIL.UnidentifiedImageError:
+        return
+    except Exception:  # each format's parser has its own
+        raise truncated from None
+    if height * width > max_pixels:
+        raise UserError(f"{path}: {width}x{height} is more than the limit of {max_pixels:,} pixels")
+    # A JPEG ends with the marker FFD9 after its last scan, FFDA; a thumbnail has both before the image's own scan.
+    if image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise truncated
+    if image.format == "WEBP" and len(data) < int.from_bytes(data[4:8], "little") + 8:
+        raise truncated
 
 
 def as_image(image: ImageLike, channels: str = "bgr") -> np.ndarray:
@@ -97,7 +123,7 @@ def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:
     if image.dtype == np.uint8:
         return image
     if image.dtype == np.uint16:
-        largest = 2 ** (_significant_bits(data) or 16) - 1
+        largest = 2 ** _significant_bits(data) - 1
         return (image * np.float32(255 / largest)).round().clip(0, 255).astype(np.uint8)
     if image.dtype.kind == "f":
         image = np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
@@ -107,114 +133,11 @@ def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:
     raise UserError(f"{path}: {image.dtype} pixels are not supported; save the image with 8 or 16 bits per channel")
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, data offset and data length of a PNG's chunks, up to the first that exceeds the file."""
-    position = len(PNG_SIGNATURE)
-    while position + 12 <= len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        if position + 12 + length > len(data):
-            return
-        yield kind, position + 8, length
-        position += 12 + length
-
-
-def _significant_bits(data: bytes) -> int | None:
-    """Return the bit depth in a PNG's sBIT chunk, for example 12 in a 16-bit file from a 12-bit camera."""
-    if data.startswith(PNG_SIGNATURE):
-        for kind, position, length in _png_chunks(data):
-            if kind == b"sBIT" and length and 1 <= data[position] <= 16:
-                return data[position]
-    return None
-
-
-def declared_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) from the header of a JPEG, PNG, BMP, GIF, TIFF or WebP file, or (0, 0) for other formats.
-
-    OpenCV itself refuses images of more than 2^30 pixels, in any format.
-    """
-    if data.startswith(PNG_SIGNATURE) and len(data) >= 24:
-        width, height = struct.unpack(">II", data[16:24])
-    elif data.startswith(b"\xff\xd8"):
-        height, width = _jpeg_size(data)
-    elif data.startswith(b"BM") and len(data) >= 26:
-        width, height = (abs(v) for v in struct.unpack("<ii", data[18:26]))
-    elif data.startswith((b"GIF87a", b"GIF89a")) and len(data) >= 10:
-        width, height = struct.unpack("<HH", data[6:10])
-    elif data.startswith((b"II*\0", b"MM\0*")):
-        height, width = _tiff_size(data)
-    elif data[8:15] == b"WEBPVP8" and len(data) >= 30:
-        height, width = _webp_size(data)
-    else:
-        return 0, 0
-    return height, width
-
-
-def _tiff_size(data: bytes) -> tuple[int, int]:
-    """Height and width in the first directory of a TIFF: entries of 12 bytes, sorted by tag."""
-    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
-    start = int.from_bytes(data[4:8], order)
-    sides = {}
-    for i in range(int.from_bytes(data[start : start + 2], order)):
-        entry = data[start + 2 + 12 * i : start + 14 + 12 * i]
-        if len(entry) < 12:
-            break
-        length = 2 if int.from_bytes(entry[2:4], order) == 3 else 4  # SHORT or LONG
-        sides[int.from_bytes(entry[:2], order)] = int.from_bytes(entry[8 : 8 + length], order)
-    return sides.get(257, 0), sides.get(256, 0)
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Height and width of the three kinds of WebP: extended, lossless and lossy."""
-    if data[15:16] == b"X":
-        return 1 + int.from_bytes(data[27:30], "little"), 1 + int.from_bytes(data[24:27], "little")
-    if data[15:16] == b"L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + ((bits >> 14) & 0x3FFF), 1 + (bits & 0x3FFF)
-    width, height = struct.unpack("<HH", data[26:30])
-    return height & 0x3FFF, width & 0x3FFF
-
-
-def is_truncated(data: bytes) -> bool:
-    """Return whether the end of a JPEG, PNG or WebP file is missing. OpenCV silently fills the rest with grey."""
-    if data.startswith(b"\xff\xd8"):
-        return data.find(b"\xff\xd9", _first_scan(data)) < 0
-    if data.startswith(PNG_SIGNATURE):
-        # All chunks are checked, because OpenCV allocates the length that a damaged chunk declares.
-        return all(kind != b"IEND" for kind, _, _ in _png_chunks(data))
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return len(data) < int.from_bytes(data[4:8], "little") + 8
-    return False
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield marker and position of a JPEG's segments up to its first scan.
-
-    Searching for the markers is not enough: a segment may embed a thumbnail with its own size and end marker.
-    """
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        yield marker, position
-        if marker == 0xDA:  # start of scan
-            return
-        # Fill bytes (0xFF) and stand-alone markers have no length field.
-        alone = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
-        step = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        position += (1 if marker == 0xFF else 2) if alone else step
-
-
-def _first_scan(data: bytes) -> int:
-    """Return the offset of a JPEG's first scan."""
-    return max((position for _, position in _jpeg_segments(data)), default=2)
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) from a JPEG's frame header, or (0, 0) if there is none."""
-    for marker, position in _jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and position + 9 <= len(data):
-            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
-            return height, width
-    return 0, 0
+def _significant_bits(data: bytes) -> int:
+    """Return the bit depth in a PNG's sBIT chunk, for example 12 in a file from a 12-bit camera, or 16 without one."""
+    header = data[: data.find(b"IDAT")] if data.startswith(PNG_SIGNATURE) else b""
+    position = header.rfind(b"sBIT") + 4
+    return header[position] if position > 4 and 1 <= header[position] <= 16 else 16
 
 
 def input_size(image_size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -256,6 +179,69 @@ def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
         np.multiply(image[..., 2 - channel], np.float32(1 / std[channel]), out=out[channel])
         out[channel] -= np.float32(mean[channel] / std[channel])
     return out
+
+
+def to_network(image: np.ndarray, size: tuple[int, int], config: ModelConfig, device: torch.device) -> Tensor:
+    """Resize and normalise uint8 BGR [H, W, 3] to float32 RGB [3, h, w] of `size` on `device`, as `config` says.
+
+    A GPU receives the 8-bit image and computes the rest itself, with the values of the CPU.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(normalise(resize(image, size, config.resize_uint8), config.mean, config.std))
+    pixels = torch.from_numpy(np.ascontiguousarray(image))
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()  # so that the copy does not wait
+    planes = pixels.to(device, non_blocking=True).permute(2, 0, 1)[None]
+    resized = resize_like_opencv(planes, size) if config.resize_uint8 else resize_float(planes, size)
+    channels = [resized[0, 2 - i] * (1 / config.std[i]) - config.mean[i] / config.std[i] for i in range(3)]
+    return torch.stack(channels)
+
+
+def resize_float(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 [B, 3, H, W] bilinearly in floating point, as the authors do; return float32 [B, 3, h, w]."""
+    return F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
+
+
+def resize_like_opencv(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize as `cv2.resize(image, INTER_LINEAR)` does, on any device and in exported graphs.
+
+    For 8-bit images, OpenCV computes in fixed point: weights have 11 bits, and bits are dropped after each of the two
+    passes. Interpolating in floating point and rounding gives another value for 10 % of the pixels, which is enough to
+    change detections; this gives another value, by 1, for less than 0.5 %.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        size: height and width of the result.
+
+    Returns:
+        float32 [B, 3, h, w] with whole values in 0..255.
+    """
+    height, width = images.shape[2:]
+    low, high, weight = _taps(width, size[1], images.device)
+    images = images.int()
+    rows = _shift(images[..., low] * (WEIGHT_ONE - weight) + images[..., high] * weight, 4)
+    low, high, weight = _taps(height, size[0], images.device)
+    weight = weight[:, None]
+    total = _shift(rows[:, :, low] * (WEIGHT_ONE - weight), 16) + _shift(rows[:, :, high] * weight, 16)
+    return _shift(total + 2, 2).float()
+
+
+def _taps(length: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for each of `target` output pixels, the two input pixels that it mixes, and the weight of the second.
+
+    Output pixel i has its centre at (i + 1/2) * length / target - 1/2, computed here in whole numbers.
+    """
+    position = (2 * torch.arange(target, device=device) + 1) * length - target  # in units of 1 / (2 * target)
+    low = torch.div(position, 2 * target, rounding_mode="floor")
+    weight = torch.div(WEIGHT_ONE * (position - low * 2 * target) + target, 2 * target, rounding_mode="floor")
+    outside = (low < 0) | (low >= length - 1)
+    low = low.clamp(min=0).clamp(max=length - 1)
+    return low, (low + 1).clamp(max=length - 1), weight.masked_fill(outside, 0).int()
+
+
+def _shift(values: Tensor, bits: int) -> Tensor:
+    """Shift non-negative whole numbers to the right."""
+    return torch.div(values, 2**bits, rounding_mode="floor")
 
 
 def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

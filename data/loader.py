@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import cv2
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from config import Config
 from data.augment import Augment, Augmented
 from data.coco import CocoDataset
 from data.copy_paste import copy_paste
-from data.sampling import epoch_indices
 from layers.structures import Target
-from utils.distributed import Ranks, single
+from utils.distributed import Ranks, one_process
 from utils.errors import UserError
 
 Item = tuple["Augmented | None", int, list[str]]
@@ -61,19 +61,19 @@ class EndlessShuffle(Sampler[tuple[int, int]]):
     """Yield keys (epoch, index) endlessly; each epoch is a permutation that depends only on the seed.
 
     Args:
-        indices: the images of an epoch, see `data.sampling.epoch_indices`.
+        count: the number of images.
         start: number of keys to skip, counted over all processes.
         rank, world_size: of every `world_size` consecutive keys, this process gets one.
     """
 
-    def __init__(self, indices: np.ndarray, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.indices, self.seed, self.start, self.rank, self.world_size = indices, seed, start, rank, world_size
+    def __init__(self, count: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.count, self.seed, self.start, self.rank, self.world_size = count, seed, start, rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, offset = divmod(self.start, len(self.indices))
+        epoch, offset = divmod(self.start, self.count)
         position = self.start
         while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.indices)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
             for index in order[offset:]:
                 if position % self.world_size == self.rank:
                     yield epoch, int(index)
@@ -136,11 +136,31 @@ def _start_worker(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+class UnusableImages:
+    """Collect the unusable images that were replaced: each is reported once, and too many of them end the run."""
+
+    def __init__(self, num_images: int):
+        self.num_images = num_images
+        self.problems: set[str] = set()
+
+    def check(self, batch: Batch) -> None:
+        """Raise UserError if more than 1 % of the images (and more than one), or ten in a row, are unusable."""
+        for problem in dict.fromkeys(batch.problems):
+            if problem not in self.problems:
+                tqdm.write(f"warning: {problem}; another image takes its place", file=sys.stderr)
+            self.problems.add(problem)
+        if len(self.problems) > max(1, self.num_images // 100) or not len(batch.images):
+            raise UserError(
+                f"{len(self.problems)} of {self.num_images} images cannot be used; python -m tools.audit lists them. "
+                f"The last problem was: {(batch.problems or [''])[-1]}"
+            )
+
+
 @dataclass
 class TrainingLoader:
     """Endless batches for this process, as a context manager that ends its workers.
 
-        with TrainingLoader(dataset, config, batch_size=8, workers=2) as batches:
+        with TrainingLoader(dataset, config, workers=2) as batches:
             batch = next(batches)
 
     Leaving the block ends the worker processes, also after an exception. Without it they would keep the interpreter
@@ -148,24 +168,18 @@ class TrainingLoader:
     """
 
     dataset: CocoDataset
-    config: Config
-    batch_size: int  # of this process
+    config: Config  # its batch size is that of all processes together
     seed: int = 0
     start: int = 0  # images that the run has already used, over all processes
     workers: int = 0
-    ranks: Ranks = field(default_factory=single)
-
-    @cached_property
-    def indices(self) -> np.ndarray:
-        """The images of one epoch."""
-        return epoch_indices(self.dataset, self.config.training.repeat_threshold)
+    ranks: Ranks = field(default_factory=one_process)
 
     def __enter__(self) -> Iterator[Batch]:
         ranks = self.ranks
         loader: DataLoader[Any] = DataLoader(
             TrainingSet(self.dataset, self.config, self.seed),
-            batch_size=self.batch_size,
-            sampler=EndlessShuffle(self.indices, self.seed, self.start, ranks.rank, ranks.size),
+            batch_size=self.config.training.batch_size // ranks.size,
+            sampler=EndlessShuffle(len(self.dataset), self.seed, self.start, ranks.rank, ranks.size),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_start_worker,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from pycocotools import mask as rle
@@ -16,19 +17,32 @@ from tqdm import tqdm
 from config import Config
 from data.annotation import Annotation, exact_copies, to_rle
 from data.coco import CocoDataset
-from inference import Predictor
-from inference.tiles import TiledPredictor
-from utils.distributed import Ranks, single
+from utils.distributed import Ranks, one_process
 from utils.errors import UserError
+from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-KINDS = {"bbox": "boxes", "segm": "masks"}
-ALONE = single()
+IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
+ALONE = one_process()
 Sizes = dict[int, tuple[int, int]]
 
 
+class Segmenter(Protocol):
+    """What can be evaluated: a `Predictor`, or anything that works like one, such as the tiles of tools.tiles."""
+
+    config: Config
+
+    def published(self) -> Segmenter:
+        """Return a predictor with the configuration's own detection setting."""
+        ...
+
+    def __call__(self, images: Any, /) -> Any:
+        """Return the `Detections` of an image, uint8 BGR [H, W, 3]."""
+        ...
+
+
 @dataclass
-class Prediction:
+class CocoResults:
     """COCO results for a data set; image and category ids are those of its annotation file."""
 
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -37,26 +51,27 @@ class Prediction:
 
 
 def predict_dataset(
-    predictor: Predictor | TiledPredictor,
+    predictor: Segmenter,
     dataset: CocoDataset,
     max_images: int | None = None,
     progress: bool = True,
     ranks: Ranks = ALONE,
-) -> Prediction:
-    """Run the predictor on all images of a data set, or on the first `max_images`.
+) -> CocoResults:
+    """Run the predictor, with its configuration's own detection setting, on the first `max_images`, or on all.
 
     An image that cannot be read counts as one without detections. With several processes the images are distributed
-    among them; the main process returns all results, the others an empty `Prediction`.
+    among them; the main process returns all results, the others an empty `CocoResults`.
 
     Raises:
         UserError: if the classes of the data set and the model differ.
     """
     check_classes(dataset, predictor.config)
+    predictor = predictor.published()
     found: list[tuple[int, tuple[int, int] | None, list[dict[str, Any]], str]] = []
     indices = range(len(dataset))[:max_images][ranks.rank :: ranks.size]
     # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
-    for index in tqdm(indices, desc="evaluating", disable=None if progress and ranks.main else True):
+    for index in tqdm(indices, desc="evaluating", disable=None if progress and ranks.is_main else True):
         image_id = dataset.image_ids[index]
         try:
             image = dataset.read_image(index)
@@ -67,7 +82,7 @@ def predict_dataset(
         for result in results:
             result["category_id"] = to_file[result["category_id"]]
         found.append((image_id, (image.shape[0], image.shape[1]), results, ""))
-    prediction = Prediction()
+    prediction = CocoResults()
     for image_id, size, results, problem in ranks.gather(found):
         prediction.results += results
         prediction.problems += [problem] if problem else []
@@ -77,7 +92,7 @@ def predict_dataset(
 
 
 def evaluate(
-    predictor: Predictor | TiledPredictor,
+    predictor: Segmenter,
     dataset: CocoDataset,
     max_images: int | None = None,
     per_class: bool = False,
@@ -101,7 +116,7 @@ def evaluate(
         UserError: if the classes of the data set and the model differ.
     """
     prediction = predict_dataset(predictor, dataset, max_images, progress, ranks)
-    if not ranks.main:
+    if not ranks.is_main:
         return None
     metrics = coco_metrics(dataset, prediction.results, max_images, per_class, prediction.sizes)
     found = {"results": prediction.results, "problems": prediction.problems, "sizes": prediction.sizes}
@@ -140,7 +155,7 @@ def coco_metrics(
     truth = GroundTruth(dataset, sizes or {})
     metrics: dict[str, Any] = {"table": "", "notes": truth.notes()}
     image_ids = list(dataset.image_ids[:max_images])
-    for kind, title in KINDS.items():
+    for kind, title in IOU_TYPES.items():
         evaluation, table = _coco_eval(truth.to_coco(kind), _scored(results, kind), kind, image_ids)
         metrics[kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
         metrics["table"] += f"{title}\n{table}"
@@ -148,10 +163,12 @@ def coco_metrics(
             metrics.setdefault("per_class", {})[kind] = _per_class(evaluation, dataset)
     if truth.num_copies:
         metrics["without_copies"] = {}
-        for kind in KINDS:
-            evaluation, _ = _coco_eval(truth.to_coco(kind, copies=False), _scored(results, kind), kind, image_ids)
+        for kind in IOU_TYPES:
+            evaluation, _ = _coco_eval(
+                truth.to_coco(kind, drop_duplicates=True), _scored(results, kind), kind, image_ids
+            )
             metrics["without_copies"][kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
-        box, mask = (metrics["without_copies"][kind]["AP"] for kind in KINDS)
+        box, mask = (metrics["without_copies"][kind]["AP"] for kind in IOU_TYPES)
         metrics["notes"].append(
             f"{dataset.path}: {truth.num_copies} annotations repeat another one of the same image; without them "
             f"box AP is {box:.3f} and mask AP {mask:.3f}"
@@ -166,29 +183,29 @@ class GroundTruth:
         self.dataset = dataset
         self.images: list[dict[str, Any]] = []
         self.annotations: list[list[Annotation]] = []  # of each image
-        self.unique: list[list[Annotation]] = []  # the same without exact copies
+        self.copies: list[list[int]] = []  # indices into these of exact copies of another one
         self.num_copies = self.wrong_areas = self.without_mask = 0
         for index, image_id in enumerate(dataset.image_ids):
             size = dataset.stated_size(index) or sizes.get(image_id) or _size_on_disk(dataset, index)
             self.images.append({"id": image_id, "height": size[0], "width": size[1]})
             self.annotations.append(dataset.parsed(index, size))
-            copies = exact_copies(dataset.annotations(index))
-            kept = [a for position, a in enumerate(self.annotations[-1]) if position not in copies]
-            self.unique.append(kept)
-            self.num_copies += len(self.annotations[-1]) - len(self.unique[-1])
+            self.copies.append(exact_copies(dataset.annotations(index)))
+            self.num_copies += len(self.copies[-1])
             self.wrong_areas += sum(annotation.area(*size)[1] for annotation in self.annotations[-1])
             self.without_mask += sum(annotation.segmentation is None for annotation in self.annotations[-1])
 
-    def to_coco(self, kind: str, copies: bool = True) -> COCO:
-        """Return the ground truth for "bbox" or "segm", with or without exact copies.
+    def to_coco(self, kind: str, drop_duplicates: bool = False) -> COCO:
+        """Return the ground truth for "bbox" or "segm", on request without exact copies of annotations.
 
         For "bbox", an annotation without a usable mask is an object like any other. For "segm", its box becomes a crowd
         region, as in training: detections there are ignored, because no mask could match and they may be correct.
         """
         entries: list[dict[str, Any]] = []
-        for image, listed in zip(self.images, self.annotations if copies else self.unique, strict=True):
+        for image, listed, copies in zip(self.images, self.annotations, self.copies, strict=True):
             height, width = image["height"], image["width"]
-            for annotation in listed:
+            for position, annotation in enumerate(listed):
+                if drop_duplicates and position in copies:
+                    continue
                 segmentation, crowd = annotation.segmentation, annotation.crowd
                 if segmentation is None:
                     if annotation.box is None:
@@ -257,6 +274,18 @@ def _scored(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         | {"score": r["score"] if kind == "bbox" else r.get("mask_score", r["score"])}
         for r in results
     ]
+
+
+def write_coco_results(path: Path, results: list[dict[str, Any]]) -> list[str]:
+    """Write COCO results beside `path`, boxes as .bbox.json and masks as .segm.json, as COCO's server takes them.
+
+    Each file has the scores that rank its kind; with both in one entry, a server would rank masks by the box's score.
+    """
+    paths = []
+    for kind in IOU_TYPES:
+        write_json(path.with_suffix(f".{kind}.json"), _scored(results, kind))
+        paths.append(str(path.with_suffix(f".{kind}.json")))
+    return paths
 
 
 def _coco_eval(truth: COCO, scored: list[dict[str, Any]], kind: str, image_ids: list[int]) -> tuple[COCOeval, str]:

@@ -17,7 +17,7 @@ from config import DetectionConfig
 from inference.polygons import POLYGON_TOLERANCE, polygon_iou, rings
 from layers.masks import MASK_BUDGET, assemble_masks
 from utils.draw import draw_objects
-from utils.errors import needs
+from utils.errors import require
 
 TOOLS = "requirements-tools.txt"  # the optional packages of this module
 BLUR_CELLS = 8  # an instance is blurred to at most this many independent values along its longer side
@@ -42,7 +42,7 @@ class Detections:
     prototypes: Tensor  # [h, w, K]
     relative_boxes: Tensor  # [N, 4] as predicted, relative to the image, not clipped
     config: DetectionConfig = field(default_factory=DetectionConfig)  # how masks are cropped and thresholded
-    track_ids: Tensor | None = None  # [N] numbers of objects across frames, -1 for none, see inference.tracking
+    track_ids: Tensor | None = None  # [N] numbers of objects across frames, -1 for none, see tools.track
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -132,7 +132,7 @@ class Detections:
 
     def to_pandas(self) -> Any:
         """Return `to_dicts` as a pandas.DataFrame. Raises UserError if pandas is not installed."""
-        with needs("pandas", install=TOOLS):
+        with require("pandas", install=TOOLS):
             import pandas
         return pandas.DataFrame(self.to_dicts())
 
@@ -141,7 +141,7 @@ class Detections:
 
         Raises UserError if supervision is not installed.
         """
-        with needs("supervision", install=TOOLS):
+        with require("supervision", install=TOOLS):
             import supervision
         return supervision.Detections(
             xyxy=self.boxes.cpu().numpy(),
@@ -214,8 +214,9 @@ class Detections:
                 continue
             window = np.s_[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
             part = image[window]
-            scale = BLUR_CELLS / max(part.shape[:2])
-            small = cv2.resize(part, None, fx=min(1, scale), fy=min(1, scale), interpolation=cv2.INTER_AREA)
+            scale = min(1, BLUR_CELLS / max(part.shape[:2]))
+            size = max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale))
+            small = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
             smooth = cv2.resize(small, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
             out[window] = np.where(mask[window][..., None], smooth, out[window])
         return out

@@ -11,14 +11,67 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from layers.structures import Predictions
+from utils.device import choose_device, choose_precision, is_tf32
 from utils.errors import UserError
 from yolact import Yolact
+
+
+@dataclass
+class Backend:
+    """A network that is ready to run, and what `Predictor` has to know about it."""
+
+    network: Callable[[Tensor], Predictions]  # normalised RGB [B, 3, h, w]
+    mask_iou: Callable[[Tensor], Tensor] | None  # soft masks [N, h, w] to IoUs [N, C], for YOLACT++
+    anchors: Callable[[int, int], Tensor]  # of an input of height and width
+    size: tuple[int, int] | int  # height and width of the input, or the side of a square with the input's area
+    device: torch.device
+    dtype: torch.dtype
+    tf32: bool = False
+    model: Yolact | None = None  # the optimised model, unless the network is in an exported file
+    compile_seconds: float = 0.0
+
+
+def pytorch_backend(
+    model: Yolact,
+    device: str | torch.device,
+    precision: str | torch.dtype,
+    size: int | tuple[int, int] | None,
+    compile: bool,
+    optimized: bool,
+) -> Backend:
+    """Prepare a copy of `model`; see `Predictor` for the arguments and errors."""
+    device = choose_device(device)
+    dtype = choose_precision(precision, device)
+    if not optimized:
+        if precision not in ("auto", "fp32", torch.float32):
+            raise UserError(f"precision {precision} needs optimize=True; otherwise the model runs in float32")
+        dtype = torch.float32
+    size = model.config.model.max_size if size is None else size
+    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if min(sides) < 32:
+        raise UserError(f"size {sides[0]}x{sides[1]}: the network needs at least 32 pixels a side")
+    follows_image = isinstance(size, int) and model.config.model.preserve_aspect_ratio and not compile
+    prepared = optimize(model, device, dtype) if optimized else copy.deepcopy(model).eval().to(device)
+    backend = Backend(
+        network=prepared,
+        mask_iou=prepared.mask_iou,
+        anchors=prepared.anchors,
+        size=sides[0] if follows_image else sides,
+        device=device,
+        dtype=dtype,
+        tf32=is_tf32(precision),
+        model=prepared,
+    )
+    if compile:
+        backend.network, backend.compile_seconds = compile_network(prepared, sides)
+    return backend
 
 
 def optimize(model: Yolact, device: torch.device, dtype: torch.dtype) -> Yolact:
@@ -47,18 +100,16 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         return
     for child in module.children():
         _cast(child, dtype)
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        module.register_parameter(name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.is_floating_point():
-            module.register_buffer(name, buffer.to(dtype))
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def compile_network(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Tensor], Predictions], float]:
     """Compile `model` for inputs of `size` (H, W); return it and the seconds that compiling took.
 
-    On a CPU the weights are frozen to constants. On a GPU the mode "reduce-overhead" captures CUDA graphs, which has
-    not been tested on a GPU yet. Raises UserError if compilation fails on this machine.
+    On a CPU the weights are frozen to constants. On a GPU the mode "reduce-overhead" captures CUDA graphs. Raises
+    UserError if compilation fails on this machine.
     """
     weight = model.fpn.lateral[0].weight
     assert isinstance(weight, Tensor)
@@ -70,6 +121,8 @@ def compile_network(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Ten
             network = torch.compile(model, mode="reduce-overhead")
         with torch.inference_mode():
             network(weight.new_zeros(1, 3, *size).contiguous(memory_format=torch.channels_last))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # its type depends on what is missing: a C++ compiler, Python's headers, Triton
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

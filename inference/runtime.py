@@ -1,4 +1,4 @@
-"""Use ONNX Runtime or OpenVINO to run the network in a file written by export.py.
+"""Use ONNX Runtime or OpenVINO to run the network in a file written by tools.export.
 
 The file contains the whole graph from an image to masks. `Predictor` extracts the network from it and uses its own
 code for the rest, so that all detection options work as with a checkpoint.
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from config import Config, from_dict
+from inference.optimize import Backend
 from layers.anchors import make_anchors
 from layers.structures import Predictions
 from utils.device import PRECISIONS, choose_precision
-from utils.errors import UserError, needs
+from utils.errors import UserError, require
 
 SUFFIXES = (".onnx", ".xml")
 EXTRA = "requirements-export.txt"  # lists the optional packages
@@ -52,7 +53,7 @@ class OnnxRuntime:
     """An ONNX file run on the CPU, in the precision of its graph."""
 
     def __init__(self, path: Path):
-        with needs("onnx", "onnxruntime", install=EXTRA):
+        with require("onnx", "onnxruntime", install=EXTRA):
             import onnx
         self.path = path
         with _unreadable(path, "an ONNX model"):
@@ -86,7 +87,7 @@ class OpenVino:
     """An OpenVINO IR file, .xml with its .bin, on the CPU."""
 
     def __init__(self, path: Path):
-        with needs("openvino", install=EXTRA):
+        with require("openvino", install=EXTRA):
             import openvino
         self.path = path
         if not path.with_suffix(".bin").is_file():
@@ -140,7 +141,7 @@ class ExportedNetwork:
         path: an .onnx file, or an .xml file with its .bin beside it.
 
     Raises:
-        UserError: if the file is missing, damaged or not written by export.py, or a package is not installed.
+        UserError: if the file is missing, damaged or not written by tools.export, or a package is not installed.
     """
 
     def __init__(self, path: str | Path):
@@ -167,13 +168,11 @@ class ExportedNetwork:
 
         return network
 
-    def start_mask_iou(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Tensor] | None:
+    def start_mask_iou(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Tensor]:
         """Compile the mask re-scoring network, which maps soft masks [N, h, w] to IoUs [N, C].
 
-        Returns None if the model has none. Raises UserError for a raw export, which lacks it.
+        Raises UserError for a raw export, which lacks it.
         """
-        if not self.config.model.mask_iou:
-            return None
         if self.raw:
             raise UserError(f"{self.path}: a raw export lacks the mask re-scoring network; export without --raw")
         run = self.runtime.start((SOFT_MASKS,), (MASK_IOUS,), self.computed_in(precision))
@@ -197,6 +196,42 @@ class ExportedNetwork:
         """See `Yolact.anchors`."""
         return make_anchors(height, width, self.config.model)
 
+    def __reduce__(self) -> Any:
+        """Pickle the path: a process that unpickles opens the file again."""
+        return ExportedNetwork, (self.path,)
+
+
+class Lazy:
+    """A function of an exported network that is compiled on its first call, so that it can be pickled before."""
+
+    def __init__(self, start: Callable[[str | torch.dtype], Callable[[Tensor], Any]], precision: str | torch.dtype):
+        self.start, self.precision = start, precision
+        self.run: Callable[[Tensor], Any] | None = None
+
+    def __call__(self, value: Tensor) -> Any:
+        self.run = self.run or self.start(self.precision)
+        return self.run(value)
+
+    def __reduce__(self) -> Any:
+        return Lazy, (self.start, self.precision)
+
+
+def exported_backend(
+    model: ExportedNetwork, device: str | torch.device, precision: str | torch.dtype, size: int | tuple[int, int] | None
+) -> Backend:
+    """Prepare an exported network; see `Predictor` for the arguments and errors."""
+    if str(device) not in ("auto", "cpu"):
+        raise UserError(f"{model.path}: exported models run on the CPU only, not on {device}")
+    if size is not None and ((size, size) if isinstance(size, int) else tuple(size)) != model.size:
+        height, width = model.size
+        raise UserError(f"{model.path}: it was exported for {height}x{width}; export it again with another --size")
+    network = Lazy(model.start, precision)
+    network.run = model.start(precision)  # now, so that an error is reported here
+    mask_iou = Lazy(model.start_mask_iou, precision) if model.config.model.mask_iou else None
+    if mask_iou is not None:
+        mask_iou.run = model.start_mask_iou(precision)
+    return Backend(network, mask_iou, model.anchors, model.size, torch.device("cpu"), torch.float32)
+
 
 def is_exported(path: str | Path) -> bool:
     """Return whether a path has the suffix of an exported model."""
@@ -216,9 +251,9 @@ def _unreadable(path: Path, kind: str) -> Iterator[None]:
 
 
 def _read_description(text: str, path: Path) -> dict[str, Any]:
-    """Parse the description that `deploy.onnx_export.describe` wrote."""
+    """Parse the description that `tools.export.onnx_export.describe` wrote."""
     if not text:
-        raise UserError(f"{path}: not written by export.py: it has no description of the model")
+        raise UserError(f"{path}: not written by tools.export: it has no description of the model")
     try:
         values = json.loads(text)
         if values["version"] != VERSION:

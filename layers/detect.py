@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import PUBLISHED_THRESHOLD, DetectionConfig
+from config import DetectionConfig
 from layers.anchors import level_sizes
 from layers.boxes import decode
 from layers.nms import find_nms
-from layers.structures import Candidates, Predictions
-from layers.voting import vote
+from layers.structures import Predictions, Selected
+from layers.voting import VOTER_SCORE, vote
 
 
 def detect(
     predictions: Predictions, anchors: Tensor, config: DetectionConfig, drop_weak_anchors: bool = False
-) -> Candidates:
+) -> Selected:
     """Select anchors by their scores, decode their boxes and suppress duplicates.
 
     An anchor is selected if its best class scores above `config.score_threshold`. As in the authors' code, NMS then
-    receives the scores of all its classes. With `config.strict`, scores below the threshold are removed as well. With
-    `config.box_voting`, the detections are then refined by boxes that were suppressed.
+    receives the scores of all its classes. With `config.strict_threshold`, scores below the threshold are removed
+    as well. With `config.box_voting`, the detections are then refined by boxes that were suppressed.
 
     Args:
         predictions: raw outputs of B images.
@@ -30,7 +30,7 @@ def detect(
             with data-dependent shapes, so for the CPU only, where it is faster.
 
     Returns:
-        Candidates with at most `config.top_k` slots per image.
+        `Selected` with at most `config.top_k` slots per image.
     """
     offsets, coefficients = predictions.boxes, predictions.coefficients
     scores = predictions.logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
@@ -40,7 +40,7 @@ def detect(
         scores, offsets, coefficients = (_take(x, chosen) for x in (scores, offsets, coefficients))
         anchors = anchors[chosen]
     # Boxes above a fixed threshold vote, so that the score of a detection does not depend on the configured one.
-    lowest = min(config.score_threshold, PUBLISHED_THRESHOLD) if config.box_voting else config.score_threshold
+    lowest = min(config.score_threshold, VOTER_SCORE) if config.box_voting else config.score_threshold
     if drop_weak_anchors:
         # The images of a batch share the anchor dimension, so an anchor is kept if any image selects it.
         used = (scores.amax(dim=-1) > lowest).any(dim=0).nonzero()[:, 0]
@@ -51,30 +51,30 @@ def detect(
     boxes = decode(offsets, anchors)
     if config.clip_boxes:
         boxes = boxes.clamp(0, 1)
-    min_score = config.score_threshold if config.strict else 0.0
+    min_score = config.score_threshold if config.strict_threshold else 0.0
     best = scores.amax(dim=-1, keepdim=True)
     # -1 marks entries that are not candidates. They stay in place, so that all shapes are fixed.
     weak = (best <= config.score_threshold) | (scores < min_score)
     candidates = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
     top_k = config.nms_top_k
     if drop_weak_anchors:
-        # Candidates sort first, so NMS needs no more boxes than there are candidates. With 80 classes, a threshold of
+        # Selected sort first, so NMS needs no more boxes than there are candidates. With 80 classes, a threshold of
         # 0.3 and 1000 boxes of each class, this changes the time from 0.85 s to 7 ms.
         top_k = min(top_k, int((~weak.all(dim=2)).sum(dim=1).amax().clamp(min=1)))
     kept = find_nms(config.nms)(boxes, candidates, config.nms_threshold, top_k, config.top_k)
-    found = Candidates(_take(boxes, kept.indices), kept.scores, kept.labels, _take(coefficients, kept.indices))
+    selected = Selected(_take(boxes, kept.indices), kept.scores, kept.labels, _take(coefficients, kept.indices))
     if config.box_voting:
-        found = _vote(found, boxes, scores.masked_fill(best <= PUBLISHED_THRESHOLD, 0.0), config.nms_top_k)
+        selected = _vote(selected, boxes, scores.masked_fill(best <= VOTER_SCORE, 0.0), config.nms_top_k)
     # Voting and Cluster-NMS with the score penalty lower scores, so the threshold is applied again.
-    return found._replace(scores=found.scores.masked_fill(found.scores < min_score, -1.0))
+    return selected._replace(scores=selected.scores.masked_fill(selected.scores < min_score, -1.0))
 
 
-def _vote(found: Candidates, boxes: Tensor, scores: Tensor, max_voters: int) -> Candidates:
+def _vote(selected: Selected, boxes: Tensor, scores: Tensor, max_voters: int) -> Selected:
     """Refine detections by the `max_voters` best of the boxes [B, A, 4] with scores [B, A, C], see layers.voting."""
     voters = scores.amax(dim=-1).topk(min(max_voters, scores.shape[1]), dim=1).indices
     voter_scores = _take(scores, voters).transpose(1, 2)
-    voted, rescored, order = vote(found.boxes, found.scores, found.labels, _take(boxes, voters), voter_scores)
-    return Candidates(voted, rescored, found.labels.gather(1, order), _take(found.coefficients, order))
+    voted, rescored, order = vote(selected.boxes, selected.scores, selected.labels, _take(boxes, voters), voter_scores)
+    return Selected(voted, rescored, selected.labels.gather(1, order), _take(selected.coefficients, order))
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from config import LossConfig
 from layers.anchors import positions_per_level
 from layers.boxes import area, box_iof, encode, to_corners
 from layers.masks import crop_limits, crop_window, mask_logits
-from layers.matching import ASSIGNERS, IGNORED, Grid, Matches
+from layers.matching import IGNORED, Grid, Matches, find_assigner
 from layers.structures import Predictions, Target
 
 # Weights of the terms, from the released code and the paper (section 3.3); the mask IoU weight is that of YOLACT++.
@@ -34,10 +34,13 @@ class MultiBoxLoss:
     All terms are computed in float32, and none is ever missing. The class term is a sum over positive and mined
     negative anchors, the box, mask and mask IoU terms are sums over positive anchors; all four are divided by the
     number of positive anchors in the batch. The semantic term is a mean over the images.
+
+    Raises UserError if the configuration's assigner is unknown.
     """
 
     def __init__(self, config: LossConfig):
         self.config = config
+        self.assign = find_assigner(config.assigner)
 
     def __call__(
         self,
@@ -95,7 +98,7 @@ class MultiBoxLoss:
 
     def _match_one(self, grid: Grid, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         if len(target["boxes"]):
-            objects, classes = ASSIGNERS[self.config.assigner](target, grid)
+            objects, classes = self.assign(target, grid)
             boxes = target["boxes"][objects]
         else:
             # No object: every anchor is background. The objects and boxes are placeholders.

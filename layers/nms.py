@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from layers.boxes import box_iou
-from utils.errors import UserError, nearest
+from utils.errors import UserError, suggestion
 
 # An exported graph cannot stop when the result of Cluster-NMS is stable. On 200 images with up to 1000 candidates each,
 # 13 iterations were enough.
@@ -140,5 +140,5 @@ NMS: dict[str, Callable[..., NMSResult]] = {
 def find_nms(name: str) -> Callable[..., NMSResult]:
     """Return the NMS function called `name`, a key of NMS. Raises UserError for an unknown name."""
     if name not in NMS:
-        raise UserError(f"unknown nms {name!r}{nearest(name, NMS)}")
+        raise UserError(f"unknown nms {name!r}{suggestion(name, NMS)}")
     return NMS[name]

@@ -23,7 +23,7 @@ class Predictions(NamedTuple):
 Target = dict[str, Tensor]
 
 
-class Candidates(NamedTuple):
+class Selected(NamedTuple):
     """M detections per image after NMS, highest score first. Unused slots have a score of -1."""
 
     boxes: Tensor  # [B, M, 4] x1, y1, x2, y2 relative to the image

@@ -18,14 +18,14 @@ import recipe
 import torch
 from pycocotools import mask as rle
 
-import demo as demo_script
 import eval as eval_script
-import export as export_script
 import train as train_script
 from config import Config, get_config
-from data import audit as audit_script
-from data.formats import __main__ as formats_script
 from inference import Predictor
+from tools import audit as audit_script
+from tools import demo as demo_script
+from tools.export import __main__ as export_script
+from tools.formats import __main__ as formats_script
 from utils.errors import run_main
 from weights import load_model
 from weights.checkpoint import save_checkpoint
@@ -36,10 +36,10 @@ FIXTURES = ROOT / "tests/fixtures"
 SCRIPTS = {
     "train.py": train_script.main,
     "eval.py": eval_script.main,
-    "export.py": export_script.main,
-    "demo.py": demo_script.main,
-    "data.audit": audit_script.main,
-    "data.formats": formats_script.main,
+    "tools.export": export_script.main,
+    "tools.demo": demo_script.main,
+    "tools.audit": audit_script.main,
+    "tools.formats": formats_script.main,
 }
 SMALL = [
     "--set",
@@ -111,7 +111,7 @@ def make_dataset(
 
 
 def run(*args, code=0):
-    """Run train.py, eval.py or -m data.audit in this process, as from the command line; return what it prints."""
+    """Run train.py, eval.py or -m tools.audit in this process, as from the command line; return what it prints."""
     words = [str(arg) for arg in args if arg != "-m"]
     main, out = SCRIPTS[words[0]], io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as ended:

@@ -16,7 +16,7 @@ def test_the_way_through_label_studio(tmp_path):
     """Tasks of examples/label_studio.py have the polygons of the masks, in percent."""
     image = ROOT / "data/demo/astronaut.jpg"
     args = ["--image", image, "--output", tmp_path, "--device", "cpu", "--precision", "fp32"]
-    run("eval.py", *args, "--save", "masks,polygons", "--polygon_tolerance", 0.5)
+    run("eval.py", *args, "--save", "masks,polygons")
     script = ROOT / "examples/label_studio.py"
     spawn(script, tmp_path / "astronaut.polygons.json", "--root", "/files/", "--output", tmp_path / "tasks.json")
     (task,) = json.loads((tmp_path / "tasks.json").read_text())
@@ -33,7 +33,7 @@ def test_the_way_through_label_studio(tmp_path):
 
 
 def test_the_coco_file_of_a_folder_can_be_trained_on(tmp_path):
-    """What CVAT imports is a complete COCO file, which data.formats and training accept as well."""
+    """What CVAT imports is a complete COCO file, which tools.formats and training accept as well."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("astronaut", "camera"):
@@ -44,7 +44,7 @@ def test_the_coco_file_of_a_folder_can_be_trained_on(tmp_path):
     exported.mkdir(parents=True)
     (exported / "instances_default.json").write_bytes((tmp_path / "out/coco.json").read_bytes())
     converted = tmp_path / "train.json"
-    run("data.formats", tmp_path / "exported", "--images", images, "--output", converted)
+    run("tools.formats", tmp_path / "exported", "--images", images, "--output", converted)
     before, after = CocoDataset(tmp_path / "out/coco.json", images), CocoDataset(converted, images)
     assert before.class_names == after.class_names == ("person",)
     for i in range(2):

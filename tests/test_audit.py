@@ -11,9 +11,9 @@ from conftest import make_dataset, random_image, run, train_args
 from test_data import edit
 
 from config import get_config
-from data.audit import audit, quick_audit
 from data.coco import CocoDataset
 from evaluation.evaluator import GroundTruth
+from tools.audit import audit, quick_audit
 
 
 def findings(path, **settings):
@@ -168,7 +168,7 @@ def test_command_line(tmp_path):
     path = make_dataset(tmp_path / "data", 6)
     args = [
         "-m",
-        "data.audit",
+        "tools.audit",
         "--annotations",
         path,
         "--image_dir",
@@ -184,13 +184,13 @@ def test_command_line(tmp_path):
     out = run(*args, code=1)
     assert re.search("error: all 6 images are unreadable or not of the stated size", out)
     assert "no such annotation file" in run(
-        "-m", "data.audit", "--annotations", "none.json", "--image_dir", ".", code=2
+        "-m", "tools.audit", "--annotations", "none.json", "--image_dir", ".", code=2
     )
 
 
 def test_sheet_shows_the_truth(dataset):
     """The drawn objects lie where the image has them."""
-    from data.sheets import draw_truth
+    from tools.sheets import draw_truth
 
     sample = CocoDataset(dataset, dataset.parent / "images")[0]
     drawn = draw_truth(sample, ("disc", "tile"))
@@ -254,7 +254,7 @@ def findings_are_complete(finding):
 
 def test_fractional_ids_of_images_are_refused(dataset):
     path = edit(dataset, lambda c: c["images"][0].update(id=10.5))
-    out = run("data.audit", "--annotations", path, "--image_dir", path.parent / "images", code=2)
+    out = run("tools.audit", "--annotations", path, "--image_dir", path.parent / "images", code=2)
     assert "image id 10.5 is not a whole number" in out
 
 
@@ -266,7 +266,7 @@ def test_train_and_val_are_compared(tmp_path):
     compressed = cv2.imdecode(cv2.imencode(".jpg", near, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
     cv2.imwrite(str(val.parent / "images/image_4.png"), compressed)
     edit(val, lambda c: c["categories"][1].update(name="plate"))
-    args = ["data.audit", "--annotations", train, "--image_dir", train.parent / "images", "--val_annotations", val,
+    args = ["tools.audit", "--annotations", train, "--image_dir", train.parent / "images", "--val_annotations", val,
             "--val_images", val.parent / "images", "--output", tmp_path / "out"]  # fmt: skip
     out = run(*args, code=1)
     assert "image_3.png is identical to image_0.png" in out
@@ -277,7 +277,7 @@ def test_train_and_val_are_compared(tmp_path):
 
 def test_the_basis_is_stated_and_earlier_audits_are_kept(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["data.audit", "--annotations", dataset, "--image_dir", dataset.parent / "images"]
+    args = ["tools.audit", "--annotations", dataset, "--image_dir", dataset.parent / "images"]
     assert "measured for yolact_lite at 320 px" in run(*args, "--config", "yolact_lite", "--set", "max_size=320")
     run(*args)
     assert (tmp_path / "audit/annotations/audit.json").is_file()
@@ -296,11 +296,11 @@ def test_the_basis_is_stated_and_earlier_audits_are_kept(dataset, tmp_path, monk
 )
 def test_other_formats_are_named(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
-    assert words in run("data.audit", "--annotations", tmp_path / name, "--image_dir", tmp_path, code=2)
+    assert words in run("tools.audit", "--annotations", tmp_path / name, "--image_dir", tmp_path, code=2)
 
 
 def test_a_folder_without_any_of_the_images_is_questioned(dataset, tmp_path):
-    out = run("data.audit", "--annotations", dataset, "--image_dir", tmp_path, code=2)
+    out = run("tools.audit", "--annotations", dataset, "--image_dir", tmp_path, code=2)
     assert "none of the images of" in out
     assert "is it the right folder?" in out
     common = ["--annotations", dataset, "--image_dir", tmp_path, "--device", "cpu"]

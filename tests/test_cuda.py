@@ -12,9 +12,8 @@ from data.coco import CocoDataset
 from data.loader import TrainingLoader
 from inference import Predictor
 from layers.nms import NMS
-from training.settings import Settings
 from training.trainer import Trainer
-from utils.distributed import single
+from utils.distributed import one_process
 from weights import load_model
 from yolact import Yolact
 
@@ -74,16 +73,18 @@ def test_other_precisions_and_compiled(weights, options):
 def test_two_training_steps_have_the_losses_of_the_cpu(tmp_path, name):
     path = make_dataset(tmp_path / "data", 4, size=(240, 320), negatives=1)
     dataset = CocoDataset(path, path.parent / "images")
-    config = get_config(name, max_size=256, class_names="disc,tile", category_ids="7,3", freeze_bn=True, copy_paste=0)
+    config = get_config(
+        name, max_size=256, class_names="disc,tile", category_ids="7,3", freeze_bn=True, copy_paste=0, batch_size=4
+    )
     state = None
     losses = {}
     for device in (CPU, CUDA):
         model = Yolact(config)
         state = state or model.state_dict()
         model.load_state_dict(state)
-        trainer = Trainer(model, Settings(output_dir=tmp_path, precision="fp32"), single(device))
-        with TrainingLoader(dataset, config, batch_size=4) as batches:
-            losses[device.type] = [trainer.train_step(next(batches).to(device), 1e-4) for _ in range(2)]
+        trainer = Trainer(model, tmp_path, one_process(device), "fp32")
+        with TrainingLoader(dataset, config) as batches:
+            losses[device.type] = [trainer.step(next(batches), 1e-4) for _ in range(2)]
     for found, wanted in zip(losses["cuda"], losses["cpu"], strict=True):
         assert found == pytest.approx(wanted, rel=2e-3, abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""The page of demo.py, used in a real browser as a person would."""
+"""The page of tools.demo, used in a real browser as a person would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRIVER = shutil.which("chromedriver")
 
 def test_missing_gradio_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "gradio is not installed; run: pip install -r requirements-tools.txt" in run("demo.py", code=2)
+    assert "gradio is not installed; run: pip install -r requirements-tools.txt" in run("tools.demo", code=2)
 
 
 def wait_for(condition, seconds=60, what="the page"):
@@ -39,7 +39,7 @@ def address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "demo.py", "--port", port, "--device", "cpu", "--precision", "fp32"]
+    command = [sys.executable, "-m", "tools.demo", "--port", port, "--device", "cpu", "--precision", "fp32"]
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == f"http://127.0.0.1:{port} (stop with Ctrl-C)\n"
@@ -175,9 +175,9 @@ def test_broken_and_large_uploads_get_a_message(address, browser, tmp_path):
 
 def test_wrong_weights_and_a_port_in_use(tmp_path):
     pytest.importorskip("gradio", reason="needs requirements-tools.txt")
-    assert "no such weights file" in run("demo.py", "--weights", tmp_path / "none.pth", code=2)
+    assert "no such weights file" in run("tools.demo", "--weights", tmp_path / "none.pth", code=2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        message = run("demo.py", "--port", taken.getsockname()[1], "--device", "cpu", code=2)
+        message = run("tools.demo", "--port", taken.getsockname()[1], "--device", "cpu", code=2)
     assert "cannot be used" in message

@@ -14,12 +14,11 @@ import torch
 from conftest import ROOT, random_image, run, spawn
 
 from config import get_config, to_dict
-from data.image import normalise, resize
-from deploy.graph import DetectionGraph
-from deploy.onnx_export import export_program
-from deploy.resize import resize_like_opencv
+from data.image import normalise, resize, resize_like_opencv
 from inference import Predictor
 from inference.runtime import ExportedNetwork
+from tools.export.graph import DetectionGraph
+from tools.export.onnx_export import export_program
 from weights import load_model
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
@@ -54,7 +53,7 @@ def random_model(name, **overrides):
 def export(model, folder, suffix, *more):
     save_checkpoint(folder / "model.pth", model)
     path = folder / f"model{suffix}"
-    run("export.py", "--weights", folder / "model.pth", "--output", path, *more)
+    run("tools.export", "--weights", folder / "model.pth", "--output", path, *more)
     return path
 
 
@@ -79,7 +78,7 @@ def check_same(expected, boxes, scores, labels, masks):
 
 def check_graph(path, model, sizes, batch_sizes=(1, 3), **detection):
     network = ExportedNetwork(path)
-    predictor = Predictor(model, device="cpu", precision="fp32", size=network.size, **detection)
+    predictor = Predictor(model, device="cpu", precision="fp32", size=network.size, **detection).published()
     graph = network.start_graph("fp32")
     total = 0
     for size in sizes:
@@ -109,7 +108,7 @@ def small(tmp_path_factory, weights):
     """The small model, exported to both formats."""
     folder = tmp_path_factory.mktemp("export")
     for suffix in (".onnx", ".xml"):
-        run("export.py", "--weights", weights, "--output", folder / f"small{suffix}")
+        run("tools.export", "--weights", weights, "--output", folder / f"small{suffix}")
     return folder
 
 
@@ -151,7 +150,7 @@ def test_every_layout_exports(tmp_path, name, suffix):
 @pytest.mark.parametrize("size", ["64", "96x160", "200x96"])
 def test_sizes_of_the_network(tmp_path, weights, size):
     path = tmp_path / "model.onnx"
-    run("export.py", "--weights", weights, "--output", path, "--size", size)
+    run("tools.export", "--weights", weights, "--output", path, "--size", size)
     check_graph(path, load_model(weights), SIZES)
 
 
@@ -212,7 +211,7 @@ def test_the_file_alone_is_enough(small):
 )
 def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     path = tmp_path / f"raw{suffix}"
-    run("export.py", "--weights", weights, "--output", path, "--raw")
+    run("tools.export", "--weights", weights, "--output", path, "--raw")
     model = load_model(weights)
     images = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
@@ -243,7 +242,7 @@ def test_int8_keeps_the_bundled_models_detections(tmp_path):
         source = cv2.imread(str(ROOT / "data/demo" / ("astronaut.jpg", "camera.jpg")[i % 2]))
         cv2.imwrite(str(images / f"{i}.png"), np.roll(source, 20 * i, axis=1))
     path = tmp_path / "int8.xml"
-    text = run("export.py", "--output", path, "--size", 288, "--int8", "--calibration", images)
+    text = run("tools.export", "--output", path, "--size", 288, "--int8", "--calibration", images)
     assert "calibrated on 12 images" in text
     assert "--size 256x320 is usually more accurate" in text  # for images of 480x640
     assert ExportedNetwork(path).precision == "int8"
@@ -265,7 +264,7 @@ def test_the_whole_way_is_one_torch_export_program(weights):
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    predictor = Predictor(model, device="cpu", precision="fp32", size=(96, 96))
+    predictor = Predictor(model, device="cpu", precision="fp32", size=(96, 96)).published()
     for size in SIZES:
         images = [random_image(*size, seed=1), random_image(*size, seed=2)]
         boxes, scores, labels, masks, count = loaded(torch.from_numpy(to_batch(images)))
@@ -334,7 +333,7 @@ def test_bad_files_get_one_line(small, tmp_path):
         "truncated.onnx": "cannot be used as an ONNX model",
         "empty.onnx": "",
         "text.onnx": "cannot be used as an ONNX model",
-        "other.onnx": "not written by export.py",
+        "other.onnx": "not written by tools.export",
         "truncated.xml": "cannot be used as an OpenVINO model",
         "short.xml": "cannot be used as",
         "alone.xml": "copy alone.bin to the same folder",
@@ -354,17 +353,17 @@ def test_wrong_requests_get_one_line(small, weights, tmp_path, dataset):
         (["eval.py", "--weights", onnx_file, "--precision", "bf16", *image], "ONNX Runtime computes in float32"),
         (["eval.py", "--weights", onnx_file, "--compile", *image], "exported"),
         (["eval.py", "--weights", onnx_file, "--config", "yolact_lite", *image], "has its own configuration"),
-        (["export.py", "--weights", onnx_file, "--output", out], "give the .pth"),
-        (["export.py", "--weights", weights, "--output", tmp_path / "m.engine"], "the suffix must be"),
-        (["export.py", "--weights", weights, "--output", out, "--int8"], "--int8 needs"),
+        (["tools.export", "--weights", onnx_file, "--output", out], "give the .pth"),
+        (["tools.export", "--weights", weights, "--output", tmp_path / "m.engine"], "the suffix must be"),
+        (["tools.export", "--weights", weights, "--output", out, "--int8"], "--int8 needs"),
         (
-            ["export.py", "--weights", weights, "--output", out, "--calibration", ASTRONAUT],
+            ["tools.export", "--weights", weights, "--output", out, "--calibration", ASTRONAUT],
             "can only be used with --int8",
         ),
-        (["export.py", "--weights", weights, "--output", out, "--nms", "standard"], "invalid choice"),
-        (["export.py", "--weights", weights, "--output", out, "--set", "nms=standard"], "cannot be exported"),
-        (["export.py", "--weights", weights, "--output", out, "--set", "nms_treshold=0.4"], "nms_threshold"),
-        (["export.py", "--weights", weights, "--output", out, "--check", tmp_path / "no.jpg"], "no such image"),
+        (["tools.export", "--weights", weights, "--output", out, "--nms", "standard"], "invalid choice"),
+        (["tools.export", "--weights", weights, "--output", out, "--set", "nms=standard"], "cannot be exported"),
+        (["tools.export", "--weights", weights, "--output", out, "--set", "nms_treshold=0.4"], "nms_threshold"),
+        (["tools.export", "--weights", weights, "--output", out, "--check", tmp_path / "no.jpg"], "no such image"),
     ):
         text = run(*words, code=2)
         assert message in text, text
@@ -374,7 +373,7 @@ def test_wrong_requests_get_one_line(small, weights, tmp_path, dataset):
 
 @pytest.mark.slow
 def test_an_export_that_differs_is_not_written(weights, tmp_path, monkeypatch):
-    from deploy import onnx_export
+    from tools.export import onnx_export
 
     class Wrong(DetectionGraph):
         """A graph whose boxes are a tenth too wide, as a wrong resize would make them."""
@@ -384,7 +383,7 @@ def test_an_export_that_differs_is_not_written(weights, tmp_path, monkeypatch):
             return boxes * torch.tensor([1.0, 1.0, 1.2, 1.0]), *rest
 
     monkeypatch.setattr(onnx_export, "DetectionGraph", Wrong)
-    text = run("export.py", "--weights", weights, "--output", tmp_path / "m.onnx", code=2)
+    text = run("tools.export", "--weights", weights, "--output", tmp_path / "m.onnx", code=2)
     assert "not written, because its results differ from the model's: only" in text
     assert list(tmp_path.iterdir()) == []
 
@@ -393,7 +392,7 @@ def test_an_export_that_differs_is_not_written(weights, tmp_path, monkeypatch):
 def test_missing_packages_are_named(weights, small, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     suffix = ".xml" if package == "openvino" else ".onnx"
-    text = run("export.py", "--weights", weights, "--output", tmp_path / f"m{suffix}", code=2)
+    text = run("tools.export", "--weights", weights, "--output", tmp_path / f"m{suffix}", code=2)
     assert f"{package} is not installed; run: pip install -r requirements-export.txt" in text
     if package != "onnxscript":
         text = run("eval.py", "--weights", small / f"small{suffix}", "--image", ASTRONAUT, code=2)
@@ -404,11 +403,11 @@ def test_int8_without_a_readable_image_is_not_written_in_float(weights, tmp_path
     pytest.importorskip("nncf")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     words = ["--output", tmp_path / "m.xml", "--int8", "--calibration", tmp_path / "broken.jpg"]
-    assert "none could be read" in run("export.py", "--weights", weights, *words, code=2)
+    assert "none could be read" in run("tools.export", "--weights", weights, *words, code=2)
     assert not (tmp_path / "m.xml").exists()
 
 
 def test_int8_needs_nncf(weights, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nncf", None)
     words = ["--output", tmp_path / "m.xml", "--int8", "--calibration", ASTRONAUT]
-    assert "nncf is not installed" in run("export.py", "--weights", weights, *words, code=2)
+    assert "nncf is not installed" in run("tools.export", "--weights", weights, *words, code=2)

@@ -14,8 +14,8 @@ from data.augment import Augment
 from data.coco import CocoDataset
 from layers.anchors import make_anchors
 from layers.boxes import box_iou, to_corners
-from training.fit_anchors import fit_anchors, keep_anchors
-from training.trainer import TrainStep
+from tools.fit_anchors import fit_anchors, keep_anchors
+from training.trainer import NetworkAndLoss
 from weights import load_model
 from yolact import Yolact
 
@@ -71,7 +71,7 @@ def test_the_training_input_is_smaller():
     assert get_config("yolact_lite", max_size=100, train_scale=1).train_size == 100
     assert Augment(config).size == 512
     small = get_config("yolact_lite", max_size=160)
-    assert len(TrainStep(Yolact(small)).anchors) == len(Yolact(small).anchors(128, 128))
+    assert len(NetworkAndLoss(Yolact(small)).anchors) == len(Yolact(small).anchors(128, 128))
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def rotate_by_exif(path):
 
 
 def convert(source, output, *more):
-    return run("data.formats", source, "--output", output, *more)
+    return run("tools.formats", source, "--output", output, *more)
 
 
 def load(path, folder):
@@ -314,7 +314,7 @@ def test_coco_folders_of_annotation_tools(tmp_path):
     convert(tmp_path, tmp_path / "one.json")
     assert (tmp_path / "one.json").is_file()  # a single file has no split
     shutil.rmtree(tmp_path / "images")
-    text = run("data.formats", tmp_path, "--output", tmp_path / "two.json", code=2)
+    text = run("tools.formats", tmp_path, "--output", tmp_path / "two.json", code=2)
     assert "images that were not found" in text
     assert "--images DIR names the folder" in text
 
@@ -367,10 +367,10 @@ def test_mistakes_get_one_line_and_no_file(tmp_path):
         ("broken.yaml", "not a YAML file"),
         ("many.json", "rename the one that holds the class"),
     ):
-        text = run("data.formats", tmp_path / source, "--output", tmp_path / "coco.json", code=2)
+        text = run("tools.formats", tmp_path / source, "--output", tmp_path / "coco.json", code=2)
         assert message in text, text
         assert len(text.strip().splitlines()) == 1, text
-    text = run("data.formats", tmp_path / "images", "--output", tmp_path / "coco.txt", code=2)
+    text = run("tools.formats", tmp_path / "images", "--output", tmp_path / "coco.txt", code=2)
     assert "the suffix must be .json" in text
     assert not list(tmp_path.glob("coco*"))
 
@@ -380,7 +380,7 @@ def test_pyyaml_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "yaml", None)
     (tmp_path / "data.yaml").write_text("names: [a]\n")
-    text = run("data.formats", tmp_path / "data.yaml", "--output", tmp_path / "coco.json", code=2)
+    text = run("tools.formats", tmp_path / "data.yaml", "--output", tmp_path / "coco.json", code=2)
     assert "pip install pyyaml" in text
 
 
@@ -392,7 +392,7 @@ def test_scripts_name_the_command_that_converts(tmp_path, script):
         words = {
             "train": ["train.py", "--config", "yolact_lite", "--train_annotations", source, "--train_images", tmp_path],
             "eval": ["eval.py", "--annotations", source, "--image_dir", tmp_path],
-            "audit": ["data.audit", "--annotations", source, "--image_dir", tmp_path],
+            "audit": ["tools.audit", "--annotations", source, "--image_dir", tmp_path],
         }[script]
         text = run(*words, code=2)
-        assert f"python -m data.formats {source}" in text, text
+        assert f"python -m tools.formats {source}" in text, text

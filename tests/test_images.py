@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import zlib
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import random_image
 
-from data.image import declared_size, denormalise, normalise, read_image, write_image
+from data.image import denormalise, normalise, read_image, write_image
 from inference.images import find_images, split_output
 from utils.errors import UserError
 
@@ -191,28 +190,18 @@ def png_header(width, height):
 def test_a_small_file_cannot_claim_billions_of_pixels(tmp_path):
     """A PNG of 109 KB took 5.4 GiB."""
     (tmp_path / "bomb.png").write_bytes(png_header(30_000, 30_000))
-    with pytest.raises(UserError, match=r"bomb\.png: 30000x30000 is more than the limit of 200,000,000 pixels"):
+    with pytest.raises(UserError, match=r"bomb\.png: more than the limit of 178,956,970 pixels"):
         read_image(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp", ".tiff"])
-def test_declared_sizes_are_those_of_the_image(tmp_path, suffix):
+def test_the_limit_of_pixels_is_exact(tmp_path, suffix):
     for height, width in ((1, 1), (33, 70), (300, 7)):
         path = tmp_path / f"a{suffix}"
         cv2.imwrite(str(path), random_image(height, width))
-        assert declared_size(path.read_bytes()) == (height, width)
         with pytest.raises(UserError, match="more than the limit"):
             read_image(path, max_pixels=height * width - 1)
         assert read_image(path, max_pixels=height * width).shape[:2] == (height, width)
-
-
-def test_gif_and_lossless_webp_declare_their_size():
-    from PIL import Image
-
-    for kind, options in (("gif", {}), ("webp", {"lossless": True}), ("jpeg", {"progressive": True})):
-        stream = io.BytesIO()
-        Image.fromarray(random_image(33, 70)).save(stream, kind, **options)
-        assert declared_size(stream.getvalue()) == (33, 70)
 
 
 def test_long_names_and_empty_folders_do_not_end_the_batch(tmp_path):

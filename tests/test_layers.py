@@ -183,7 +183,10 @@ def test_votes_count_for_their_class_only_and_full_support_changes_nothing():
 def test_voting_does_not_depend_on_the_score_threshold():
     anchors = box_ops.to_centres(random_boxes(200)[0])
     raw = raw_predictions(anchors=200)
-    low, high = (detect(raw, anchors, DetectionConfig(score_threshold=t, box_voting=True)) for t in (0.05, 0.1))
+    low, high = (
+        detect(raw, anchors, DetectionConfig(score_threshold=t, strict_threshold=t > 0.05, box_voting=True))
+        for t in (0.05, 0.1)
+    )
     count = int((high.scores > 0).sum(dim=1).min())
     assert count > 3
     assert (high.scores[high.scores > 0] >= 0.1).all()
@@ -239,14 +242,16 @@ def test_the_threshold_of_the_configuration_is_monotonous():
     raw = raw_predictions(anchors=200)
     counts = []
     for threshold in (0.0, 0.01, 0.05, 0.06, 0.3, 0.6, 0.99):
-        scores = detect(raw, anchors, DetectionConfig(score_threshold=threshold, top_k=2000)).scores
+        scores = detect(
+            raw, anchors, DetectionConfig(score_threshold=threshold, strict_threshold=threshold > 0.05, top_k=2000)
+        ).scores
         counts.append(int((scores > 0).sum()))
         if threshold > 0.05:
             assert ((scores >= threshold) | (scores == -1)).all()
     assert counts == sorted(counts, reverse=True)
     assert counts[1] > counts[3] > counts[4] > counts[5] > 0
     assert (detect(raw, anchors, DetectionConfig(top_k=2000)).scores < 0.05).any()
-    clipped = detect(raw, anchors, DetectionConfig(top_k=2000, clip_boxes=True)).scores  # as MMDetection
+    clipped = detect(raw, anchors, DetectionConfig(top_k=2000, strict_threshold=True)).scores  # as MMDetection
     assert ((clipped >= 0.05) | (clipped == -1)).all()
 
 

@@ -88,7 +88,7 @@ def test_nothing_synchronises_before_the_candidates(name, nms):
     predictor = Predictor(Yolact(get_config(name, max_size=96)), "cpu", nms=nms)
     with FakeTensorMode(allow_non_fake_inputs=True):
         predictions = predictor.predict(torch.zeros(2, 3, 96, 96))
-        found = detect(predictions, predictor.anchors(96, 96), predictor.config.detection)
+        found = detect(predictions, predictor.backend.anchors(96, 96), predictor.config.detection)
     boxes, scores, labels, coefficients = found
     assert boxes.shape[0] == scores.shape[0] == 2
     assert boxes.shape[1] <= 100
@@ -106,7 +106,9 @@ def test_other_devices_give_the_same_detections(predictor):
     """Without dropping weak anchors, as on a GPU, the same slots come out."""
     with torch.inference_mode():
         raw = predictor.predict(torch.stack([predictor.preprocess(random_image(90, 130, seed=s)) for s in range(2)]))
-        fixed = detect(raw, predictor.anchors(*predictor.input_size(random_image(90, 130))), predictor.config.detection)
+        fixed = detect(
+            raw, predictor.backend.anchors(*predictor.input_size(random_image(90, 130))), predictor.config.detection
+        )
     for i in range(2):
         wanted = predictor(random_image(90, 130, seed=i))
         used = int((fixed.scores[i] > 0).sum())
@@ -130,7 +132,7 @@ def test_compiled_is_the_same(weights):
 def test_as_written_is_the_same(weights):
     model = load_model(weights)
     plain, fast = Predictor(model, "cpu", optimize=False), Predictor(model, "cpu", "fp32")
-    assert any(isinstance(m, nn.BatchNorm2d) for m in plain.model.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in plain.backend.model.modules())
     wanted, found = plain(random_image()), fast(random_image())
     assert wanted.labels.tolist() == found.labels.tolist()
     assert torch.allclose(wanted.scores, found.scores, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import subprocess
 import sys
 
@@ -19,11 +20,12 @@ from config import get_config, override
 from data.coco import CocoDataset
 from data.image import input_size
 from inference import Detections, Predictor
-from inference.outputs import instance_map, prototype_sheet
+from inference.outputs import instance_map
 from inference.polygons import polygon_iou, rings
 from layers.masks import soft_masks
 from layers.nms import NMS
-from layers.structures import Candidates
+from layers.structures import Selected
+from tools.prototypes import prototype_sheet
 from utils.errors import UserError
 from weights import load_model
 from weights.checkpoint import save_checkpoint
@@ -160,11 +162,11 @@ def test_the_configuration_says_how_to_detect(weights):
 
 def test_maskness_ranks_masks_and_leaves_boxes(weights):
     model = load_model(weights)
-    plain = Predictor(model, "cpu")(random_image())
-    found = Predictor(model, "cpu", maskness=True)(random_image())
+    plain = Predictor(model, "cpu").published()(random_image())
+    found = Predictor(model, "cpu", maskness=True).published()(random_image())
     model.config = override(model.config, maskness=True)
-    assert torch.equal(Predictor(model, "cpu")(random_image()).mask_scores, found.mask_scores)
-    assert torch.equal(Predictor(model, "cpu", maskness=False)(random_image()).mask_scores, plain.scores)
+    assert torch.equal(Predictor(model, "cpu").published()(random_image()).mask_scores, found.mask_scores)
+    assert torch.equal(Predictor(model, "cpu", maskness=False).published()(random_image()).mask_scores, plain.scores)
     assert torch.equal(found.scores, plain.scores)
     assert torch.equal(found.masks, plain.masks)
     soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes)
@@ -265,16 +267,19 @@ def test_detections_are_ordinary_objects(predictor):
 
 def test_boxes_outside_of_the_image_are_empty_and_not_inverted(predictor):
     boxes = torch.tensor([[[1.2, 0.2, 1.5, 0.4], [-0.5, -0.5, -0.1, 1.4], [0.2, 0.2, 0.4, 0.4]]])
-    candidates = Candidates(boxes, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 3, 32))
+    candidates = Selected(boxes, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 3, 32))
     found = predictor.postprocess(candidates, torch.rand(1, 24, 24, 32), 0, 3, (100, 200))
     assert found.boxes.tolist() == [[200, 20, 200, 40], [0, 0, 0, 100], pytest.approx([40, 20, 80, 40])]
     assert all(min(result["bbox"]) >= 0 for result in found.to_coco())
 
 
 def test_unknown_options_offer_the_nearest(weights):
-    with pytest.raises(UserError, match="unknown option 'score_treshold', did you mean 'score_threshold'"):
+    with pytest.raises(
+        UserError,
+        match="unknown option 'score_treshold', not a field of DetectionConfig, did you mean 'score_threshold'",
+    ):
         Predictor.from_weights(weights, device="cpu", score_treshold=0.3)
-    assert Predictor.from_weights(weights, device="cpu", size=64).size == (64, 64)
+    assert Predictor.from_weights(weights, device="cpu", size=64).backend.size == (64, 64)
     assert Predictor.from_weights(weights, device=torch.device("cpu"), precision=torch.float32).dtype == torch.float32
 
 
@@ -305,11 +310,38 @@ def test_masks_of_images_end_at_their_boxes_and_those_for_ap_are_the_published_o
     assert outside_pixels(tight) == 0 < outside_pixels(leaking)
     run("eval.py", "--weights", weights, "--device", "cpu", "--precision", "fp32", "--annotations", dataset,
         "--image_dir", dataset.parent / "images", "--output", tmp_path / "ap.json")  # fmt: skip
-    published = Predictor(load_model(weights), "cpu", "fp32")
+    published = Predictor(load_model(weights), "cpu", "fp32").published()
     image = cv2.imread(str(dataset.parent / "images/image_0.png"))
     wanted = [r["segmentation"] for r in published(image).to_coco()]
-    results = json.loads((tmp_path / "ap.results.json").read_text())
+    results = json.loads((tmp_path / "ap.segm.json").read_text())
     assert [r["segmentation"] for r in results if r["image_id"] == 10] == wanted
+
+
+def test_people_and_evaluations_get_their_own_setting(weights):
+    """What is given counts in both; a threshold of one's own applies to every detection."""
+    model = load_model(weights)
+    shown = Predictor(model, "cpu").config.detection
+    assert (shown.score_threshold, shown.strict_threshold, shown.crop_after_resize) == (0.3, True, True)
+    own = Predictor(model, "cpu").published().config.detection
+    assert (own.score_threshold, own.strict_threshold, own.crop_after_resize) == (0.05, False, False)
+    for given, strict in ((0.05, False), (0.04, True), (0.5, True)):
+        predictor = Predictor(model, "cpu", score_threshold=given, crop_after_resize=False, top_k=7)
+        for detection in (predictor.config.detection, predictor.published().config.detection):
+            assert (detection.score_threshold, detection.strict_threshold) == (given, strict)
+            assert (detection.crop_after_resize, detection.top_k) == (False, 7)
+    with pytest.raises(UserError, match="none is stored"):
+        Predictor(model, "cpu", score_threshold="best")
+    model.config = override(model.config, best_score_threshold=0.4)
+    assert Predictor(model, "cpu", score_threshold="best").config.detection.score_threshold == 0.4
+
+
+def test_a_predictor_is_pickled_and_reads_lazily(predictor, tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    cv2.imwrite(str(paths[0]), random_image())
+    lazily = pickle.loads(pickle.dumps(predictor))(iter(paths))
+    assert next(lazily).scores.tolist() == predictor(random_image()).scores.tolist()
+    with pytest.raises(UserError, match="no such image"):
+        next(lazily)
 
 
 def test_a_threshold_of_the_configuration_counts_for_images(weights, tmp_path):
@@ -324,7 +356,7 @@ def test_a_threshold_of_the_configuration_counts_for_images(weights, tmp_path):
         (tmp_path / "strict.pth", ["--set", "score_threshold=0.2"], 0.2),
     ):
         args = eval_script.build_parser().parse_args(["--weights", str(name), *flags])
-        predictor = eval_script.build_predictor(args, "cpu", display=True)
+        predictor = eval_script.build_predictor(args)
         assert predictor.config.detection.score_threshold == threshold
 
 
@@ -380,7 +412,7 @@ def test_command_line_places_of_results(weights, tmp_path, monkeypatch):
     before = (tmp_path / "a.jpg").read_bytes()
     spawn(ROOT / "eval.py", *common[1:], "--image", "a.jpg", cwd=tmp_path)
     run(*common, "--image", f"{tmp_path}/a.jpg:{tmp_path}/deep/er/b.jpg")
-    run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png", "--maskness")
+    run(*common, "--image", tmp_path / "a.jpg", "--output", tmp_path / "c.png", "--set", "maskness=true")
     run(*common, "--image", f"{tmp_path}/*.jpg", "--output", tmp_path)
     run(*common, "--images", tmp_path, "--output", tmp_path / "results")  # finds the image, not the results
     names = "results/a.jpg results/a.json deep/er/b.jpg deep/er/b.json c.png c.json a.yolact.jpg a.yolact.json"
@@ -406,16 +438,15 @@ def test_command_line_mistakes(weights, dataset, tmp_path):
         (["--annotations", dataset], "--image_dir"),
         (["--annotations", tmp_path / "none.json", "--image_dir", tmp_path], "no such annotation file"),
         ([], "nothing to do"),
-        (["--image", dataset, "--no_crop", "--crop_after_resize"], "cannot be combined"),
         (["--image", weights, "--benchmark"], "at once"),
         (["--image", dataset, "--save", "overlays"], "did you mean 'overlay'"),
         (["--image", dataset, "--size", "400x"], "HxW"),
-        (["--image", dataset, "--set", "size=400"], "--set size: not a field of DetectionConfig"),
+        (["--image", dataset, "--set", "size=400"], "unknown option 'size', not a field of DetectionConfig"),
         (["--image", dataset, "--set", "nms_treshold=0.6"], "did you mean 'nms_threshold'"),
         (["--image", dataset, "--set", "nms_threshold"], "for instance --set nms_threshold=0.6"),
         (["--image", dataset, "--config", "yolact_r55"], "did you mean 'yolact_r50"),
         (["--image", dataset, "--config", "yolact_r50"], "omit --config"),
-        (["--image", dataset, "--weights", dataset], "a text file"),
+        (["--image", dataset, "--weights", dataset], "not a PyTorch weights file"),
         (["--image", dataset, "--weights", "none.pth"], "no such weights file"),
     ]
     for args, words in cases:
@@ -447,9 +478,9 @@ def detections(size, count):
 
 torch.manual_seed(0)
 image = np.zeros((3000, 4000, 3), np.uint8)
-write_results(image[:64, :64], detections((64, 64), 2), Path({out!r}) / "warm", Save(({kind!r},)), {{}}, ".jpg")
+write_results(image[:64, :64], detections((64, 64), 2), Path({out!r}) / "warm", ({kind!r},), {{}}, ".jpg")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_results(image, detections((3000, 4000), 100), Path({out!r}) / "large", Save(({kind!r},)), {{}}, ".jpg")
+write_results(image, detections((3000, 4000), 100), Path({out!r}) / "large", ({kind!r},), {{}}, ".jpg")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 import eval as eval_script
-import export
 import train
-from data import audit
-from data.formats import __main__ as formats
+from tools import audit
+from tools.export import __main__ as export
+from tools.formats import __main__ as formats
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if not kind]
@@ -22,9 +22,9 @@ COMMANDS = [line for line in LINES if re.match(r"(python|torchrun) ", line)]
 PARSERS = {
     "train.py": train.build_parser(),
     "eval.py": eval_script.build_parser(),
-    "export.py": export.build_parser(),
-    "-m data.audit": audit.build_parser(),
-    "-m data.formats": formats.build_parser(),
+    "tools.export": export.build_parser(),
+    "-m tools.audit": audit.build_parser(),
+    "-m tools.formats": formats.build_parser(),
 }
 
 

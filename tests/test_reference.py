@@ -64,7 +64,7 @@ def test_raw_outputs(reference):
 
 def test_detections_and_masks(reference):
     layout, stored, image, model = reference
-    found = Predictor(model, device="cpu", precision="fp32")(image)
+    found = Predictor(model, device="cpu", precision="fp32").published()(image)
     assert found.labels.tolist() == stored["post_class"].tolist()
     assert np.abs(found.scores.numpy() - stored["post_score"]).max() < 1e-4
     beyond = found.boxes.numpy() - stored["post_box"]

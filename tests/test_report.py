@@ -14,7 +14,7 @@ from conftest import make_dataset, run
 from pycocotools import mask as rle
 
 from data.coco import CocoDataset
-from evaluation.errors import best_threshold, confusion_matrix, count_errors, f1_curve, match_dataset
+from tools.error_analysis import best_threshold, confusion_matrix, count_errors, f1_curve, match_dataset
 from weights import load_model
 
 SIDE = 100
@@ -162,7 +162,7 @@ def test_a_browser_shows_the_page(report, tmp_path):
 def test_many_classes(tmp_path):
     """The matrix shows those with the most errors."""
     pytest.importorskip("matplotlib")
-    from evaluation.report import confusion_figure
+    from tools.report import confusion_figure
 
     matrix = np.diag(np.arange(81))
     matrix[5, 70] = 9

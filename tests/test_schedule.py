@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from config import get_config
-from training.schedule import Schedule, build_optimizer, update_ema
+from config import get_config, override
+from training.schedule import Schedule, build_optimizer
+from training.trainer import Trainer
+from utils.distributed import one_process
 from yolact import Yolact
 
 
@@ -34,24 +36,22 @@ def test_cosine():
     assert schedule.lr_at(0) == pytest.approx(7e-5)
     assert schedule.lr_at(1000) == pytest.approx(0, abs=1e-12)
     ending = Schedule.build(get_config("yolact_lite", epochs=10, warmup_iters=20, lr_end=0.2).training, num_images=800)
-    assert "cosine to 0.00014 at 1000" in str(ending)
+    assert "cosine to 0.00014" in str(ending)
     for step, lr in ((500, 4.2e-4), (1000, 1.4e-4)):  # the middle of 7e-4 and 1.4e-4, and the latter
         assert ending.lr_at(step) == pytest.approx(lr)
 
 
-def test_another_batch_size_scales_rate_and_length():
-    config = get_config("yolact_base").training
-    schedule = Schedule.build(config, 1000, batch_size=16)
-    assert (schedule.lr, schedule.max_iter, schedule.steps[0]) == (2e-3, 400_000, 140_000)
-    assert Schedule.build(config, 1000, batch_size=16, lr=5e-3).lr == 5e-3
-    epochs = Schedule.build(get_config("yolact_r50").training, 800, batch_size=16)
+def test_another_batch_size_adapts_what_is_not_given():
+    """SGD's learning rate linearly, AdamW's with the square root; the same number of images; a longer EMA per step."""
+    base = get_config("yolact_base", batch_size=16).training
+    assert (base.lr, base.max_iter, base.lr_steps[0], base.warmup_iters) == (2e-3, 400_000, 140_000, 250)
+    lite = get_config("yolact_lite", batch_size=2).training
+    assert (lite.lr, lite.epochs, lite.warmup_iters) == (7e-4 / 2, 30, 400)
+    assert lite.ema == pytest.approx(0.9995**0.25)
+    given = get_config("yolact_base", batch_size=16, lr=5e-3, max_iter=3, warmup_iters=7, ema=0.5).training
+    assert (given.lr, given.max_iter, given.warmup_iters, given.ema) == (5e-3, 3, 7, 0.5)
+    epochs = Schedule.build(get_config("yolact_r50", batch_size=16).training, 800)
     assert (epochs.per_epoch, epochs.max_iter, epochs.steps[0]) == (50, 2750, 1000)
-
-
-def test_length_flags_move_the_steps_in_proportion():
-    config = get_config("yolact_r50").training  # 55 epochs, steps at 20, 42, 49, 52
-    assert Schedule.build(config, 800, max_iter=550).steps == (200, 420, 490, 520)
-    assert Schedule.build(config, 800, epochs=11).steps == (400, 840, 980, 1040)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,11 @@ def test_lengths_of_the_configuration_count(name, settings, max_iter, steps):
     assert (schedule.max_iter, schedule.steps) == (max_iter, steps)
 
 
-def test_a_run_within_the_warm_up_says_so():
-    config = get_config("yolact_base").training
-    assert "ends within the warm-up" in str(Schedule.build(config, 100, max_iter=400))
-    assert "warm-up, so" not in str(Schedule.build(config, 100, max_iter=501))
+def test_a_short_run_reaches_its_learning_rate():
+    schedule = Schedule.build(get_config("yolact_base", max_iter=400).training, 100)
+    assert schedule.warmup == 80
+    assert max(map(schedule.lr_at, range(400))) == 1e-3
+    assert Schedule.build(get_config("yolact_base", max_iter=4000).training, 100).warmup == 500
 
 
 def test_decay_groups():
@@ -94,13 +95,17 @@ def test_decay_groups():
     assert (group["weight_decay"], group["momentum"], group["lr"]) == (5e-4, 0.9, 1e-3)
 
 
-def test_ema():
-    """averaged = d * averaged + (1 - d) * current, with d = min(decay, (1 + n) / (5 + n))."""
-    averaged, wanted = [torch.tensor([1.0, -2.0])], torch.tensor([1.0, -2.0])
-    for n in range(1, 200):
-        current = torch.tensor([math.sin(n), math.cos(n)])
-        decay = min(0.95, (1 + n) / (5 + n))
-        wanted = decay * wanted + (1 - decay) * current
-        update_ema(0.95, averaged, [current], torch.tensor(n))
-        assert torch.allclose(averaged[0], wanted, atol=1e-6), n
+def test_ema(small_config, tmp_path):
+    """averaged = d * averaged + (1 - d) * current, with d = min(decay, (1 + n) / (5 + n)); the first step copies."""
+    trainer = Trainer(Yolact(override(small_config, ema=0.95)), tmp_path, one_process(), "fp32")
+    name = "fpn.lateral.0.weight"
+    weight, averaged = trainer.model.state_dict()[name], trainer.ema_or_model().state_dict()[name]
+    wanted = weight.clone()
+    for n in range(200):
+        trainer.iteration = n
+        weight.copy_(torch.full_like(weight, math.sin(n)))
+        decay = min(0.95, (1 + n) / (5 + n)) if n else 0
+        wanted = decay * wanted + (1 - decay) * weight
+        trainer._update_ema()
+        assert torch.allclose(averaged, wanted, atol=1e-6), n
     assert (1 + 199) / (5 + 199) > 0.95  # both branches were taken

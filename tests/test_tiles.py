@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 
 from config import get_config
 from inference import Detections, Predictor
-from inference.tiles import TiledPredictor, tile_windows
+from tools.tiles import TiledPredictor, tile_windows
 from utils.errors import UserError
 from weights import load_model
 

@@ -20,15 +20,12 @@ import train
 from config import from_dict, get_config, override
 from data.annotation import to_rle
 from data.coco import CocoDataset
-from training.advice import unlikely_settings
-from training.batch_size import largest_that_fits, training_step
-from training.curves import read_log
-from training.log import RunLog
-from training.loop import describe_duration
-from training.schedule import Schedule
-from training.sheets import worst_images
-from training.trainer import Trainer, claim_folder
-from utils.distributed import single
+from tools.advice import unlikely_settings
+from tools.curves import read_log
+from tools.sheets import worst_images
+from training.run_folder import RunLog, claim_folder
+from training.trainer import Trainer
+from utils.distributed import one_process
 from utils.errors import UserError
 from weights import load_model
 from weights.checkpoint import read_checkpoint
@@ -41,14 +38,14 @@ def lines(folder):
 
 def stop_in_step(patch, step):
     """Have the process receive SIGTERM in the middle of a step."""
-    original = Trainer.train_step
+    original = Trainer.step
 
     def wrapped(self, batch, lr):
-        if self.step == step - 1:
+        if self.iteration == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, lr)
 
-    patch.setattr(Trainer, "train_step", wrapped)
+    patch.setattr(Trainer, "step", wrapped)
 
 
 def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
@@ -75,7 +72,8 @@ def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
 
 def test_schedule_scales_visibly_and_the_log_is_complete(dataset, tmp_path):
     out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--output_dir", tmp_path))
-    assert "0.00035 (0.0007 x 0.5 for the batch size)" in out
+    assert "adapted to max_size, anchor_sizes, train_scale, batch_size, max_iter: lr=0.0004949" in out
+    assert "learning rate 0.000494975" in out
     assert "Average Precision" in out
     steps = lines(tmp_path)
     assert {"box", "class", "mask", "semantic", "mask_iou", "total", "lr", "seconds", "step"} <= set(steps[0])
@@ -130,7 +128,7 @@ def test_mistakes_get_one_line(dataset, tmp_path):
 
 def test_non_finite_loss_stops_and_names_the_pictures(dataset, tmp_path):
     settings = ["--set", "clip_grad=0", "--set", "warmup_iters=0", "--set", "ema=0"]
-    out = run(*train_args(dataset, "--lr", "1e30", "--max_iter", "50", *settings, "--output_dir", tmp_path), code=2)
+    out = run(*train_args(dataset, "--lr", "1e8", "--max_iter", "50", *settings, "--output_dir", tmp_path), code=2)
     assert "not finite" in out
     assert json.loads((tmp_path / "non_finite.json").read_text())["image_ids"]
 
@@ -184,14 +182,14 @@ def test_tensorboard_is_an_extra(dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr", "-1"], "--lr: '-1' is not a finite number above 0"),
-        (["--lr", "nan"], "--lr"),
-        (["--lr", "inf"], "--lr"),
+        (["--lr", "-1"], "lr: -1 is out of range; it must be more than 0"),
+        (["--lr", "nan"], "lr"),
+        (["--lr", "inf"], "lr"),
         (["--workers", "-3"], "--workers: '-3' is not a whole number of at least 0"),
         (["--val_interval", "-5"], "--val_interval"),
         (["--val_interval", "0"], "--val_interval"),
         (["--seed", "-1"], "--seed"),
-        (["--batch_size", "2.5"], "--batch_size"),
+        (["--batch_size", "2.5"], "'batch_size': '2.5' is not a value of type int"),
         (["--set", "lr=nan"], "lr: nan is out of range"),
         (["--set", "lr=inf"], "lr: inf is out of range"),
         (["--set", "max_size=inf"], "'max_size': 'inf' is not a value of type int"),
@@ -213,11 +211,11 @@ def test_resuming_keeps_the_device(dataset, tmp_path, monkeypatch):
     asked = []
 
     @contextlib.contextmanager
-    def join(device):
+    def process_group(device):
         asked.append(device)
-        yield single()
+        yield one_process()
 
-    monkeypatch.setattr(train, "join", join)
+    monkeypatch.setattr(train, "process_group", process_group)
     run("train.py", "--resume", tmp_path, "--max_iter", "2")
     run("train.py", "--resume", tmp_path / "last.pth", "--max_iter", "3", "--device", "auto")
     assert asked == ["cpu", "auto"]
@@ -259,14 +257,15 @@ def test_a_folder_that_cannot_be_written_gets_one_line(dataset, tmp_path):
 
 FAILING = """
 import sys
-from training.trainer import Trainer, claim_folder
+from training.run_folder import RunLog, claim_folder
+from training.trainer import Trainer
 import train
-original = Trainer.train_step
+original = Trainer.step
 def step(self, batch, lr):
-    if self.step == 2:
+    if self.iteration == 2:
         raise RuntimeError("a bug")
     return original(self, batch, lr)
-Trainer.train_step = step
+Trainer.step = step
 from utils.errors import run_main
 run_main(train.main)
 """
@@ -309,25 +308,14 @@ def test_errors_of_the_audit_stop_the_run_unless_they_are_ignored(dataset, tmp_p
 
 
 def test_the_run_is_described_in_its_folder(dataset, tmp_path):
-    out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "3", "--output_dir", tmp_path))
-    assert "the run ends within the warm-up" in out
+    run(*train_args(dataset, "--batch_size", "4", "--max_iter", "3", "--output_dir", tmp_path))
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["config"]["max_size"] == 96
-    assert record["settings"]["max_iter"] == 3
+    assert record["args"]["max_iter"] == "3"
     assert record["commands"][0].startswith("python ")
     steps = [line for line in lines(tmp_path) if "total" in line]
     assert [line["epoch"] for line in steps] == [0.5, 1.0, 1.5]
     assert abs(steps[-1]["time"] - time.time()) < 60
-
-
-def test_progress_without_a_terminal_is_whole_lines(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.loop.LOG_SECONDS", 0)
-    out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "3", "--output_dir", tmp_path))
-    assert "\r" not in out
-    shown = [line for line in out.splitlines() if line.startswith("step ") and "total=" in line]
-    assert [line.split()[1] for line in shown] == ["1/3", "2/3", "3/3"]
-    assert all("min left" in line for line in shown)
-    assert "mask_iou" not in out  # this network does not have it
 
 
 def test_init_without_a_configuration_takes_the_files_own(dataset, weights, tmp_path):
@@ -371,7 +359,7 @@ def test_two_runs_do_not_share_a_folder(dataset, tmp_path):
     """The lock ends with its process, so a killed run does not keep it."""
     folder = tmp_path / "run"
     args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", folder)
-    with claim_folder(folder, single()):
+    with claim_folder(folder, one_process()):
         (folder / ".last.pth.other.part").touch()  # what the other run is writing
         assert f"{folder}: another process is training in it" in spawn(*args, code=2)
         assert (folder / ".last.pth.other.part").exists()
@@ -408,10 +396,10 @@ def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeyp
     args = train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--val_interval", "1", "--output_dir", tmp_path)
     save = Trainer.save
 
-    def dies(self, name, with_state=True):
-        if name == "last.pth" and self.step == self.validated == 1:
+    def dies(self, name, args=None):
+        if name == "last.pth" and self.iteration == self.validated == 1:
             raise KeyboardInterrupt
-        save(self, name, with_state)
+        save(self, name, args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", dies)
@@ -530,32 +518,21 @@ def test_curves_are_drawn_at_every_validation(dataset, tmp_path):
     assert [row["step"] for row in validations] == [2, 4]
 
 
-def test_a_run_estimates_its_time(dataset, tmp_path):
-    words = ["--output_dir", tmp_path / "run", "--batch_size", 1, "--max_iter", 8, "--val_interval", 8]
-    text = run(*train_args(dataset, *words))
-    assert re.search(r"\d+\.\d\d s per step: about \d+ s for the remaining steps", text)
-    assert [describe_duration(s) for s in (3, 61, 3600, 7860)] == ["3 s", "1 min", "1 h 0 min", "2 h 11 min"]
-
-
 def test_settings_that_cannot_work_are_named(dataset, tmp_path):
     config = get_config("yolact_lite", max_size=288, train_scale=1, class_names=("disc", "tile"), category_ids=(7, 3))
-    schedule = Schedule.build(config.training, 100, 8)
     fine = np.array([50, 50]), np.full((100, 2), 0.3)
-    assert unlikely_settings(config, schedule, 8, fine) == []
-    (tiny,) = unlikely_settings(config, schedule, 8, (fine[0], np.full((100, 2), 0.02)))
+    assert unlikely_settings(config, 8, fine) == []
+    (tiny,) = unlikely_settings(config, 8, (fine[0], np.full((100, 2), 0.02)))
     assert "half of the objects are smaller than 6 pixels at 288 px" in tiny
-    (few,) = unlikely_settings(config, schedule, 8, (np.array([50, 3]), fine[1]))
+    (few,) = unlikely_settings(config, 8, (np.array([50, 3]), fine[1]))
     assert "1 of 2 classes have fewer than 10 objects (tile)" in few
-    (noisy,) = unlikely_settings(config, schedule, 2, fine)
+    (noisy,) = unlikely_settings(config, 2, fine)
     assert "freeze_bn=true" in noisy
-    (squares,) = unlikely_settings(override(config, augment_crop=False), schedule, 8, fine)
+    (squares,) = unlikely_settings(override(config, augment_crop=False), 8, fine)
     assert "preserve_aspect_ratio=false" in squares
-    (high,) = unlikely_settings(config, Schedule.build(config.training, 100, 8, lr=0.1), 8, fine)
-    assert "the learning rate 0.1 is far from 0.0007" in high
     words = ["--output_dir", tmp_path / "run", "--batch_size", 2, "--max_iter", 1, "--lr", 1e-9]
     text = run(*train_args(dataset, *words))
     assert "warning: batch norm is trained with statistics of 2 images" in text
-    assert "warning: the learning rate 1e-09 is far from" in text
 
 
 def test_the_validation_sheet_shows_the_worst_images(dataset):
@@ -580,16 +557,3 @@ def test_mistakes_of_train_that_were_silent(dataset, tmp_path):
     assert "--val_images has no effect without --val_annotations" in run(*args[:cut], *args[cut + 2 :], code=2)
     assert "no such run" in run("train.py", "--resume", tmp_path / "nothing", code=2)
     assert "training and validation use the same annotations" in run(*args)
-
-
-def test_batch_size_auto(dataset, tmp_path, small_config):
-    for limit, expected in ((0, 0), (1, 1), (5, 4), (64, 64), (10_000, 256)):
-        assert largest_that_fits(lambda size, limit=limit: size <= limit) == expected
-    text = run(*train_args(dataset, "--output_dir", tmp_path / "x", "--batch_size", "auto"), code=2)
-    assert "--batch_size auto needs a CUDA GPU, not cpu" in text
-    model = Yolact(small_config).train()
-    before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    training_step(model, optimizer, 2, torch.device("cpu"), torch.float32)  # the step that is measured on a GPU
-    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
-    assert sum(changed) > 0.5 * len(changed)

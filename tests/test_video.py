@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, spawn
 
-from inference import encoder, video
-from inference.outputs import Save
-from inference.video import process_video
+from tools import encoder, video
+from tools.video import process_video
 from utils.errors import UserError
 
 
@@ -61,7 +60,7 @@ def test_interrupted_video_is_playable(predictor, clip, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return predictor(frame)
 
-    report = process_video(slow, str(clip), tmp_path / "cut", Save(("overlay", "json")))
+    report = process_video(slow, str(clip), tmp_path / "cut", ("overlay", "json"))
     assert report.interrupted
     written, _ = frames(tmp_path / "cut.mp4")
     assert 5 <= len(written) == report.frames < 20
@@ -73,7 +72,7 @@ def test_interrupted_video_is_playable(predictor, clip, tmp_path):
 def test_video_does_not_replace_itself(predictor, clip):
     before = clip.read_bytes()
     with pytest.raises(UserError, match="replace the video itself"):
-        process_video(predictor, str(clip), clip.with_suffix(""), Save(("overlay",)))
+        process_video(predictor, str(clip), clip.with_suffix(""), ("overlay",))
     assert clip.read_bytes() == before
 
 
@@ -107,20 +106,20 @@ def test_errors_while_writing_reach_the_caller(predictor, clip, tmp_path, monkey
     monkeypatch.setattr(encoder.Mpeg4Encoder, "_check", fail)
     monkeypatch.setattr(video, "has_h264", lambda: False)
     with pytest.raises(UserError, match="disk full"):
-        process_video(predictor, str(clip), tmp_path / "x", Save(("overlay", "json")))
+        process_video(predictor, str(clip), tmp_path / "x", ("overlay", "json"))
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
     monkeypatch.setattr(video, "write_results", fail)
     with pytest.raises(UserError, match="disk full"):
-        process_video(predictor, str(clip), tmp_path / "x", Save(("masks",)))
+        process_video(predictor, str(clip), tmp_path / "x", ("masks",))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        process_video(predictor, str(clip), tmp_path / "file" / "x", Save(("json",)))
+        process_video(predictor, str(clip), tmp_path / "file" / "x", ("json",))
 
 
 def test_broken_video(predictor, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match="cannot be opened"):
-        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", Save(("overlay",)))
+        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
 
 
 def test_the_same_command_again_replaces_its_results(weights, clip, tmp_path):
@@ -212,7 +211,7 @@ def test_h264_of_a_silent_video_that_is_interrupted(clip, tmp_path):
 
 def test_without_ffmpeg_mpeg4_is_written_and_said(predictor, clip, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    report = process_video(predictor, str(clip), tmp_path / "seg", Save(("overlay", "blur")), 3)
+    report = process_video(predictor, str(clip), tmp_path / "seg", ("overlay", "blur"), 3)
     assert "(MPEG-4 without sound; install ffmpeg for H.264 and sound)" in str(report)
     for name in ("seg.mp4", "seg.blur.mp4"):
         written, _ = frames(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Learning rate schedule and optimiser: the values of the configuration, scaled to the actual batch size."""
+"""Learning rate schedule and optimiser."""
 
 from __future__ import annotations
 
@@ -6,80 +6,57 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from config import TrainingConfig
 from yolact import Yolact
 
 MOMENTUM = 0.9  # SGD's, in the released code and in MMDetection
 LR_GAMMA = 0.1  # the learning rate's factor at each step
-WARMUP_FACTOR = 0.1  # the first step uses this fraction of the learning rate
+WARMUP_FACTOR = 0.1  # the first iteration uses this fraction of the learning rate
+MAX_WARMUP = 0.2  # of the run: a short run would otherwise never reach its learning rate
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and length for the batch size that is used."""
+    """The learning rate of every iteration, and the length of a run."""
 
     config: TrainingConfig
-    num_images: int  # per epoch
-    batch_size: int
+    num_images: int  # in the training set
     per_epoch: int  # iterations
-    lr: float
     max_iter: int
+    warmup: int  # iterations
     steps: tuple[int, ...]  # iterations at which the learning rate drops
 
     @classmethod
-    def build(
-        cls,
-        config: TrainingConfig,
-        num_images: int,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        epochs: int | None = None,
-        max_iter: int | None = None,
-    ) -> Schedule:
-        """Return the configuration's schedule for a data set.
-
-        A different `batch_size` scales the learning rate linearly and the length inversely, so that the number of
-        images seen is unchanged; `lr`, if given, is not scaled. A different length, in epochs or iterations, moves the
-        steps in proportion.
-        """
-        batch_size = batch_size or config.batch_size
-        scale = batch_size / config.batch_size
-        per_epoch = max(1, math.ceil(num_images / batch_size))
-        unit = per_epoch if config.epochs else 1 / scale  # of lr_steps, in iterations
-        configured = config.epochs * per_epoch or max(1, round(config.max_iter / scale))
-        length = max_iter or (epochs or 0) * per_epoch or configured
-        steps = tuple(round(step * unit * length / configured) for step in config.lr_steps)
-        return cls(config, num_images, batch_size, per_epoch, config.lr * scale if lr is None else lr, length, steps)
+    def build(cls, config: TrainingConfig, num_images: int) -> Schedule:
+        """Return the schedule of a configuration for a training set of `num_images`."""
+        per_epoch = max(1, math.ceil(num_images / config.batch_size))
+        unit = per_epoch if config.epochs else 1  # of lr_steps, in iterations
+        max_iter = config.epochs * per_epoch or config.max_iter
+        warmup = min(config.warmup_iters, int(MAX_WARMUP * max_iter))
+        return cls(
+            config, num_images, per_epoch, max_iter, warmup, tuple(round(step * unit) for step in config.lr_steps)
+        )
 
     def __str__(self) -> str:
-        config, scale = self.config, self.batch_size / self.config.batch_size
+        config = self.config
         cosine = config.lr_schedule == "cosine"
-        plan = f"cosine to {self.lr * config.lr_end:g} at {self.max_iter}" if cosine else f"x{LR_GAMMA} at {self.steps}"
-        scaled_from_config = scale != 1 and math.isclose(self.lr, config.lr * scale)
-        scaled = f" ({config.lr:g} x {scale:g} for the batch size)" if scaled_from_config else ""
-        text = (
-            f"schedule: {self.max_iter} iterations of {self.batch_size} ({self.max_iter / self.per_epoch:.1f} epochs), "
-            f"learning rate {self.lr:g}{scaled}, {plan}, warm-up {config.warmup_iters}"
+        plan = f"cosine to {config.lr * config.lr_end:g}" if cosine else f"x{LR_GAMMA} at {self.steps}"
+        return (
+            f"schedule: {self.max_iter} iterations of {config.batch_size} images "
+            f"({self.max_iter / self.per_epoch:.1f} epochs), learning rate {config.lr:g}, {plan}, warm-up {self.warmup}"
         )
-        if self.max_iter <= config.warmup_iters:
-            text += (
-                f"\nwarning: the run ends within the warm-up, so the learning rate never reaches {self.lr:g}; "
-                f"--set warmup_iters={max(1, self.max_iter // 10)} shortens it"
-            )
-        return text
 
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of iteration `step`, counted from 0, including the linear warm-up."""
-        if self.config.lr_schedule == "cosine":
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / self.max_iter)))
-            lr = self.lr * (self.config.lr_end + (1 - self.config.lr_end) * cosine)
+    def lr_at(self, iteration: int) -> float:
+        """Return the learning rate of an iteration, counted from 0, including the linear warm-up."""
+        config = self.config
+        if config.lr_schedule == "cosine":
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1, iteration / self.max_iter)))
+            lr = config.lr * (config.lr_end + (1 - config.lr_end) * cosine)
         else:
-            lr = self.lr * LR_GAMMA ** sum(step >= s for s in self.steps)
-        if step < self.config.warmup_iters:
-            lr *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * step / self.config.warmup_iters
+            lr = config.lr * LR_GAMMA ** sum(iteration >= step for step in self.steps)
+        if iteration < self.warmup:
+            lr *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * iteration / self.warmup
         return lr
 
 
@@ -93,14 +70,3 @@ def build_optimizer(model: Yolact, config: TrainingConfig) -> torch.optim.Optimi
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr)
-
-
-def update_ema(decay: float, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Update the EMA in place: averaged = d * averaged + (1 - d) * current.
-
-    d is min(decay, (1 + n) / (5 + n)) with n = `count` previous updates. Until it reaches `decay`, the EMA therefore
-    covers about the last quarter of all updates, and does not lag behind in a short run. `AveragedModel` calls this
-    from the second update on; the first one copies the weights.
-    """
-    warm = min(decay, (1 + int(count)) / (5 + int(count)))
-    get_ema_multi_avg_fn(warm)(averaged, current, count)

@@ -1,6 +1,6 @@
 """Distributed training and evaluation with torchrun: one process per device. In a single process, all are no-ops.
 
-with join("auto") as ranks:       # reads the environment that torchrun sets
+with process_group("auto") as ranks:       # reads the environment that torchrun sets
     device = ranks.device
     ...
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,7 +35,7 @@ class Ranks:
     size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process prints, writes files and computes metrics for the group."""
         return self.rank == 0
 
@@ -48,23 +50,15 @@ class Ranks:
         """Whether the flag is set in any process. The result is the same in all, so that they leave a loop together."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
 
-    def all_gather(self, items: list[T]) -> list[T]:
-        """Return the items of all processes, in every process."""
-        if self.size == 1:
-            return items
-        everyone: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everyone, items)
-        return [item for some in everyone for item in some]
-
     def gather(self, items: list[T]) -> list[T]:
         """Return the items of all processes in the main process, and an empty list in the others."""
         if self.size == 1:
             return items
-        everyone: list[list[T]] | None = [[] for _ in range(self.size)] if self.main else None
+        everyone: list[list[T]] | None = [[] for _ in range(self.size)] if self.is_main else None
         dist.gather_object(items, everyone)
         return [item for some in everyone or [] for item in some]
 
-    def agree(self, error: UserError | None) -> None:
+    def raise_in_all(self, error: UserError | None) -> None:
         """Raise UserError in every process if `error` is given in any, so that none waits for one that failed."""
         if self.any(error is not None):
             raise error or UserError("another process has reported an error")
@@ -75,19 +69,28 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block in the main process before the others, which then find what it has downloaded."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait until every process has reached this point."""
         if self.size > 1:
             self.sum(torch.zeros(()))
 
 
-def single(device: torch.device | None = None) -> Ranks:
+def one_process(device: torch.device | None = None) -> Ranks:
     """Return the Ranks of a single process."""
     return Ranks(device or torch.device("cpu"))
 
 
 @contextlib.contextmanager
-def join(device: str = "auto") -> Iterator[Ranks]:
+def process_group(device: str = "auto") -> Iterator[Ranks]:
     """Join the processes that torchrun started, or run alone if there is no torchrun.
 
     Each process uses the GPU of its local rank. Only the main process writes to standard output. Raises UserError if
@@ -111,9 +114,38 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     ranks = Ranks(chosen, dist.get_rank(), dist.get_world_size())
     with contextlib.ExitStack() as stack:
-        if not ranks.main:
+        if not ranks.is_main:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield ranks
     # Not in a finally block: after an error, this would wait for the processes that did not fail.
     dist.destroy_process_group()
+
+
+class StopSignal:
+    """Note Ctrl-C and SIGTERM in this block, so that the current step can be completed and saved.
+
+    A second signal more than two seconds later raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.first = 0.0
+
+    @property
+    def received(self) -> bool:
+        return self.first > 0
+
+    def __call__(self, _number: int, _frame: object) -> None:
+        now = time.monotonic()
+        # torchrun forwards signals that its processes have already received; that is not a second Ctrl-C.
+        if self.first and now > self.first + 2:
+            raise KeyboardInterrupt
+        self.first = self.first or now
+
+    def __enter__(self) -> StopSignal:
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

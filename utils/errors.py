@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def needs(*packages: str, install: str) -> Iterator[None]:
+def require(*packages: str, install: str) -> Iterator[None]:
     """Import optional packages; a missing one becomes a UserError that says how to install it.
 
     Args:
@@ -35,14 +35,14 @@ def needs(*packages: str, install: str) -> Iterator[None]:
         raise UserError(f"{error.name} is not installed; run: pip install -r {install}") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" if a known name is close to `name`, otherwise the list of known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def shorten(names: Sequence[str], limit: int = 5) -> str:
+def join_names(names: Sequence[str], limit: int = 5) -> str:
     """Join the first `limit` names, followed by the number of those omitted."""
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -58,11 +58,6 @@ def integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def integer_or_auto(text: str) -> int | str:
-    """Argparse type for integers of at least 1, and the word "auto"."""
-    return text if text == "auto" else integer(1)(text)
-
-
 def _number(text: str, accepts: Callable[[float], bool], words: str) -> float:
     try:
         value = float(text)
@@ -71,16 +66,6 @@ def _number(text: str, accepts: Callable[[float], bool], words: str) -> float:
     if not (math.isfinite(value) and accepts(value)):
         raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
     return value
-
-
-def positive_float(text: str) -> float:
-    """Argparse type for finite numbers above 0."""
-    return _number(text, lambda value: value > 0, "a finite number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    """Argparse type for finite numbers of at least 0."""
-    return _number(text, lambda value: value >= 0, "a finite number of at least 0")
 
 
 def fraction(text: str) -> float:

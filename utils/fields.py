@@ -1,66 +1,12 @@
-"""Dataclass fields with limits, and the conversion of values to the types of fields."""
+"""Convert values, such as the text of --set, to the types of dataclass fields."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import math
 import typing
-from dataclasses import field
 from typing import Any
 
-from utils.errors import UserError, nearest
-
-# Maximum of sizes and counts: far above any useful value, and small enough to avoid overflow.
-LARGEST = 10**6
-
-
-def limited(
-    default: Any,
-    *,
-    minimum: float = 0,
-    above: float | None = None,
-    maximum: float = math.inf,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Return a dataclass field with limits, which `check_field` applies to every number in the value.
-
-    Args:
-        default: the field's default value.
-        minimum: inclusive lower limit, used unless `above` is given.
-        above: exclusive lower limit.
-        maximum: inclusive upper limit.
-        below: exclusive upper limit.
-        choices: the allowed strings; () allows any.
-    """
-    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
-    return field(default=default, metadata=limits)
-
-
-def check_field(item: dataclasses.Field[Any], value: Any) -> None:
-    """Raise UserError unless every number in `value` is within the field's limits and strings are among its choices."""
-    limits = item.metadata
-    if not limits:
-        return
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"unknown {item.name} {value!r}{nearest(str(value), limits['choices'])}")
-    for number in _numbers(value):
-        low = limits["minimum"] if limits["above"] is None else limits["above"]
-        strict_low, below = limits["above"] is not None, limits["below"]
-        too_low = number <= low if strict_low else number < low
-        too_high = number > limits["maximum"] or (below is not None and number >= below)
-        if math.isnan(number) or too_low or too_high:
-            high = f" and less than {below:g}" if below is not None else f" and at most {limits['maximum']:g}"
-            low_words = f"more than {low:g}" if strict_low else f"at least {low:g}"
-            raise UserError(f"{item.name}: {number:g} is out of range; it must be {low_words}{high}")
-
-
-def _numbers(value: Any) -> list[float]:
-    """Return all numbers in a value, including those in nested tuples."""
-    if isinstance(value, tuple):
-        return [number for part in value for number in _numbers(part)]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+from utils.errors import UserError
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:

@@ -1,14 +1,12 @@
 """Read and write checkpoints. Files are written atomically, and reading a file never executes code from it.
 
-A checkpoint of this project is `{"yolact": 2, "config": {...}, "model": state_dict, "digest": ..., "training": {...}}`.
-It includes the configuration with the class names, so a single file is enough to predict. `training` is optional and
-holds the state of the run for resuming. Format 1 has no digest, and contains configuration keys that have since become
-constants.
+A checkpoint of this project is `{"yolact": 2, "config": {...}, "model": state_dict, "training": {...}}`. It includes
+the configuration with the class names, so a single file is enough to predict. `training` is optional and holds the
+state of the run for resuming.
 """
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import zipfile
@@ -43,14 +41,8 @@ def save_checkpoint(
     if half:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     content: dict[str, Any] = {"yolact": FORMAT, "config": to_dict(model.config), "model": state}
-    content["digest"] = state_digest(state)
     if training is not None:
         content["training"] = training
-    write_checkpoint(path, content)
-
-
-def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write what `read_checkpoint` returns. Raises UserError if that fails; an existing file is then unchanged."""
     try:
         with atomic_write(path) as out:
             torch.save(content, out)
@@ -70,9 +62,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: an exported model has no weights to load; give the .pth it was exported from")
     with path.open("rb") as file:
         head = file.read(64)
-    problem = not_pytorch(head)
-    if problem:
-        raise UserError(f"{path}: {problem}")
+    if head[:2] != b"PK" and head[:1] != b"\x80":  # a zip archive, or a pickle as PyTorch wrote before 1.6
+        raise UserError(f"{path}: {'not a PyTorch weights file' if head else 'the file is empty'}")
     damaged = UserError(f"{path}: damaged or truncated; delete it, and download or copy it again")
     try:
         # `torch.load` does not verify the checksums of the zip archive.
@@ -94,32 +85,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not weights")
     return content
-
-
-def not_pytorch(head: bytes) -> str:
-    """Return why a file that starts with `head` cannot be a PyTorch file, or "" if it may be one."""
-    if not head:
-        return "the file is empty"
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return ""
-    text = all(31 < byte < 127 or byte in b"\t\r\n" for byte in head)
-    return f"not a PyTorch weights file but {'a text file' if text else 'a file of an unknown format'}"
-
-
-def check_version(content: dict[str, Any], path: str | Path) -> None:
-    """Raise UserError if the checkpoint's format is not supported by this version."""
-    version = content["yolact"]
-    if not isinstance(version, int) or not 1 <= version <= FORMAT:
-        raise UserError(f"{path}: has format {version!r}, but this version reads 1 to {FORMAT}; update the project")
-
-
-def state_digest(state: State) -> str:
-    """Return the SHA-256 of all names and values, which is stored in the file to detect changed weights."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_values(state: dict[str, Any], path: str | Path) -> State:

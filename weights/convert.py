@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from config import CONFIGS, Config, canonical_name
-from utils.errors import UserError, shorten
+from utils.errors import UserError, join_names
 from weights.checkpoint import State, check_values
 
 # Patterns for names in the file -> names in Yolact. An entry that matches no pattern is an error.
@@ -69,6 +69,14 @@ class Weights:
     layout: str  # own, authors or mmdet
     config: Config
     ambiguous: tuple[str, ...] = ()  # names of the configurations that match equally well, if there are several
+    training: dict[str, Any] | None = None  # the state of the run, for resuming
+
+
+def is_yolact(content: dict[str, Any]) -> bool:
+    """Whether the content of a file looks like YOLACT weights of any layout, and not those of a backbone alone."""
+    nested = content.get("state_dict")
+    mmdet = isinstance(nested, dict) and any(str(name).startswith("bbox_head") for name in nested)
+    return "yolact" in content or mmdet or any(str(name).startswith("prediction_layers") for name in content)
 
 
 def convert(content: dict[str, Any], source: str) -> Weights:
@@ -110,7 +118,7 @@ def _rename(content: dict[str, Any], rules: tuple[tuple[str, str], ...], old: re
         else:
             unknown.append(str(name))
     if unknown:
-        raise UserError(f"{source}: {len(unknown)} entries do not belong to a YOLACT model: {shorten(unknown)}")
+        raise UserError(f"{source}: {len(unknown)} entries do not belong to a YOLACT model: {join_names(unknown)}")
     return state
 
 
@@ -132,7 +140,7 @@ def _names_from_meta(meta: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if names else None
 
 
-def facts(config: Config) -> dict[str, Any]:
+def visible_in_state_dict(config: Config) -> dict[str, Any]:
     """Return the properties of a configuration that a state_dict reveals, except the number of classes."""
     model = config.model
     return {
@@ -157,7 +165,7 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
         }
     except KeyError as error:
         raise UserError(f"{source}: incomplete weights, {error.args[0]!r} is missing") from None
-    fitting = [config for config in CONFIGS.values() if facts(config) == shown]
+    fitting = [config for config in CONFIGS.values() if visible_in_state_dict(config) == shown]
     # A bare state_dict has no class names. 80 classes are assumed to be COCO's. 20 classes may be custom data, so
     # Pascal's names and anchors are used only if the name of the file is that of Pascal's configuration.
     hint = canonical_name(re.split(r"[/\\]", source)[-1])

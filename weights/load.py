@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from config import CONFIGS, Config, differences, from_dict
-from utils.errors import UserError, shorten
-from weights.checkpoint import check_values, check_version, read_checkpoint, state_digest, write_checkpoint
-from weights.convert import Weights, convert, facts
+from config import CONFIGS, Config, differences, from_dict, override
+from utils.errors import UserError, join_names
+from weights.checkpoint import FORMAT, check_values, read_checkpoint, save_checkpoint
+from weights.convert import Weights, convert, visible_in_state_dict
 from weights.released import find_weights
 from yolact import Yolact
 
@@ -39,7 +38,7 @@ def load_model(path_or_name: str | Path, config: Config | None = None) -> Yolact
     else:
         config = _reconcile(config, weights, path)
     model = Yolact(config)
-    _load_strictly(model, weights, path)
+    load_state(model, weights, path)
     return model.eval()
 
 
@@ -53,56 +52,40 @@ def load_weights(model: Yolact, path: str | Path) -> None:
     _reconcile(model.config, weights, Path(path))
     if weights.layout == "own" and weights.config.class_names != model.config.class_names:
         raise UserError(f"{path}: its class names differ from the model's; see weights.transfer")
-    _load_strictly(model, weights, path)
+    load_state(model, weights, path)
 
 
 def read_weights(path: str | Path) -> Weights:
     """Read a weights file of any supported layout. Raises UserError if it is missing, damaged or unsupported."""
-    return weights_from(read_checkpoint(path), path)
-
-
-def weights_from(content: dict[str, Any], path: str | Path) -> Weights:
-    """Return the weights in `content`, which `read_checkpoint` returned for `path`.
-
-    Raises UserError if the content is incomplete, damaged, or of an unsupported version or layout.
-    """
+    content = read_checkpoint(path)
     if "yolact" not in content:
         return convert(content, str(path))
-    check_version(content, path)
+    if content["yolact"] != FORMAT:
+        raise UserError(f"{path}: has format {content['yolact']!r}, but this version reads {FORMAT}")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: incomplete, because it has no configuration or no weights")
     try:
         config = from_dict(content["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its configuration cannot be used: {error}") from None
+    training = content.get("training")
     state = check_values(content["model"], path)
-    if content.get("digest") not in (None, state_digest(content["model"])):  # files of format 1 have none
-        raise UserError(f"{path}: damaged, because its weights do not match the stored digest; use another copy")
-    return Weights(state, "own", config)
+    return Weights(state, "own", config, training=training if isinstance(training, dict) else None)
 
 
-def store_threshold(path_or_name: str | Path | None, threshold: float) -> Path:
-    """Store the best score threshold in a checkpoint of this project, and return its path.
+def store_threshold(path_or_name: str | Path, threshold: float) -> Path:
+    """Store the best score threshold in a checkpoint of this project without training state, and return its path.
 
     Raises UserError for a file of another kind.
     """
-    if path_or_name is None:
-        raise UserError("--store_threshold: give --weights, the bundled file is not changed")
     path = find_weights(path_or_name)
-    content = read_checkpoint(path)
-    if "yolact" not in content:
-        raise UserError(f"{path}: not a checkpoint of this project; only those can store a threshold")
-    weights_from(content, path)
-    content["config"]["best_score_threshold"] = threshold
-    write_checkpoint(path, content)
+    weights = read_weights(path)
+    if weights.layout != "own" or weights.training is not None:
+        raise UserError(f"{path}: only the best.pth of a run can store a threshold")
+    model = Yolact(override(weights.config, best_score_threshold=threshold))
+    load_state(model, weights, path)
+    save_checkpoint(path, model)
     return path
-
-
-def build_model(weights: Weights, path: str | Path) -> Yolact:
-    """Build the model of a file's configuration and load its weights. Raises UserError if they do not match."""
-    model = Yolact(weights.config)
-    _load_strictly(model, weights, path)
-    return model
 
 
 def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
@@ -118,13 +101,21 @@ def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
                 f"{path}: trained with configuration {stored.name!r}, which has other {', '.join(different)} than "
                 f"{config.name!r}; omit --config to use the configuration in the file"
             )
-    elif facts(config) != facts(stored):
-        wrong = [f"{key} is {value}" for key, value in facts(stored).items() if facts(config)[key] != value]
+    elif visible_in_state_dict(config) != visible_in_state_dict(stored):
+        wrong = [
+            f"{key} is {value}"
+            for key, value in visible_in_state_dict(stored).items()
+            if visible_in_state_dict(config)[key] != value
+        ]
         raise _wrong_configuration(config, weights, path, f": their {', '.join(wrong)}")
     elif config.num_classes == stored.num_classes:
         # If no named configuration has this number of classes, the weights were trained on custom data. The file does
         # not store their anchors and preprocessing, so those of `config` are used.
-        fitting = [c for c in CONFIGS.values() if facts(c) == facts(stored) and c.num_classes == config.num_classes]
+        fitting = [
+            c
+            for c in CONFIGS.values()
+            if visible_in_state_dict(c) == visible_in_state_dict(stored) and c.num_classes == config.num_classes
+        ]
         if fitting and all(differences(config.model, known.model) for known in fitting):
             different = differences(config.model, fitting[0].model)
             raise UserError(
@@ -145,7 +136,8 @@ def _wrong_configuration(config: Config, weights: Weights, path: str | Path, det
     )
 
 
-def _load_strictly(model: Yolact, weights: Weights, path: str | Path) -> None:
+def load_state(model: Yolact, weights: Weights, path: str | Path) -> None:
+    """Load weights into `model`, in place. Raises UserError unless all names and shapes match."""
     own = model.state_dict()
     # The batch counters are not used, and files written before PyTorch 0.4.1 do not have them.
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights.state}
@@ -156,7 +148,7 @@ def _load_strictly(model: Yolact, weights: Weights, path: str | Path) -> None:
         ("of a different shape", [k for k in own if k in state and own[k].shape != state[k].shape]),
     ):
         if names:
-            problems.append(f"{len(names)} {what}: {shorten(names, 3)}")
+            problems.append(f"{len(names)} {what}: {join_names(names, 3)}")
     if problems:
         raise _wrong_configuration(model.config, weights, path, f" ({'; '.join(problems)})")
     model.load_state_dict(state)

@@ -14,10 +14,10 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from config import ALIASES, canonical_name
-from utils.errors import UserError, nearest
+from utils.errors import UserError, suggestion
 from utils.files import atomic_write
 from weights.checkpoint import read_checkpoint
-from weights.convert import convert
+from weights.convert import is_yolact
 
 WEIGHTS_DIR = Path(__file__).resolve().parent
 BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
@@ -99,7 +99,7 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
             return download(RELEASED[name], folder)
     if path.suffix or path.parent != Path("."):
         raise UserError(f"{path}: no such weights file")
-    raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{nearest(name, RELEASED)}")
+    raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{suggestion(name, RELEASED)}")
 
 
 def _by_hand(url: str) -> str:
@@ -168,9 +168,8 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
             out.flush()
             temporary = Path(out.name)
             try:
-                content = read_checkpoint(temporary)
-                if "yolact" not in content:
-                    convert(content, entry.file_name)
+                if not is_yolact(read_checkpoint(temporary)):
+                    raise UserError("these are not weights of YOLACT")
             except UserError as error:
                 raise UserError(str(error).replace(f"{temporary}: ", "")) from None
     except UserError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from backbone import BACKBONES, state_from_imagenet
-from config import Config, differences, shown, to_dict
-from utils.errors import UserError, nearest, shorten
+from config import Config, as_set_arguments, differences
+from utils.errors import UserError, join_names, suggestion
 from weights.checkpoint import read_checkpoint
-from weights.convert import Weights
-from weights.load import weights_from
+from weights.convert import Weights, is_yolact
+from weights.load import read_weights
 from weights.released import find_weights
 from yolact import Yolact
 
@@ -49,9 +48,8 @@ def read_start(source: str | Path) -> Start:
         return Start(str(source))
     path = find_weights(source)
     content = read_checkpoint(path)
-    own_or_mmdet = "yolact" in content or any(str(k).startswith("bbox_head") for k in content.get("state_dict") or ())
-    if own_or_mmdet or any(str(name).startswith("prediction_layers") for name in content):
-        return Start(str(path), weights=weights_from(content, path))
+    if is_yolact(content):
+        return Start(str(path), weights=read_weights(path))
     return Start(str(path), backbone=content)
 
 
@@ -94,20 +92,14 @@ def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
     different = differences(config.model, other.model)
     if different:
         lines.append(f"  its configuration differs in {', '.join(different)}, so these weights are less useful here")
-        lines.append(f"  to keep them: --set {_as_settings(other, different)}")
+        lines.append(f"  to keep them: --set {as_set_arguments(other, different)}")
     if other.class_names != config.class_names:
         new = [name for name in config.class_names if name not in common]
-        lines.append(f"  outputs copied for classes with the same name: {shorten(common, 12) or 'none'}")
-        lines.append(f"  classes with randomly initialised outputs: {shorten(new, 12) or 'none'}")
+        lines.append(f"  outputs copied for classes with the same name: {join_names(common, 12) or 'none'}")
+        lines.append(f"  classes with randomly initialised outputs: {join_names(new, 12) or 'none'}")
     if fresh:
-        lines.append(f"  {len(fresh)} entries do not match and are randomly initialised: {shorten(fresh)}")
+        lines.append(f"  {len(fresh)} entries do not match and are randomly initialised: {join_names(fresh)}")
     return "\n".join(lines)
-
-
-def _as_settings(config: Config, keys: Iterable[str]) -> str:
-    """Format keys and values as arguments of --set, quoted for a shell."""
-    values = {key: str(value).replace(" ", "") for key, value in to_dict(config).items()}
-    return " ".join(f'"{pair}"' if "(" in pair else pair for pair in (shown(values, [key]) for key in keys))
 
 
 def _copy_classes(value: Tensor, theirs: Tensor, config: Config, other: Config, background: bool) -> bool:
@@ -151,7 +143,7 @@ def init_backbone(model: Yolact, content: dict[str, Any], source: str) -> None:
     if missing or wrong:
         raise UserError(
             f"{source}: not weights of a {model.config.model.backbone} ({len(missing)} missing, {len(wrong)} "
-            f"unexpected or of a different shape: {shorten(missing + wrong, 3)})"
+            f"unexpected or of a different shape: {join_names(missing + wrong, 3)})"
         )
     model.backbone.load_state_dict({**own, **state})
 
@@ -180,5 +172,5 @@ def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
             ) from None
     known = [key for key, value in BACKBONES.items() if value.imagenet]
     raise UserError(
-        f"no ImageNet weights are available for {backbone!r}; give a file with --init{nearest(backbone, known)}"
+        f"no ImageNet weights are available for {backbone!r}; give a file with --init{suggestion(backbone, known)}"
     )

@@ -33,10 +33,10 @@ from conftest import make_dataset, random_image, train_args  # noqa: E402
 import eval as eval_script  # noqa: E402
 import train as train_script  # noqa: E402
 from config import get_config  # noqa: E402
-from data.audit import audit  # noqa: E402
 from data.coco import CocoDataset  # noqa: E402
 from data.image import read_image  # noqa: E402
 from evaluation.evaluator import coco_metrics  # noqa: E402
+from tools.audit import audit  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from weights import load_model  # noqa: E402
 from weights.checkpoint import save_checkpoint  # noqa: E402

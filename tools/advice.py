@@ -1,0 +1,66 @@
+"""Warnings about data and settings with which training is unlikely to work."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from config import Config
+from data.coco import CocoDataset
+
+FEW_PER_CLASS = 10  # objects
+SMALL_SIDE = 8  # pixels at the network's size: the stride of P3, whose anchors are the smallest
+
+
+def objects_per_class(dataset: CocoDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of objects of each class [C], and the sides of all boxes in shares of their images [n, 2]."""
+    counts = np.zeros(len(dataset.class_names), int)
+    sides = []
+    for index in range(len(dataset)):
+        size = dataset.stated_size(index)
+        for entry in dataset.annotations(index):
+            if entry["iscrowd"]:
+                continue
+            counts[dataset.label_of(entry)] += 1
+            box = entry.get("bbox")
+            if size is not None and isinstance(box, list) and len(box) == 4:
+                try:
+                    sides.append((float(box[2]) / size[1], float(box[3]) / size[0]))
+                except (TypeError, ValueError):
+                    continue
+    return counts, np.array(sides).reshape(-1, 2)
+
+
+def unlikely_settings(config: Config, per_pass: int, objects: tuple[np.ndarray, np.ndarray]) -> list[str]:
+    """Return one warning for each property of the data or settings that probably prevents good results.
+
+    Args:
+        config: the configuration of the run.
+        per_pass: the number of images over which batch norm computes its statistics.
+        objects: see `objects_per_class`.
+    """
+    counts, sides = objects
+    lines = []
+    largest = np.sqrt(np.prod(sides, axis=1)) * config.train_size  # geometric mean of the sides, in pixels
+    if len(largest) and np.median(largest) < SMALL_SIDE:
+        lines.append(
+            f"half of the objects are smaller than {np.median(largest):.0f} pixels at {config.train_size} px, "
+            "which is too small for the anchors; increase max_size, and predict with --tile"
+        )
+    few = [name for name, count in zip(config.class_names, counts, strict=True) if count < FEW_PER_CLASS]
+    if few:
+        shown = ", ".join(few[:3]) + ", ..." * (len(few) > 3)
+        lines.append(
+            f"{len(few)} of {len(counts)} classes have fewer than {FEW_PER_CLASS} objects ({shown}); "
+            "annotate more images, or merge classes"
+        )
+    if per_pass <= 2 and not config.training.freeze_bn:
+        lines.append(
+            f"batch norm is trained with statistics of {per_pass} image{'s' * (per_pass > 1)}, which are too noisy; "
+            "use --set freeze_bn=true or a larger batch"
+        )
+    if config.model.preserve_aspect_ratio and not config.augmentation.augment_crop:
+        lines.append(
+            "without augment_crop, images are only seen as squares, but inference preserves their aspect ratio; "
+            "use --set preserve_aspect_ratio=false"
+        )
+    return lines

@@ -1,0 +1,115 @@
+"""The kinds of problems that an audit reports, and the conditions under which they are errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+EXAMPLES = 5  # number of examples in a finding
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: its description, the advice, and the condition under which it is an error.
+
+    It is an error if its count exceeds both `tolerated` and `limit` times the number of items of type `of`.
+    Otherwise, it is a warning.
+    """
+
+    text: str
+    advice: str
+    limit: float = math.inf  # fraction, 0..1; with infinity it is always a warning
+    of: str = "objects"  # a key of `_totals` in tools.audit
+    tolerated: int = 0
+
+
+KINDS = {
+    "missing": Kind("images are missing or outside the image folder", "check --image_dir and file_name", 0, "images"),
+    "unreadable": Kind(
+        "images are unreadable or not of the stated size", "repair or remove them", 0.01, "images", tolerated=1
+    ),
+    "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
+    "same_image": Kind("images have exactly the same pixels as another image", "remove the copies", of="images"),
+    "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
+    "same_id": Kind(
+        "annotation ids occur more than once",
+        "the ids are not used, so all annotations are kept", of="listed annotations",
+    ),
+    "text_id": Kind("ids are not whole numbers", "write them as integers, which other tools require", of="ids"),
+    "unusable": Kind(
+        "annotations have neither a usable box nor mask (outside the image, no area, fewer than three points)",
+        "they are ignored", 0.5, "annotations",
+    ),
+    "no_mask": Kind(
+        "annotations have a box and no usable mask",
+        "training and mask AP ignore their regions; box AP counts them", 0.5, "annotations",
+    ),
+    "detection_only": Kind(
+        "annotations have no segmentation at all", "YOLACT needs masks, not only boxes", 0, "annotations"
+    ),
+    "bad_box": Kind("boxes are not four finite numbers", "the box of the mask is used instead", of="annotations"),
+    "corner_box": Kind(
+        "boxes appear to be (x1, y1, x2, y2)", "convert them to COCO's (x, y, width, height)", 0.1, "annotations"
+    ),
+    "relative": Kind(
+        "annotations have normalised coordinates (0 to 1)", "multiply them by the image size", 0.1, "annotations"
+    ),
+    "same_annotation": Kind(
+        "annotations are exact duplicates of another one in the same image",
+        "training drops them; AP counts each one", of="annotations",
+    ),
+    "area": Kind(
+        "areas differ from the mask's by more than a factor of two",
+        "the mask's own is used for AP of small, medium and large objects", of="objects",
+    ),
+    "box_and_mask": Kind(
+        "objects have a box that does not match their mask (IoU under 0.5)",
+        "look for swapped x and y, or masks made for another image size", 0.1, "objects",
+    ),
+    "empty_mask": Kind(
+        "objects have an empty mask", "training ignores them; they count as false negatives in AP", 0.5
+    ),
+    "vanishing_mask": Kind(
+        "objects have a mask that is too small to cover a pixel of the prototypes",
+        "raise max_size, or remove such objects",
+    ),
+    "tiny": Kind(
+        "objects are under 4 px wide or high at the network's size", "raise max_size, and predict with --tile"
+    ),
+    "unused_class": Kind(
+        "classes have no object", "ignore this if another annotation file contains objects of them", of="classes"
+    ),
+    "same_name": Kind("classes share their name with another", "give each class a unique name", of="classes"),
+    "no_object": Kind("files have no object in any image", "check image_id and segmentation", 0, "files"),
+    "other_classes": Kind("classes are in one file only", "give both the same categories", 0, "classes of both files"),
+    "class_order": Kind("files list the same classes in another order", "use the same order in both", 0, "files"),
+    "shared_image": Kind(
+        "images of the validation set are also in the training set", "remove them: they inflate AP", 0.01, "val images"
+    ),
+    "near_copy": Kind(
+        "images of the validation set are near-duplicates of training images",
+        "inspect them, and keep all frames of a video in one set", of="val images",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Finding:
+    """The number of occurrences of one kind of problem among `total` items, with examples."""
+
+    kind: str
+    count: int
+    total: int
+    examples: list[str]
+
+    @property
+    def is_error(self) -> bool:
+        kind = KINDS[self.kind]
+        return self.count > kind.limit * self.total and self.count > kind.tolerated
+
+    def __str__(self) -> str:
+        kind = KINDS[self.kind]
+        examples = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
+        share = f"{self.count} of {self.total}" if self.total != self.count else f"all {self.total}"
+        level = "error" if self.is_error else "warning"
+        return f"{level}: {share} {kind.text}: {examples}. {kind.advice[0].upper()}{kind.advice[1:]}"

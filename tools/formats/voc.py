@@ -1,0 +1,164 @@
+"""Pascal VOC: JPEGImages, SegmentationObject and SegmentationClass, and ImageSets/Segmentation with the splits.
+
+SegmentationObject has an index for each object of an image, SegmentationClass the class of each pixel. Files of CVAT
+have colours instead of indices; labelmap.txt lists the classes with their colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from config import PASCAL_CLASSES
+from tools.formats.structures import (
+    NOT_FOUND,
+    ImageFinder,
+    LabelledImage,
+    LabelledObject,
+    Labels,
+    Problems,
+    encode,
+    image_size,
+)
+from utils.errors import UserError
+
+BACKGROUND = "background"
+VOID = 255  # pixels at the borders of objects
+Colour = tuple[int, int, int]
+
+
+def recognise(source: Path) -> bool:
+    """Return whether `source` is a folder with SegmentationObject."""
+    return (source / "SegmentationObject").is_dir()
+
+
+def read(source: Path, images: Path | None, problems: Problems) -> Labels:
+    """Read a data set. Raises UserError if the folder with the classes is missing."""
+    if not (source / "SegmentationClass").is_dir():
+        raise UserError(f"{source}: SegmentationClass is missing, which has the class of each object")
+    label_map = _label_map(source / "labelmap.txt")
+    names = label_map.classes
+    finder = ImageFinder([images or source / "JPEGImages"])
+    lists = {path.stem: path for path in sorted((source / "ImageSets/Segmentation").glob("*.txt"))}
+    splits = {name: path for name, path in lists.items() if name in ("train", "val", "test")}
+    masks = sorted(path.stem for path in (source / "SegmentationObject").glob("*.png"))
+    if not splits:
+        return Labels("Pascal VOC", names, {"": _images(source, masks, label_map, finder, problems)})
+    stems = {name: path.read_text(encoding="utf-8").split("\n") for name, path in splits.items()}
+    return Labels(
+        "Pascal VOC",
+        names,
+        {
+            name: _images(source, [line.strip() for line in lines if line.strip()], label_map, finder, problems)
+            for name, lines in stems.items()
+        },
+    )
+
+
+@dataclass
+class LabelMap:
+    """The classes of a data set, as labelmap.txt lists them, or those of Pascal VOC."""
+
+    names: list[str]  # by the index in SegmentationClass; the background is one of them
+    colours: dict[Colour, str]  # for files without a palette
+
+    @property
+    def classes(self) -> list[str]:
+        return [name for name in self.names if name != BACKGROUND]
+
+
+def _label_map(path: Path) -> LabelMap:
+    """Read labelmap.txt, `name:r,g,b:parts:actions` in each line. The colour may be missing; it is then
+    Pascal VOC's for the index.
+
+    CVAT and Datumaro write this file. Without it, the classes are those of Pascal VOC.
+    """
+    if not path.is_file():
+        names = [BACKGROUND, *PASCAL_CLASSES]
+        return LabelMap(names, {voc_colour(index): name for index, name in enumerate(names)})
+    found = LabelMap([], {})
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition(":")
+        if line.startswith("#") or not line.strip():
+            continue
+        found.names.append(name)
+        values = rest.split(":")[0].split(",")
+        if len(values) == 3 and all(value.strip().isdecimal() for value in values):
+            red, green, blue = (int(value) for value in values)
+            found.colours[red, green, blue] = name
+        else:
+            found.colours[voc_colour(len(found.names) - 1)] = name
+    return found
+
+
+def voc_colour(index: int) -> Colour:
+    """Return the colour (red, green, blue) of a class in Pascal VOC's palette.
+
+    Bits 0, 3, 6, ... of the index are the highest, second highest, ... bits of red; the next two are green and blue.
+    """
+    red, green, blue = (
+        sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)
+    )
+    return red, green, blue
+
+
+def _images(
+    source: Path, stems: list[str], label_map: LabelMap, finder: ImageFinder, problems: Problems
+) -> Iterator[LabelledImage]:
+    for stem in stems:
+        path = finder.find(f"{stem}.jpg")
+        if path is None:
+            problems.add(NOT_FOUND, stem)
+            continue
+        size = image_size(path, problems)
+        objects, classes = (_read_png(source / f"Segmentation{kind}" / f"{stem}.png") for kind in ("Object", "Class"))
+        if objects is None or classes is None:
+            problems.add("masks that are missing or cannot be read", f"{stem}.png")
+            continue
+        if size is None:
+            continue
+        if objects.shape[:2] != classes.shape[:2] or objects.shape[:2] not in (size, size[::-1]):
+            problems.add("masks of another size than their image", stem)
+            continue
+        # Masks may be stored like the pixels of an image whose EXIF orientation was not applied.
+        yield LabelledImage(path, objects.shape[:2], list(_objects(objects, classes, label_map, stem, problems)))
+
+
+def _read_png(path: Path) -> np.ndarray | None:
+    """Return palette indices [H, W], or colours [H, W, 3] of a file without a palette; None if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image if image.mode in ("P", "L") else image.convert("RGB"))
+    except (OSError, UnidentifiedImageError):
+        return None
+
+
+def _objects(
+    objects: np.ndarray, classes: np.ndarray, label_map: LabelMap, where: str, problems: Problems
+) -> Iterator[LabelledObject]:
+    flat = objects.reshape(*objects.shape[:2], -1)
+    background = np.zeros(flat.shape[2], flat.dtype)
+    for value in np.unique(flat.reshape(-1, flat.shape[2]), axis=0):
+        if (value == background).all() or (flat.shape[2] == 1 and value[0] == VOID):
+            continue
+        mask = (flat == value).all(axis=2)
+        name = _class_of(classes[mask], label_map)
+        if name is None:
+            problems.add("objects without a class", where)
+        else:
+            yield LabelledObject(name, encode(mask))
+
+
+def _class_of(pixels: np.ndarray, label_map: LabelMap) -> str | None:
+    """Return the class of most pixels of an object, or None if it is unknown."""
+    values, counts = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_counts=True)
+    value = values[counts.argmax()]
+    if len(value) == 3:
+        name = label_map.colours.get((int(value[0]), int(value[1]), int(value[2])))
+    else:
+        name = label_map.names[int(value[0])] if value[0] < len(label_map.names) else None
+    return None if name == BACKGROUND else name

@@ -1,0 +1,161 @@
+"""YOLO segmentation: a data.yaml, or a folder with `images` and `labels`; a text file of polygons for each image.
+
+A line is `class x1 y1 x2 y2 ...`, relative to the upright image. Objects of several parts are stored as one outline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.image import SUFFIXES
+from tools.formats.structures import LabelledImage, LabelledObject, Labels, Problems, image_size
+from utils.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+def find_yaml(source: Path) -> Path | None:
+    """Return the data.yaml that `source` is or contains."""
+    if source.is_file():
+        return source if source.suffix.lower() in (".yaml", ".yml") else None
+    found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    return found[0] if found else None
+
+
+def recognise(source: Path) -> bool:
+    """Return whether `source` is a data.yaml, or a folder with one or with text labels."""
+    if source.is_file():
+        return find_yaml(source) is not None
+    labels = source / "labels"
+    return find_yaml(source) is not None or (labels.is_dir() and any(labels.rglob("*.txt")))
+
+
+def read(source: Path, images: Path | None, problems: Problems) -> Labels:
+    """Read a data set. Unusable images and label lines are added to `problems`.
+
+    Raises UserError if the data.yaml is unusable or names a place that does not exist, or if PyYAML is not installed.
+    """
+    path = find_yaml(source)
+    if path is None:
+        names, folders = dict(enumerate(_class_names(source))), {"": [images or source / "images"]}
+    else:
+        content = _load(path)
+        names = _names_by_index(content.get("names"), path)
+        folders = {split: _places(content, split, path, images) for split in SPLITS if content.get(split)}
+        if not folders:
+            raise UserError(f"{path}: has none of {', '.join(SPLITS)}")
+    return Labels(
+        "YOLO", list(names.values()), {split: _images(places, names, problems) for split, places in folders.items()}
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"{path}: reading it needs a package: pip install pyyaml") from None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a data.yaml, it has no keys")
+    return content
+
+
+def _names_by_index(listed: Any, path: Path) -> dict[int, str]:
+    """Return the class names by their index in label files, from a list, or a mapping that may have gaps.
+
+    Raises UserError if there are none, or if a key is not an integer.
+    """
+    if not isinstance(listed, (list, dict)) or not listed:
+        raise UserError(f"{path}: has no list of class names")
+    pairs = listed.items() if isinstance(listed, dict) else enumerate(listed)
+    try:
+        return {int(index): str(name) for index, name in pairs}
+    except ValueError:
+        raise UserError(f"{path}: the keys of `names` must be class indices") from None
+
+
+def _class_names(source: Path) -> list[str]:
+    """Return the names in classes.txt, or class_0, class_1, ... for as many as the labels use."""
+    for path in (source / "classes.txt", source / "labels" / "classes.txt", source / "obj.names"):
+        if path.is_file():
+            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    used = [
+        int(float(line.split()[0]))
+        for path in sorted((source / "labels").rglob("*.txt"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.split() and line.split()[0].replace(".", "").isdecimal()
+    ]
+    return [f"class_{i}" for i in range(max(used, default=0) + 1)]
+
+
+def _places(content: dict[str, Any], split: str, path: Path, images: Path | None) -> list[Path]:
+    """Return the image folders of a split, and the text files that list its images.
+
+    Paths in a data.yaml are often those of another computer.
+    """
+    entries = content[split] if isinstance(content[split], list) else [content[split]]
+    roots = [path.parent / str(content.get("path") or "."), path.parent, *([images] if images else [])]
+    places = []
+    for entry in entries:
+        # Roboflow writes ../train/images, but the folder is train/images beside the file.
+        tries = [root / str(entry) for root in roots] + [path.parent / str(entry).removeprefix("../")]
+        found = next((place for place in tries if place.exists()), None)
+        if found is None:
+            raise UserError(f"{path}: {split} is {entry}, which does not exist; correct the file or its `path`")
+        places.append(found)
+    return places
+
+
+def _images(places: list[Path], names: dict[int, str], problems: Problems) -> Iterator[LabelledImage]:
+    for place in places:
+        if place.is_file():  # a list of images
+            lines = place.read_text(encoding="utf-8").splitlines()
+            paths = [place.parent / line.strip() for line in lines if line.strip()]
+        else:
+            paths = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        for path in paths:
+            size = image_size(path, problems)
+            if size is not None:
+                yield LabelledImage(path, size, list(_objects(_label_path(path), size, names, problems)))
+
+
+def _label_path(image: Path) -> Path:
+    """Return the label file of an image: the last folder called images becomes labels."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _objects(path: Path, size: tuple[int, int], names: dict[int, str], problems: Problems) -> Iterator[LabelledObject]:
+    if not path.is_file():
+        return  # an image without objects
+    shown = f"0 to {len(names) - 1}" if max(names) == len(names) - 1 else ", ".join(map(str, names))
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        words, where = line.split(), f"{path.name} line {number}"
+        if not words:
+            continue
+        try:
+            values = np.array(words, np.float64)
+        except ValueError:
+            values = np.array([np.nan])
+        if not np.isfinite(values).all() or values[0] != int(values[0]) or int(values[0]) not in names:
+            problems.add(f"lines that are not a class index ({shown}) followed by numbers", where)
+        elif len(values) == 5:
+            problems.add("boxes without an outline (a detection label)", where)
+        elif len(values) < 7 or len(values) % 2 == 0:
+            problems.add("outlines with fewer than three points, or half a point", where)
+        elif np.abs(values[1:]).max() > 2:
+            problems.add("outlines that are not relative to the image (0 to 1)", where)
+        else:
+            polygon = values[1:].reshape(-1, 2) * (size[1], size[0])
+            yield LabelledObject(names[int(values[0])], [polygon.ravel().tolist()])

@@ -1,0 +1,347 @@
+"""A page about an evaluation: tables, curves, the confusion matrix, and the worst mistakes. One HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as rle
+
+from data.annotation import to_mask
+from data.coco import CocoDataset
+from data.image import write_image
+from tools.error_analysis import (
+    KINDS,
+    MIN_IOU,
+    Outcome,
+    best_threshold,
+    confusion_matrix,
+    count_errors,
+    f1_curve,
+    match_dataset,
+)
+from utils.draw import draw_objects
+from utils.errors import UserError
+from utils.files import write_bytes, write_json
+
+EXAMPLES = 8  # images on a sheet of mistakes
+COLUMNS = 2
+TILE = 440  # pixels: the width of each of the two images of an example
+LARGEST_MATRIX = 20  # classes in the confusion matrix; those with the most errors
+SIZES = (("all", "AP"), ("small, under 32x32 px", "APs"), ("medium", "APm"), ("large, over 96x96 px", "APl"))
+
+
+def write_report(
+    folder: Path,
+    dataset: CocoDataset,
+    metrics: dict[str, Any],
+    results: list[dict[str, Any]],
+    sizes: dict[int, tuple[int, int]],
+    title: str,
+) -> dict[str, Any]:
+    """Write `index.html`, its images as files, and `report.json` into a folder.
+
+    Args:
+        folder: created if necessary.
+        dataset: the ground truth.
+        metrics: of `evaluate`, with "per_class".
+        results: COCO results.
+        sizes: (height, width) of the images by id.
+        title: heading of the page.
+
+    Returns:
+        The content of `report.json`: the best threshold with its F1, and the counts of errors there.
+
+    Raises:
+        UserError: if matplotlib is not installed, or the folder cannot be written.
+    """
+    need_matplotlib()
+    outcome = match_dataset(dataset, results, sizes)
+    threshold, f1 = best_threshold(outcome)
+    errors = count_errors(outcome, threshold)
+    names = list(dataset.class_names)
+    figures = {
+        "curves.png": curves(outcome, threshold, metrics),
+        "confusion.png": confusion_figure(confusion_matrix(outcome, threshold), names),
+        "errors.png": error_figure(errors),
+    }
+    sheets = {name: sheet for name, sheet in mistake_sheets(dataset, outcome, threshold).items() if sheet is not None}
+    summary = {
+        "title": title,
+        "images": len(sizes),
+        "objects": int(outcome.objects.sum()),
+        "best_threshold": threshold,
+        "f1": f1,
+        "errors": errors,
+        "bbox": metrics["bbox"],
+        "segm": metrics["segm"],
+        "per_class": metrics.get("per_class", {}),
+    }
+    for name, data in figures.items():
+        write_bytes(folder / name, data)
+    for name, sheet in sheets.items():
+        write_image(folder / name, sheet, mark=False)
+    write_json(folder / "report.json", summary)
+    images = {name: (folder / name).read_bytes() for name in (*figures, *sheets)}
+    write_bytes(folder / "index.html", page(summary, outcome, names, images).encode())
+    return summary
+
+
+def need_matplotlib() -> None:
+    """Raise UserError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--report needs a package: pip install matplotlib") from None
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def curves(outcome: Outcome, threshold: float, metrics: dict[str, Any]) -> bytes:
+    """Draw precision against recall, and precision, recall and F1 against the score threshold, for masks."""
+    figure = _figure(11, 4)
+    left, right = figure.subplots(1, 2)
+    scores, precision, recall, f1 = f1_curve(outcome)
+    left.plot(recall, precision)
+    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    left.set_title(f"masks at IoU {MIN_IOU}, all classes together (AP50 {100 * metrics['segm']['AP50']:.1f})")
+    for values, name in ((f1, "F1"), (precision, "precision"), (recall, "recall")):
+        right.plot(scores, values, label=name)
+    if len(f1):
+        right.axvline(threshold, color="grey", linestyle="--", label=f"best F1 at {threshold:.2f}")
+    right.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1.02), title="choice of the score threshold")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def confusion_figure(matrix: np.ndarray, names: list[str]) -> bytes:
+    """Draw the confusion matrix, or the part of it with the most errors if there are many classes."""
+    classes = len(names)
+    chosen = np.arange(classes)
+    if classes > LARGEST_MATRIX:
+        wrong = matrix.sum(axis=0)[:classes] + matrix.sum(axis=1)[:classes] - 2 * matrix.diagonal()[:classes]
+        chosen = np.sort(np.argsort(-wrong)[:LARGEST_MATRIX])
+    index = np.append(chosen, classes)
+    part, labels = matrix[np.ix_(index, index)], [*(names[i] for i in chosen), "background"]
+    side = max(4.0, 1.6 + 0.42 * len(labels))
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    share = part / np.maximum(part.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (y, x), value in np.ndenumerate(part):
+        if value:
+            axes.text(
+                x, y, str(value), ha="center", va="center", fontsize=8, color="white" if share[y, x] > 0.6 else "black"
+            )
+    axes.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 4 else 0)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="predicted", ylabel="true")
+    return _png(figure)
+
+
+def error_figure(errors: dict[str, int]) -> bytes:
+    """Draw the number of each kind of error as bars."""
+    figure = _figure(7, 2.8)
+    axes = figure.subplots()
+    names = [*KINDS, "missed"]
+    bars = axes.barh(names, [errors[name] for name in names], color="#c0504d")
+    axes.bar_label(bars, padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="detections, or objects for missed")
+    return _png(figure)
+
+
+def mistake_sheets(dataset: CocoDataset, outcome: Outcome, threshold: float) -> dict[str, np.ndarray | None]:
+    """Draw the worst mistakes of each kind, ground truth on the left and prediction on the right.
+
+    They are the largest missed objects, the false positives with the highest scores, and the correct detections whose
+    masks have the lowest IoU.
+    """
+    strong = [item for item in outcome.found if item.score >= threshold]
+    wrong = sorted((item for item in strong if item.kind in KINDS), key=lambda item: -item.score)
+    bad = sorted((item for item in strong if item.kind == "correct"), key=lambda item: item.iou)
+    missed = sorted(outcome.missed, key=lambda item: -item.area)
+    names = dataset.class_names
+    return {
+        "missed.jpg": _sheet(
+            dataset, outcome, threshold, [(m.index, m.segmentation, f"missed {names[m.label]}") for m in missed]
+        ),
+        "false_positives.jpg": _sheet(
+            dataset,
+            outcome,
+            threshold,
+            [(w.index, w.result["segmentation"], f"{names[w.label]} {w.score:.2f}: {w.kind}") for w in wrong],
+        ),
+        "bad_masks.jpg": _sheet(
+            dataset,
+            outcome,
+            threshold,
+            [(b.index, b.result["segmentation"], f"{names[b.label]} {b.score:.2f}: IoU {b.iou:.2f}") for b in bad],
+        ),
+    }
+
+
+def _sheet(
+    dataset: CocoDataset, outcome: Outcome, threshold: float, cases: list[tuple[int, dict[str, Any], str]]
+) -> np.ndarray | None:
+    """Draw up to EXAMPLES cases (image, mask, caption), one of each image; None if there is none."""
+    rows: list[np.ndarray] = []
+    seen: set[int] = set()
+    for index, segmentation, caption in cases:
+        if len(rows) == EXAMPLES:
+            break
+        if index in seen:
+            continue
+        seen.add(index)
+        rows.append(_example(dataset, outcome, threshold, index, segmentation, caption))
+    if not rows:
+        return None
+    columns = [rows[i::COLUMNS] for i in range(COLUMNS) if rows[i::COLUMNS]]
+    height = max(sum(row.shape[0] for row in column) for column in columns)
+    filled = [
+        np.vstack([*column, np.full((height - sum(r.shape[0] for r in column), column[0].shape[1], 3), 255, np.uint8)])
+        for column in columns
+    ]
+    return np.hstack(filled)
+
+
+def _example(
+    dataset: CocoDataset, outcome: Outcome, threshold: float, index: int, segmentation: dict[str, Any], caption: str
+) -> np.ndarray:
+    """Draw one case: the surroundings of the mask, with the ground truth, and with all predictions."""
+    sample = dataset[index]
+    image = sample.image
+    truth = [to_mask(s, *image.shape[:2]) for s in sample.segmentations]
+    strong = [item for item in outcome.found if item.index == index and item.score >= threshold]
+    masks = [rle.decode(item.result["segmentation"]).astype(bool) for item in strong]
+    names = dataset.class_names
+    left = draw_objects(image, truth, sample.boxes, [names[label] for label in sample.labels], range(len(truth)))
+    boxes = np.array([_corners(item.result["bbox"]) for item in strong]).reshape(-1, 4)
+    right = draw_objects(image, masks, boxes, [f"{names[i.label]} {i.score:.2f}" for i in strong], range(len(strong)))
+    y1, y2, x1, x2 = _surroundings(segmentation, image.shape[:2])
+    frame = _corners(rle.toBbox(segmentation)).round().astype(int)
+    tiles = []
+    for drawn in (left, right):
+        cv2.rectangle(drawn, tuple(frame[:2].tolist()), tuple(frame[2:].tolist()), (0, 0, 255), 2)
+        part = drawn[y1:y2, x1:x2]
+        scale = TILE / part.shape[1]
+        tiles.append(cv2.resize(part, (TILE, max(1, round(part.shape[0] * scale))), interpolation=cv2.INTER_AREA))
+    bar = np.full((32, 2 * TILE, 3), 255, np.uint8)
+    text = f"{caption}   (image {dataset.image_ids[index]}: truth | prediction)"
+    cv2.putText(bar, text, (4, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.pad(np.vstack([bar, np.hstack(tiles)]), ((0, 8), (0, 8), (0, 0)), constant_values=255)
+
+
+def _corners(box: Any) -> np.ndarray:
+    """x, y, width, height -> x1, y1, x2, y2."""
+    x, y, width, height = (float(value) for value in box)
+    return np.array([x, y, x + width, y + height])
+
+
+def _surroundings(segmentation: dict[str, Any], size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return y1, y2, x1, x2 of a window with the shape of the image, around a mask and about three times its size."""
+    height, width = size[:2]
+    x1, y1, x2, y2 = _corners(rle.toBbox(segmentation))
+    share = min(1.0, max(3 * (x2 - x1) / width, 3 * (y2 - y1) / height, 0.25))
+    h, w = max(1, round(share * height)), max(1, round(share * width))
+    top = int(np.clip((y1 + y2) / 2 - h / 2, 0, height - h))
+    left = int(np.clip((x1 + x2) / 2 - w / 2, 0, width - w))
+    return top, top + h, left, left + w
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child, .text td:last-child, .text th:last-child { text-align: left; }
+img { max-width: 100%; background: #fff; border-radius: 6px; padding: 6px; box-sizing: border-box; }
+.scroll { max-height: 32rem; overflow: auto; }
+.number { font-size: 1.6rem; font-weight: 600; }
+"""
+
+
+def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: dict[str, bytes]) -> str:
+    """Return the HTML page, with all images inside."""
+    box, mask = summary["bbox"], summary["segm"]
+    sizes = [[name, _percent(box[key]), _percent(mask[key])] for name, key in SIZES]
+    sizes.insert(1, ["IoU 0.5", _percent(box["AP50"]), _percent(mask["AP50"])])
+    sizes.insert(2, ["IoU 0.75", _percent(box["AP75"]), _percent(mask["AP75"])])
+    classes = [
+        [
+            name,
+            str(int(outcome.objects[names.index(name)])),
+            _percent(summary["per_class"]["bbox"].get(name, {}).get("AP")),
+        ]
+        + [_percent(row[key]) for key in ("AP", "AP50", "precision", "recall")]
+        for name, row in summary["per_class"].get("segm", {}).items()
+    ]
+    errors = [[name, str(summary["errors"][name]), text] for name, text in {**KINDS, "missed": "no detection"}.items()]
+    sections = [
+        f"<h1>{html.escape(summary['title'])}</h1>",
+        f"<p>{summary['images']} images, {summary['objects']} objects.</p>",
+        f"<p><span class=number>{_percent(mask['AP'])}</span> mask AP, "
+        f"<span class=number>{_percent(box['AP'])}</span> box AP, "
+        f"best score threshold <span class=number>{summary['best_threshold']:.2f}</span> (F1 {summary['f1']:.2f}).</p>",
+        "<h2>AP</h2>" + _table(["", "box", "mask"], sizes),
+        "<h2>Classes</h2>",
+        "<p>Precision and recall are those of masks at IoU 0.5, at the threshold with the best F1 of the class.</p>"
+        "<div class=scroll>"
+        + _table(["class", "objects", "box AP", "mask AP", "mask AP50", "precision", "recall"], classes)
+        + "</div>",
+        "<h2>Curves</h2>" + _image("curves.png", images),
+        f"<h2>Errors at the score threshold {summary['best_threshold']:.2f}</h2>"
+        f"<p>{summary['errors']['correct']} detections are correct.</p>"
+        + _table(["error", "count", "meaning"], errors, "text")
+        + _image("errors.png", images),
+        "<h2>Confusion matrix</h2>" + _image("confusion.png", images),
+    ]
+    for name, heading in (
+        ("missed.jpg", "The largest objects that were missed"),
+        ("false_positives.jpg", "The false positives with the highest scores"),
+        ("bad_masks.jpg", "The worst masks of correct detections"),
+    ):
+        if name in images:
+            sections.append(f"<h2>{heading}</h2>" + _image(name, images))
+    body = "\n".join(sections)
+    return (
+        "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>\n"
+        f"<title>{html.escape(summary['title'])}</title>\n<style>{STYLE}</style>\n{body}\n</html>\n"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or value < 0 else f"{100 * value:.1f}"
+
+
+def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return f"<table class='{kind}'><tr>{cells}</tr>{''.join(lines)}</table>"
+
+
+def _image(name: str, images: dict[str, bytes]) -> str:
+    kind = "jpeg" if name.endswith(".jpg") else "png"
+    return f"<img alt='{name}' src='data:image/{kind};base64,{base64.b64encode(images[name]).decode()}'>"

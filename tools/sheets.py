@@ -1,0 +1,96 @@
+"""Contact sheets: ground truth drawn on images, the training input of a batch, and predictions beside the truth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from config import Config
+from data.annotation import Sample, to_mask
+from data.coco import CocoDataset
+from data.image import denormalise
+from data.loader import Batch
+from evaluation.evaluator import Sizes
+from inference import Predictor
+from tools.error_analysis import KINDS, match_dataset
+from utils.draw import contact_sheet, draw_objects
+from utils.errors import UserError
+
+LARGEST_SHEET = 16  # images
+SHOWN_SCORE = 0.3  # predictions that are drawn, and that count as false positives
+
+
+def label_text(class_names: Sequence[str], label: int) -> str:
+    """Return the class name, or "" if there is only one class."""
+    return class_names[label] if len(class_names) > 1 else ""
+
+
+def draw_truth(sample: Sample, class_names: Sequence[str]) -> np.ndarray:
+    """Return a copy of the image, uint8 BGR [H, W, 3], with its ground truth drawn."""
+    height, width = sample.image.shape[:2]
+    masks = (to_mask(segmentation, height, width) for segmentation in sample.segmentations)
+    texts = [label_text(class_names, label) for label in sample.labels]
+    return draw_objects(sample.image, masks, sample.boxes, texts, range(len(texts)))
+
+
+def truth_sheet(dataset: CocoDataset, seed: int = 0) -> np.ndarray:
+    """Draw up to 16 random images with their ground truth; images without objects are used only to fill the sheet.
+
+    Returns uint8 BGR [H, W, 3]; a blank sheet if no image can be read.
+    """
+    images: list[np.ndarray] = []
+    captions: list[str] = []
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    for index in sorted(order.tolist(), key=lambda i: not dataset.annotations(i)):
+        if len(images) == LARGEST_SHEET:
+            break
+        with contextlib.suppress(UserError):  # the audit reports it
+            images.append(draw_truth(dataset[index], dataset.class_names))
+            captions.append(f"{dataset.image_ids[index]}: {dataset.image_path(index).name}")
+    return contact_sheet(images, captions)
+
+
+def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
+    """Draw up to 16 images of a batch, augmented, with the boxes and masks that the loss uses as targets."""
+    images = []
+    for planes, target in zip(batch.images[:LARGEST_SHEET], batch.targets, strict=False):
+        image = denormalise(planes.cpu().float().numpy(), config.model.mean, config.model.std)
+        side = image.shape[0]
+        masks = [
+            cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0
+            for mask in target["masks"].cpu().numpy()
+        ]
+        texts = [label_text(config.class_names, label) for label in target["labels"].tolist()]
+        images.append(draw_objects(image, masks, target["boxes"].cpu().numpy() * side, texts, range(len(texts))))
+    return contact_sheet(images, [str(image_id) for image_id in batch.image_ids[:LARGEST_SHEET]])
+
+
+def worst_images(dataset: CocoDataset, results: list[dict[str, Any]], sizes: Sizes, count: int = 6) -> list[int]:
+    """Return the indices of the images with the most errors (missed objects and false positives), worst first."""
+    outcome = match_dataset(dataset, results, sizes, SHOWN_SCORE)
+    errors = Counter(item.index for item in outcome.found if item.kind in KINDS)
+    errors.update(item.index for item in outcome.missed)
+    others = [index for index in range(len(dataset)) if index not in errors]
+    return [*(index for index, _ in errors.most_common(count)), *others][:count]
+
+
+def comparison_sheet(
+    predictor: Predictor, dataset: CocoDataset, indices: Sequence[int], score: float = SHOWN_SCORE
+) -> np.ndarray:
+    """Draw images in pairs: with the ground truth, and with predictions that score at least `score`."""
+    images, captions = [], []
+    for index in indices:
+        try:
+            sample = dataset[index]
+        except UserError:
+            continue  # the evaluation reports it
+        found = predictor(sample.image)
+        found = found[found.scores >= score]
+        images += [draw_truth(sample, dataset.class_names), found.draw(sample.image)]
+        captions += [f"{dataset.image_ids[index]}: truth", f"{len(found)} predicted"]
+    return contact_sheet(images, captions, side=540)

@@ -345,100 +345,47 @@ def _derive(config: Config, name: str, **overrides: Any) -> Config:
     return override(replace(config, name=name), **overrides)
 
 
+# fmt: off
 _RESNET50 = _derive(_BASE, "yolact_resnet50", backbone="resnet50")
 _PLUS: dict[str, Any] = {
-    "mask_iou": True,
-    "square_anchors": False,
+    "mask_iou": True, "square_anchors": False,
     "anchor_sizes": tuple(tuple(side * 2 ** (j / 3) for j in range(3)) for side in (24, 48, 96, 192, 384)),
 }
 _MMDET = _derive(
-    _RESNET50,
-    "yolact_r50",
-    resize_uint8=True,
-    fpn_relu=False,
-    p6_from_c5=True,
-    square_anchors=False,
+    _RESNET50, "yolact_r50", resize_uint8=True, fpn_relu=False, p6_from_c5=True, square_anchors=False,
     aspect_ratios=(2, 1, 1 / 2),  # MMDetection's (0.5, 1, 2) are height / width; the order decides the anchors' order
-    pre_nms_top_k=1000,
-    clip_boxes=True,
-    strict_threshold=True,
-    crowd_iou=1.0,
-    min_box_size=4.0,
-    max_iter=0,
-    epochs=55,
-    lr_steps=(20, 42, 49, 52),
+    pre_nms_top_k=1000, clip_boxes=True, strict_threshold=True, crowd_iou=1.0, min_box_size=4.0,
+    max_iter=0, epochs=55, lr_steps=(20, 42, 49, 52),
 )
-
-CONFIGS: dict[str, Config] = {
-    config.name: config
-    for config in (
-        _MMDET,
-        _derive(_MMDET, "yolact_r50_8xb8", batch_size=64, lr=8e-3, warmup_iters=1000, clip_grad=35.0),
-        _derive(_MMDET, "yolact_r101", backbone="resnet101"),
-        _BASE,
-        _RESNET50,
-        _derive(_BASE, "yolact_darknet53", backbone="darknet53", mean=(0, 0, 0), std=(255, 255, 255)),
-        _derive(_BASE, "yolact_im400", max_size=400, anchor_sizes=((17,), (34,), (69,), (139,), (279,))),
-        _derive(
-            _BASE, "yolact_im700", max_size=700, anchor_sizes=((30,), (61,), (122,), (244,), (488,)), masks_to_train=300
-        ),
-        _derive(
-            _RESNET50,
-            "yolact_resnet50_pascal",
-            class_names=PASCAL_CLASSES,
-            category_ids=PASCAL_IDS,
-            anchor_sizes=((32,), (64,), (128,), (256,), (512,)),
-            square_anchors=False,
-            max_iter=120_000,
-            lr_steps=(60_000, 100_000),
-        ),
-        _derive(_BASE, "yolact_plus_base", dcn_interval=3, **_PLUS),
-        _derive(_RESNET50, "yolact_plus_resnet50", dcn_interval=1, **_PLUS),
-        _derive(
-            _BASE,
-            "yolact_lite",
-            max_size=640,
-            preserve_aspect_ratio=True,
-            mean=(127, 127, 127),
-            std=(128, 128, 128),
-            resize_uint8=True,
-            backbone="efficientnet_lite0",
-            fpn_channels=96,
-            proto_channels=64,
-            anchor_sizes=geometric_sizes(512),
-            aspect_ratios=(1, 0.5),
-            square_anchors=False,
-            even_anchors=False,
-            nms="cluster",
-            nms_top_k=1000,  # ATSS trains several anchors for each object, so 200 do not reach the small objects
-            box_voting=True,
-            mask_threshold=0.35,
-            crop_after_resize=True,
-            maskness=True,
-            assigner="atss",
-            masks_to_train=80,
-            mask_supersample=2,
-            optimizer="adamw",
-            lr=7e-4,
-            weight_decay=0.05,
-            max_iter=0,
-            epochs=30,
-            lr_schedule="cosine",
-            lr_end=0.2,
-            lr_steps=(),
-            warmup_iters=100,
-            clip_grad=10.0,
-            freeze_stages=4,
-            ema=0.9995,
-            train_scale=0.8,
-            fit_anchors=True,
-            augment_expand=1.25,
-            crop_min_side=0.4,
-            copy_paste=0.5,
-            min_box_size=4.0,
-        ),
-    )
-}
+_LITE = _derive(
+    _BASE, "yolact_lite", max_size=640, preserve_aspect_ratio=True, resize_uint8=True,
+    mean=(127, 127, 127), std=(128, 128, 128), backbone="efficientnet_lite0", fpn_channels=96, proto_channels=64,
+    anchor_sizes=geometric_sizes(512), aspect_ratios=(1, 0.5), square_anchors=False, even_anchors=False,
+    nms="cluster", box_voting=True, mask_threshold=0.35, crop_after_resize=True, maskness=True,
+    nms_top_k=1000,  # ATSS trains several anchors for each object, so 200 do not reach the small objects
+    assigner="atss", masks_to_train=80, mask_supersample=2,
+    optimizer="adamw", lr=7e-4, weight_decay=0.05, clip_grad=10.0, warmup_iters=100, max_iter=0, epochs=30,
+    lr_schedule="cosine", lr_end=0.2, lr_steps=(), freeze_stages=4, ema=0.9995, train_scale=0.8, fit_anchors=True,
+    augment_expand=1.25, crop_min_side=0.4, copy_paste=0.5, min_box_size=4.0,
+)
+CONFIGS: dict[str, Config] = {config.name: config for config in (
+    _MMDET,
+    _derive(_MMDET, "yolact_r50_8xb8", batch_size=64, lr=8e-3, warmup_iters=1000, clip_grad=35.0),
+    _derive(_MMDET, "yolact_r101", backbone="resnet101"),
+    _BASE,
+    _RESNET50,
+    _derive(_BASE, "yolact_darknet53", backbone="darknet53", mean=(0, 0, 0), std=(255, 255, 255)),
+    _derive(_BASE, "yolact_im400", max_size=400, anchor_sizes=((17,), (34,), (69,), (139,), (279,))),
+    _derive(_BASE, "yolact_im700", max_size=700, anchor_sizes=((30,), (61,), (122,), (244,), (488,)),
+            masks_to_train=300),
+    _derive(_RESNET50, "yolact_resnet50_pascal", class_names=PASCAL_CLASSES, category_ids=PASCAL_IDS,
+            anchor_sizes=((32,), (64,), (128,), (256,), (512,)), square_anchors=False, max_iter=120_000,
+            lr_steps=(60_000, 100_000)),
+    _derive(_BASE, "yolact_plus_base", dcn_interval=3, **_PLUS),
+    _derive(_RESNET50, "yolact_plus_resnet50", dcn_interval=1, **_PLUS),
+    _LITE,
+)}
+# fmt: on
 
 # Other published names of these configurations, without dates, iterations and checksums.
 ALIASES = {

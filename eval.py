@@ -25,8 +25,6 @@ from data.image import MAX_PIXELS, read_image
 from evaluation import evaluate
 from evaluation.evaluator import Segmenter, per_class_table, predict_dataset, write_coco_results
 from inference import Predictor
-from inference.images import find_images
-from inference.outputs import KINDS, merged_coco, parse_kinds, write_results
 from inference.runtime import ExportedNetwork, is_exported
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
@@ -79,7 +77,11 @@ def build_parser() -> ArgumentParser:
     task("--benchmark", action="store_true", help="measure the time of each stage")
     out = parser.add_argument_group("output").add_argument
     out("--output", type=Path, help="a folder, an image file for a single image, or a JSON file for AP and benchmark")
-    out("--save", default="overlay,json", help=f"comma-separated, from {','.join(KINDS)} (default: %(default)s)")
+    out(
+        "--save",
+        default="overlay,json",
+        help="comma-separated: overlay,json,masks,polygons,prototypes,cutout,blur (default: %(default)s)",
+    )
     out("--track", action="store_true", help="number the objects of --video across its frames, with ByteTrack")
     out("--report", type=Path, help="folder for a page with curves, errors and the worst mistakes (for --annotations)")
     out("--store_threshold", action="store_true", help="with --report, store the best score threshold in --weights")
@@ -108,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if task == "--image/--images":
         return segment_images(args)
     if task == "--video":
+        from tools.outputs import parse_kinds
         from tools.video import segment_video
 
         predictor = build_predictor(args)
@@ -127,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def segment_images(args: argparse.Namespace) -> int:
     """Segment all images of --image and --images; return 1 if some could not be read."""
+    from tools.images import find_images
+    from tools.outputs import merged_coco, parse_kinds, write_results
+
     kinds = parse_kinds(args.save)
     if args.tile and "prototypes" in kinds:
         raise UserError("--save prototypes: each tile has its own; leave out --tile")
@@ -148,10 +154,6 @@ def segment_images(args: argparse.Namespace) -> int:
             detections = predictor(image)
             origin = {"image_id": number + 1, "file_name": str(source.path)}
             written = write_results(image, detections, source.output, kinds, origin, source.suffix)
-            if "prototypes" in kinds:
-                from tools.prototypes import write_prototypes
-
-                written.append(write_prototypes(image, detections, source.output))
             if merged is not None:
                 merged.add(number + 1, source.path, detections)
             tqdm.write(f"{source.path}: {len(detections)} detections -> {', '.join(map(str, written))}")

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from benchmarks.stages import device_name
 from data.image import read_image
 from inference import Detections, Predictor
-from inference.images import find_images
 from layers.boxes import box_iou
+from tools.images import find_images
 from utils.device import configure_process
 from utils.errors import run_main
 from weights import load_model

@@ -244,12 +244,6 @@ def _shift(values: Tensor, bits: int) -> Tensor:
     return torch.div(values, 2**bits, rounding_mode="floor")
 
 
-def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Undo `normalise` for display: RGB float [3, H, W] -> uint8 BGR [H, W, 3]."""
-    pixels = planes * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
-    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0))
-
-
 def write_image(path: Path, image: np.ndarray, mark: bool = True) -> None:
     """Write a BGR image in the format of the path's suffix; with `mark`, JPEG and PNG files get the comment MARK.
 

@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import Config
-from data.augment import Augment, Augmented
+from data.augment import Augment, Augmented, copy_paste
 from data.coco import CocoDataset
-from data.copy_paste import copy_paste
 from layers.structures import Target
 from utils.distributed import Ranks, one_process
 from utils.errors import UserError

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -14,6 +16,7 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from config import DetectionConfig
+from data.image import write_image
 from inference.polygons import POLYGON_TOLERANCE, polygon_iou, rings
 from layers.masks import MASK_BUDGET, assemble_masks
 from utils.draw import draw_objects
@@ -21,9 +24,12 @@ from utils.errors import require
 
 TOOLS = "requirements-tools.txt"  # the optional packages of this module
 BLUR_CELLS = 8  # an instance is blurred to at most this many independent values along its longer side
+# The fields with one entry per detection.
+PER_DETECTION = ("boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes", "track_ids")
+Index = int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Detections:
     """The detections of one image, best first. Indexing with an integer, slice, list or mask returns a subset.
 
@@ -32,8 +38,8 @@ class Detections:
     """
 
     boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels, clipped to the image
-    scores: Tensor  # [N] 0..1
-    mask_scores: Tensor  # [N] the same, or re-scored by the mask's quality (YOLACT++, maskness)
+    scores: Tensor  # [N] of the class, 0..1
+    mask_scores: Tensor  # [N] the same, or re-scored by the mask's quality (YOLACT++, maskness); ranks the detections
     labels: Tensor  # [N] 0..C-1
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
@@ -47,13 +53,24 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, index: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]) -> Detections:
-        index = self._selection(index)
-        names = ["boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes"]
-        names += ["track_ids"] if self.track_ids is not None else []
-        return replace(self, **{name: getattr(self, name)[index] for name in names})
+    def __repr__(self) -> str:
+        """Return for example "Detections(3: 2 person, 1 dog; 640x480)"."""
+        names = Counter(self.class_names[label] for label in self.labels.tolist())
+        counts = ": " + ", ".join(f"{count} {name}" for name, count in names.most_common()) if names else ""
+        return f"Detections({len(self)}{counts}; {self.size[1]}x{self.size[0]})"
 
-    def _selection(self, index: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]) -> slice | Tensor:
+    def __getitem__(self, index: Index) -> Detections:
+        chosen = self._selection(index)
+        return self._map(PER_DETECTION, lambda value: value[chosen])
+
+    def cpu(self) -> Detections:
+        """Return the detections with all tensors on the CPU."""
+        return self._map((*PER_DETECTION, "prototypes"), Tensor.cpu)
+
+    def _map(self, names: Sequence[str], function: Any) -> Detections:
+        return replace(self, **{name: function(value) for name in names if (value := getattr(self, name)) is not None})
+
+    def _selection(self, index: Index) -> slice | Tensor:
         """Return the index as a slice or a tensor of one dimension. Raises IndexError for an integer out of range."""
         if isinstance(index, slice):
             return index
@@ -83,6 +100,30 @@ class Detections:
         prototypes, coefficients = self.prototypes.detach(), self.coefficients.detach()
         return assemble_masks(prototypes, coefficients, self.relative_boxes, self.size, self.config, budget)
 
+    def draw(self, image: np.ndarray, alpha: float = 0.45) -> np.ndarray:
+        """Draw masks, boxes, class names and scores on a copy of `image`, uint8 BGR [H, W, 3].
+
+        `alpha` is the opacity of the masks, 0..1. Raises ValueError if the image is not of the detections' size.
+        """
+        self._check_size(image)
+        named = zip(self.labels.tolist(), self.mask_scores.tolist(), strict=True)
+        texts = [f"{self.class_names[label]} {score:.2f}" for label, score in named]
+        colors = list(range(len(self)))
+        if self.track_ids is not None:
+            for i, number in enumerate(self.track_ids.tolist()):
+                if number >= 0:  # a track keeps its colour
+                    colors[i], texts[i] = number, f"#{number} {texts[i]}"
+        worst_first = list(range(len(self)))[::-1]  # the best detection is drawn last, on top
+        boxes = self.boxes.cpu().numpy()[worst_first]
+        return draw_objects(image, self[worst_first].iter_masks(), boxes, texts[::-1], colors[::-1], alpha)
+
+    def save(self, path: str | Path, image: np.ndarray) -> None:
+        """Draw the detections on their image, uint8 BGR [H, W, 3], and write it in the format of the path's suffix.
+
+        Raises UserError if the file cannot be written, and ValueError if the image is not of the detections' size.
+        """
+        write_image(Path(path), self.draw(image))
+
     def encode_masks(self) -> list[dict[str, Any]]:
         """Return each mask as a COCO run-length encoding, {"size": [H, W], "counts": text}."""
         encoded = []
@@ -93,23 +134,24 @@ class Detections:
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO results, one dictionary per detection. "bbox" is (x, y, width, height), "segmentation" an RLE."""
-        boxes, scores, mask_scores = self.boxes.tolist(), self.scores.tolist(), self.mask_scores.tolist()
-        results = []
-        for i, (label, segmentation) in enumerate(zip(self.labels.tolist(), self.encode_masks(), strict=True)):
-            x1, y1, x2, y2 = boxes[i]
-            results.append(
-                {
-                    "image_id": image_id,
-                    **self._track(i),
-                    "category_id": self.category_ids[label],
-                    "category_name": self.class_names[label],
-                    "score": scores[i],
-                    "mask_score": mask_scores[i],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "segmentation": segmentation,
-                }
-            )
-        return results
+        return [
+            {
+                "image_id": image_id if isinstance(image_id, str) else int(image_id),
+                **self._track(i),
+                "category_id": self.category_ids[label],
+                "category_name": self.class_names[label],
+                "score": score,
+                "mask_score": mask_score,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "segmentation": segmentation,
+            }
+            for i, (label, score, mask_score, (x1, y1, x2, y2), segmentation) in enumerate(self._rows())
+        ]
+
+    def _rows(self) -> Iterator[tuple[int, float, float, list[float], dict[str, Any]]]:
+        """Yield the label, score, mask score, box and encoded mask of each detection."""
+        fields = (self.labels, self.scores, self.mask_scores, self.boxes)
+        yield from zip(*(value.tolist() for value in fields), self.encode_masks(), strict=True)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return one flat dictionary per detection, with the mask's area and centroid in pixels.
@@ -163,24 +205,17 @@ class Detections:
             tolerance: by how many pixels a polygon may deviate from the outline of its mask.
         """
         shapes = []
-        labels, scores = self.labels.tolist(), self.scores.tolist()
+        labels, scores = self.labels.tolist(), self.mask_scores.tolist()
         for index, mask in enumerate(self.iter_masks()):
             found = rings(mask, tolerance)
-            iou = polygon_iou(mask, found)
+            quality = f"score {scores[index]:.4f}, IoU with the mask {polygon_iou(mask, found):.3f}"
+            common = {"label": self.class_names[labels[index]], "group_id": index + 1, "shape_type": "polygon"}
             for points, hole in found:
-                shapes.append(
-                    {
-                        "label": self.class_names[labels[index]],
-                        "points": points.astype(float).tolist(),
-                        "group_id": index + 1,
-                        "shape_type": "polygon",
-                        "flags": {"hole": bool(hole)},
-                        "description": f"score {scores[index]:.4f}, IoU with the mask {iou:.3f}",
-                    }
-                )
+                shape = {"points": points.astype(float).tolist(), "flags": {"hole": bool(hole)}}
+                shapes.append(common | shape | {"description": quality})
         height, width = self.size
-        common: dict[str, Any] = {"version": "5.0.1", "flags": {}, "imagePath": image_path, "imageData": None}
-        return common | {"shapes": shapes, "imageHeight": height, "imageWidth": width}
+        header: dict[str, Any] = {"version": "5.0.1", "flags": {}, "imagePath": image_path, "imageData": None}
+        return header | {"shapes": shapes, "imageHeight": height, "imageWidth": width}
 
     def crops(self, image: np.ndarray) -> list[np.ndarray]:
         """Cut out each instance of `image`, uint8 BGR [H, W, 3], best first.
@@ -194,8 +229,7 @@ class Detections:
         self._check_size(image)
         found = []
         for mask in self.iter_masks():
-            ys, xs = np.nonzero(mask)
-            window = np.s_[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] if len(xs) else np.s_[:0, :0]
+            window = _window(mask)
             alpha = mask[window][..., None].astype(np.uint8) * 255
             found.append(np.concatenate((image[window], alpha), axis=2))
         return found
@@ -209,16 +243,14 @@ class Detections:
         self._check_size(image)
         out = image.copy()
         for mask in self.iter_masks():
-            ys, xs = np.nonzero(mask)
-            if not len(xs):
-                continue
-            window = np.s_[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+            window = _window(mask)
             part = image[window]
-            scale = min(1, BLUR_CELLS / max(part.shape[:2]))
-            size = max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale))
-            small = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
-            smooth = cv2.resize(small, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-            out[window] = np.where(mask[window][..., None], smooth, out[window])
+            if part.size:
+                scale = min(1, BLUR_CELLS / max(part.shape[:2]))
+                size = max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale))
+                small = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
+                smooth = cv2.resize(small, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+                out[window] = np.where(mask[window][..., None], smooth, out[window])
         return out
 
     def _track(self, i: int) -> dict[str, int]:
@@ -230,21 +262,10 @@ class Detections:
         if image.shape[:2] != tuple(self.size):
             raise ValueError(f"the detections are of an image of {self.size}, not {image.shape[:2]}")
 
-    def draw(self, image: np.ndarray, alpha: float = 0.45) -> np.ndarray:
-        """Draw masks, boxes, class names and scores on a copy of `image`, uint8 BGR [H, W, 3].
 
-        `alpha` is the opacity of the masks, 0..1. Raises ValueError if the image is not of the detections' size.
-        """
-        self._check_size(image)
-        texts = [
-            f"{self.class_names[label]} {score:.2f}"
-            for label, score in zip(self.labels.tolist(), self.mask_scores.tolist(), strict=True)
-        ]
-        colors = list(range(len(self)))
-        if self.track_ids is not None:
-            numbers = self.track_ids.tolist()
-            colors = [number if number >= 0 else i for i, number in enumerate(numbers)]  # a track keeps its colour
-            texts = [f"#{number} {text}" * (number >= 0) or text for number, text in zip(numbers, texts, strict=True)]
-        worst_first = list(range(len(self)))[::-1]  # the best detection is drawn last, on top
-        boxes = self.boxes.cpu().numpy()[worst_first]
-        return draw_objects(image, self[worst_first].iter_masks(), boxes, texts[::-1], colors[::-1], alpha)
+def _window(mask: np.ndarray) -> tuple[slice, slice]:
+    """Return the smallest window that contains all pixels of a bool mask [H, W]; an empty one for an empty mask."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return slice(0), slice(0)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

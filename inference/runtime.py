@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from config import Config, from_dict
 from inference.optimize import Backend
 from layers.anchors import make_anchors
 from layers.structures import Predictions
-from utils.device import PRECISIONS, choose_precision
+from utils.device import choose_precision
 from utils.errors import UserError, require
 
 SUFFIXES = (".onnx", ".xml")
@@ -37,18 +37,6 @@ VERSION = 1  # of the description
 Call = Callable[..., list[np.ndarray]]  # arrays in, arrays out
 
 
-class Runtime(Protocol):
-    """A file opened by ONNX Runtime or OpenVINO."""
-
-    def description(self) -> str:
-        """Return the JSON text stored under METADATA, or "" if there is none."""
-        ...
-
-    def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
-        """Compile the subgraph from `inputs` to `outputs`, or the whole graph if both are empty."""
-        ...
-
-
 class OnnxRuntime:
     """An ONNX file run on the CPU, in the precision of its graph."""
 
@@ -61,30 +49,28 @@ class OnnxRuntime:
             onnx.checker.check_model(self.model)
 
     def description(self) -> str:
+        """Return the JSON text stored under METADATA, or "" if there is none."""
         return next((entry.value for entry in self.model.metadata_props if entry.key == METADATA), "")
 
     def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
+        """Compile the subgraph from `inputs` to `outputs`, or the whole graph if both are empty."""
         import onnx.utils
         import onnxruntime
 
         if precision == "bf16":
             raise UserError(f"{self.path}: ONNX Runtime computes in float32 on a CPU; bf16 needs an OpenVINO export")
-        model = self.model
-        if inputs:
-            model = onnx.utils.Extractor(model).extract_model(list(inputs), list(outputs))
+        model = onnx.utils.Extractor(self.model).extract_model(list(inputs), list(outputs)) if inputs else self.model
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only
         with _unreadable(self.path, "a model for ONNX Runtime"):
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
         return lambda *arrays: session.run(list(outputs) or None, dict(zip(names, arrays, strict=True)))
 
 
 class OpenVino:
-    """An OpenVINO IR file, .xml with its .bin, on the CPU."""
+    """An OpenVINO IR file, .xml with its .bin, on the CPU. The methods are those of `OnnxRuntime`."""
 
     def __init__(self, path: Path):
         with require("openvino", install=EXTRA):
@@ -100,13 +86,13 @@ class OpenVino:
         return str(self.model.get_rt_info([METADATA]).value) if self.model.has_rt_info([METADATA]) else ""
 
     def start(self, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Call:
-        model = self._part(inputs, outputs) if inputs else self.model
         hints = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         }
         with _unreadable(self.path, "a model for OpenVINO"):
+            model = self._part(inputs, outputs) if inputs else self.model
             request = self.core.compile_model(model, "CPU", hints).create_infer_request()
 
         def call(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -124,13 +110,10 @@ class OpenVino:
         model = self.model.clone()
         values = {name: port for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
         parameters = []
-        for name in inputs:
-            port = values[name]
-            shape = port.get_partial_shape()
-            parameter = opset13.parameter(shape, port.get_element_type())
+        for port in (values[name] for name in inputs):
+            parameters.append(opset13.parameter(port.get_partial_shape(), port.get_element_type()))
             for target in port.get_target_inputs():
-                target.replace_source_output(parameter.output(0))
-            parameters.append(parameter)
+                target.replace_source_output(parameters[-1].output(0))
         return openvino.Model([values[name] for name in outputs], parameters)
 
 
@@ -148,72 +131,54 @@ class ExportedNetwork:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
-        self.runtime: Runtime = OnnxRuntime(self.path) if self.path.suffix == ".onnx" else OpenVino(self.path)
+        self.runtime = OnnxRuntime(self.path) if self.path.suffix == ".onnx" else OpenVino(self.path)
         description = _read_description(self.runtime.description(), self.path)
         self.config: Config = from_dict(description["config"])
         self.size: tuple[int, int] = (description["size"][0], description["size"][1])
         self.precision: str = description["precision"]  # of the weights in the file: fp32, fp16 or int8
         self.raw: bool = description["raw"]
 
-    def start(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Predictions]:
-        """Compile the network; return it as a function from [B, 3, h, w] normalised RGB to Predictions.
-
-        Raises UserError for an unknown precision, for "fp16", and for "bf16" with ONNX Runtime.
-        """
-        run = self.runtime.start((NORMALISED,), RAW, self.computed_in(precision))
-
-        def network(images: Tensor) -> Predictions:
-            boxes, logits, coefficients, prototypes = map(torch.from_numpy, run(images.contiguous().numpy()))
-            return Predictions(boxes, logits, coefficients, prototypes, semantic=None)
-
-        return network
-
-    def start_mask_iou(self, precision: str | torch.dtype = "auto") -> Callable[[Tensor], Tensor]:
-        """Compile the mask re-scoring network, which maps soft masks [N, h, w] to IoUs [N, C].
-
-        Raises UserError for a raw export, which lacks it.
-        """
-        if self.raw:
-            raise UserError(f"{self.path}: a raw export lacks the mask re-scoring network; export without --raw")
-        run = self.runtime.start((SOFT_MASKS,), (MASK_IOUS,), self.computed_in(precision))
-        return lambda masks: torch.from_numpy(run(masks.contiguous().numpy())[0])
+    def __reduce__(self) -> Any:
+        """Pickle the path: a process that unpickles opens the file again."""
+        return ExportedNetwork, (self.path,)
 
     def start_graph(self, precision: str | torch.dtype = "auto") -> Call:
         """Compile the whole graph, from IMAGE to detections, as a program outside this project would use it."""
         return self.runtime.start((), (), self.computed_in(precision))
 
     def computed_in(self, precision: str | torch.dtype) -> str:
-        """Return the precision of floating-point operations, "fp32" or "bf16", for the requested `precision`."""
+        """Return the precision of floating-point operations, "fp32" or "bf16", for the requested `precision`.
+
+        Raises UserError for any other, and for "bf16" with ONNX Runtime.
+        """
         if precision == "auto" and isinstance(self.runtime, OnnxRuntime):
             return "fp32"  # ONNX exports are float32
         dtype = choose_precision(precision, torch.device("cpu"))
         if dtype == torch.float16:
             raise UserError("precision fp16 is for GPUs; on a CPU use bf16 or fp32")
-
-        return next(name for name, value in PRECISIONS.items() if value == dtype)
+        return "bf16" if dtype == torch.bfloat16 else "fp32"
 
     def anchors(self, height: int, width: int) -> Tensor:
         """See `Yolact.anchors`."""
         return make_anchors(height, width, self.config.model)
 
-    def __reduce__(self) -> Any:
-        """Pickle the path: a process that unpickles opens the file again."""
-        return ExportedNetwork, (self.path,)
 
+class Part:
+    """A part of an exported graph as a function of tensors. It is compiled again when it is unpickled."""
 
-class Lazy:
-    """A function of an exported network that is compiled on its first call, so that it can be pickled before."""
-
-    def __init__(self, start: Callable[[str | torch.dtype], Callable[[Tensor], Any]], precision: str | torch.dtype):
-        self.start, self.precision = start, precision
-        self.run: Callable[[Tensor], Any] | None = None
+    def __init__(self, network: ExportedNetwork, inputs: Sequence[str], outputs: Sequence[str], precision: str):
+        self.arguments = network, inputs, outputs, precision
+        self.run = network.runtime.start(inputs, outputs, precision)
 
     def __call__(self, value: Tensor) -> Any:
-        self.run = self.run or self.start(self.precision)
-        return self.run(value)
+        results = [torch.from_numpy(array) for array in self.run(value.contiguous().numpy())]
+        if len(results) == 1:
+            return results[0]
+        boxes, logits, coefficients, prototypes = results
+        return Predictions(boxes, logits, coefficients, prototypes, semantic=None)
 
     def __reduce__(self) -> Any:
-        return Lazy, (self.start, self.precision)
+        return Part, self.arguments
 
 
 def exported_backend(
@@ -225,11 +190,13 @@ def exported_backend(
     if size is not None and ((size, size) if isinstance(size, int) else tuple(size)) != model.size:
         height, width = model.size
         raise UserError(f"{model.path}: it was exported for {height}x{width}; export it again with another --size")
-    network = Lazy(model.start, precision)
-    network.run = model.start(precision)  # now, so that an error is reported here
-    mask_iou = Lazy(model.start_mask_iou, precision) if model.config.model.mask_iou else None
-    if mask_iou is not None:
-        mask_iou.run = model.start_mask_iou(precision)
+    computed_in = model.computed_in(precision)
+    mask_iou = None
+    if model.config.model.mask_iou:
+        if model.raw:
+            raise UserError(f"{model.path}: a raw export lacks the mask re-scoring network; export without --raw")
+        mask_iou = Part(model, (SOFT_MASKS,), (MASK_IOUS,), computed_in)
+    network = Part(model, (NORMALISED,), RAW, computed_in)
     return Backend(network, mask_iou, model.anchors, model.size, torch.device("cpu"), torch.float32)
 
 

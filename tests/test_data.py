@@ -13,11 +13,11 @@ from pycocotools import mask as rle
 
 from config import get_config, override
 from data.annotation import normalise_segmentation, to_rle
-from data.augment import Augment, Distortion, Window, draw_mask, sample_crop
+from data.augment import Augment, Distortion, Window, copy_paste, draw_mask, sample_crop
 from data.coco import CocoDataset, PackedList
-from data.copy_paste import copy_paste
-from data.image import denormalise, read_image
+from data.image import read_image
 from data.loader import EndlessShuffle, TrainingLoader, TrainingSet
+from tools.sheets import denormalise
 from utils.errors import UserError
 
 

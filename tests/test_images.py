@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import random_image
 
-from data.image import denormalise, normalise, read_image, write_image
-from inference.images import find_images, split_output
+from data.image import normalise, read_image, write_image
+from tools.images import find_images, split_output
+from tools.sheets import denormalise
 from utils.errors import UserError
 
 

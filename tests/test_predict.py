@@ -20,11 +20,11 @@ from config import get_config, override
 from data.coco import CocoDataset
 from data.image import input_size
 from inference import Detections, Predictor
-from inference.outputs import instance_map
 from inference.polygons import polygon_iou, rings
 from layers.masks import soft_masks
 from layers.nms import NMS
 from layers.structures import Selected
+from tools.outputs import instance_map
 from tools.prototypes import prototype_sheet
 from utils.errors import UserError
 from weights import load_model
@@ -279,7 +279,7 @@ def test_unknown_options_offer_the_nearest(weights):
         match="unknown option 'score_treshold', not a field of DetectionConfig, did you mean 'score_threshold'",
     ):
         Predictor.from_weights(weights, device="cpu", score_treshold=0.3)
-    assert Predictor.from_weights(weights, device="cpu", size=64).backend.size == (64, 64)
+    assert Predictor.from_weights(weights, device="cpu", size=(64, 64)).backend.size == (64, 64)
     assert Predictor.from_weights(weights, device=torch.device("cpu"), precision=torch.float32).dtype == torch.float32
 
 
@@ -465,7 +465,7 @@ MEASURE = """
 import resource, sys, numpy as np, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from inference.outputs import Save, write_results
+from tools.outputs import Save, write_results
 from inference import Detections
 
 def detections(size, count):

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import torch
 
-from data.image import write_image
 from inference.detections import Detections
 from layers.masks import mask_logits
 from utils.draw import color_of
 
 COLUMNS = 11  # tiles in a row of the sheet: three rows for the image and 32 prototypes
-
-
-def write_prototypes(image: np.ndarray, detections: Detections, output: Path) -> Path:
-    """Write the sheet of an image, uint8 BGR [H, W, 3], beside its other results; return its path."""
-    path = output.with_name(output.name + ".prototypes.png")
-    write_image(path, prototype_sheet(detections, image))
-    return path
 
 
 def prototype_sheet(detections: Detections, image: np.ndarray, height: int = 138, best: int = 4) -> np.ndarray:

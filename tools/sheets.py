@@ -13,12 +13,11 @@ import numpy as np
 from config import Config
 from data.annotation import Sample, to_mask
 from data.coco import CocoDataset
-from data.image import denormalise
 from data.loader import Batch
 from evaluation.evaluator import Sizes
 from inference import Predictor
 from tools.error_analysis import KINDS, match_dataset
-from utils.draw import contact_sheet, draw_objects
+from utils.draw import draw_objects
 from utils.errors import UserError
 
 LARGEST_SHEET = 16  # images
@@ -94,3 +93,34 @@ def comparison_sheet(
         images += [draw_truth(sample, dataset.class_names), found.draw(sample.image)]
         captions += [f"{dataset.image_ids[index]}: truth", f"{len(found)} predicted"]
     return contact_sheet(images, captions, side=540)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], captions: Sequence[str], side: int = 360, columns: int = 4
+) -> np.ndarray:
+    """Arrange images of any size in a grid, uint8 BGR [H, W, 3].
+
+    Each image is scaled to fit a square of `side` pixels below its caption. Without images, the sheet is white.
+    """
+    if not images:
+        images, captions = [np.full((side, side, 3), 255, np.uint8)], ["no readable images"]
+    tiles = []
+    for image, caption in zip(images, captions, strict=True):
+        tile = np.full((side + 22, side, 3), 255, np.uint8)
+        scale = (side - 4) / max(image.shape[:2])
+        height, width = (max(1, round(v * scale)) for v in image.shape[:2])
+        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        x, y = (side - width) // 2, 20 + (side - height) // 2
+        tile[y : y + height, x : x + width] = small
+        cv2.putText(tile, caption[:48], (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        tiles.append(tile)
+    columns = min(columns, len(tiles))
+    blank = np.full_like(tiles[0], 255)
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    return np.vstack([np.hstack(row + [blank] * (columns - len(row))) for row in rows])
+
+
+def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Undo `normalise` for display: RGB float [3, H, W] -> uint8 BGR [H, W, 3]."""
+    pixels = planes * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
+    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0))

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from data.image import write_image
 from inference.detections import Detections
-from inference.images import split_output
-from inference.outputs import write_results
 from tools.encoder import H264, MPEG4, Encoder, H264Encoder, Mpeg4Encoder, has_h264
-from tools.prototypes import write_prototypes
+from tools.images import split_output
+from tools.outputs import write_results
 from tools.track import Tracker
 from utils.errors import UserError
 from utils.files import atomic_write, write_error
@@ -175,8 +174,6 @@ class VideoWriter:
                 origin["file_name"] = str(path.with_suffix(".frame.jpg"))
                 write_image(path.with_suffix(".frame.jpg"), frame, mark=False)
             write_results(frame, detections, path, self.per_frame, origin, ".jpg")
-            if "prototypes" in self.per_frame:
-                write_prototypes(frame, detections, path)
         self.report.latencies.append(time.perf_counter() - read_at)
 
     def _open(self, path: Path, frame: np.ndarray) -> Encoder:

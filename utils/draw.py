@@ -126,28 +126,3 @@ def _free_place(
 
 def _overlap(a: Place, b: Place) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def contact_sheet(
-    images: Sequence[np.ndarray], captions: Sequence[str], side: int = 360, columns: int = 4
-) -> np.ndarray:
-    """Arrange images of any size in a grid, uint8 BGR [H, W, 3].
-
-    Each image is scaled to fit a square of `side` pixels below its caption. Without images, the sheet is white.
-    """
-    if not images:
-        images, captions = [np.full((side, side, 3), 255, np.uint8)], ["no readable images"]
-    tiles = []
-    for image, caption in zip(images, captions, strict=True):
-        tile = np.full((side + 22, side, 3), 255, np.uint8)
-        scale = (side - 4) / max(image.shape[:2])
-        height, width = (max(1, round(v * scale)) for v in image.shape[:2])
-        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        x, y = (side - width) // 2, 20 + (side - height) // 2
-        tile[y : y + height, x : x + width] = small
-        cv2.putText(tile, caption[:48], (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        tiles.append(tile)
-    columns = min(columns, len(tiles))
-    blank = np.full_like(tiles[0], 255)
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    return np.vstack([np.hstack(row + [blank] * (columns - len(row))) for row in rows])

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import re
 import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ from weights.convert import is_yolact
 WEIGHTS_DIR = Path(__file__).resolve().parent
 BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
 
-MIN_RATE = 1000  # bytes per second; a slower download is aborted, by default after a minute
+MIN_RATE = 1000  # bytes per second; a slower download is aborted
 
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/yolact/"
 _AUTHORS = "https://huggingface.co/dbolya/"
@@ -78,7 +76,12 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     Raises UserError if there is no such file or name, or the download fails.
     """
     if "://" in str(path_or_name):
-        raise UserError(_by_hand(str(path_or_name)))
+        # A file that anybody could have put there is not loaded unseen.
+        name = str(path_or_name).partition("?")[0].rstrip("/").rpartition("/")[2] or "weights.pth"
+        raise UserError(
+            f"{path_or_name}: weights are not loaded from an address; download and check them by hand: "
+            f"curl -L -o {name} '{path_or_name}' && sha256sum {name}; then use --weights {name}"
+        )
     path = Path(path_or_name)
     if path.is_dir():
         return checkpoint_in(path)
@@ -102,38 +105,12 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{suggestion(name, RELEASED)}")
 
 
-def _by_hand(url: str) -> str:
-    """Return the message for an address: a file that anybody could have put there is not loaded unseen."""
-    name = url.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "weights.pth"
-    return (
-        f"{url}: weights are not loaded from an address; download and check them by hand: "
-        f"curl -L -o {name} '{url}' && sha256sum {name}; then use --weights {name}"
-    )
-
-
 def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth")) -> Path:
     """Return the first of the checkpoints `names` that exists in a run's folder. Raises UserError if none does."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{folder}: the folder contains no {' or '.join(names)}")
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only, and notes the SHA-256 that a server states for the file.
-
-    The authors' weights are hosted by Hugging Face, which publishes the SHA-256 of a large file in this header.
-    """
-
-    stated = ""
-
-    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
-        if not newurl.lower().startswith(("http://", "https://")):
-            raise OSError(f"the server redirects to {newurl.split(':')[0]}; only http and https are allowed")
-        etag = str(headers.get("X-Linked-Etag") or "").strip('"')
-        if re.fullmatch("[0-9a-f]{64}", etag):
-            self.stated = etag
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0, patience: float = 60.0) -> Path:
@@ -143,54 +120,34 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
         timeout: maximum time without data, in seconds.
         patience: time in seconds after which the average speed must be at least MIN_RATE.
 
-    Raises:
-        UserError: if the download or its verification fails. No file is left behind, and the message explains how to
-            download it by hand.
+    Raises UserError if that fails. No file is left behind, and the message explains how to download it by hand.
     """
     target = folder / entry.file_name
     if target.is_file():
         return target
-    by_hand = f"; to do it by hand, save {entry.url} as {target}"
-    digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        redirects = _Redirects()
-        opener = urllib.request.build_opener(redirects)
-        with atomic_write(target) as out, opener.open(entry.url, timeout=timeout) as response:
-            received = _receive(response, out, digest, entry.file_name, patience)
-            size = int(response.headers.get("Content-Length") or 0)
-            if size and received < size:
-                raise UserError(f"the server stopped after {received} of {size} bytes")
-            for expected in (entry.sha256, redirects.stated):
-                if not digest.hexdigest().startswith(expected):
-                    raise UserError(f"SHA-256 starts with {digest.hexdigest()[:8]}, not {expected[:8]}")
-            # Not every server states a checksum, and a login page also has status 200, so parse the file as well.
+        with atomic_write(target) as out:
+            with urllib.request.urlopen(entry.url, timeout=timeout) as response:
+                size, started = int(response.headers.get("Content-Length") or 0), time.monotonic()
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file_name) as bar:
+                    while chunk := response.read1(2**20):
+                        bar.update(out.write(chunk))
+                        seconds = time.monotonic() - started
+                        if seconds > patience and out.tell() < MIN_RATE * seconds:
+                            raise UserError(f"the server is too slow: {out.tell()} bytes in {seconds:.0f} seconds")
             out.flush()
-            temporary = Path(out.name)
-            try:
-                if not is_yolact(read_checkpoint(temporary)):
-                    raise UserError("these are not weights of YOLACT")
-            except UserError as error:
-                raise UserError(str(error).replace(f"{temporary}: ", "")) from None
-    except UserError as error:
-        raise UserError(f"{entry.file_name}: {str(error).removeprefix(f'{entry.file_name}: ')}{by_hand}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", error)).splitlines()[:1]
-        raise UserError(f"{entry.file_name}: cannot be downloaded ({''.join(reason)}){by_hand}") from None
+            found = hashlib.sha256(Path(out.name).read_bytes()).hexdigest()
+            if not found.startswith(entry.sha256):
+                raise UserError(f"SHA-256 starts with {found[:8]}, not {entry.sha256}")
+            if size and out.tell() < size:
+                raise UserError(f"the server stopped after {out.tell()} of {size} bytes")
+            # Not every file has a checksum, and a login page also has status 200, so the content is checked, too.
+            if not is_yolact(read_checkpoint(out.name)):
+                raise UserError("these are not weights of YOLACT")
+    except (UserError, OSError, ValueError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)).partition("\n")[0].rpartition(".part: ")[2]
+        raise UserError(
+            f"{entry.file_name}: cannot be downloaded ({reason}); to do it by hand, save {entry.url} as {target}"
+        ) from None
     return target
-
-
-def _receive(response: IO[bytes], out: IO[bytes], digest: Any, name: str, patience: float) -> int:
-    """Copy a response to a file and update the digest; return the number of bytes. Raises UserError if too slow."""
-    size = int(getattr(response, "headers", {}).get("Content-Length") or 0)
-    received, started = 0, time.monotonic()
-    with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
-        while chunk := response.read1(2**20):  # type: ignore[attr-defined]
-            out.write(chunk)
-            digest.update(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-            seconds = time.monotonic() - started
-            if seconds > patience and received < MIN_RATE * seconds:
-                raise UserError(f"the server is too slow: {received} bytes in {seconds:.0f} seconds")
-    return received

@@ -38,11 +38,11 @@ import numpy as np
 
 from config import DetectionConfig, parse_overrides, with_detection
 from data.image import input_size, read_image
-from inference.images import find_images
 from inference.runtime import EXTRA, ExportedNetwork
 from tools.export.exporting import write_export
 from tools.export.onnx_export import EXPORTABLE_NMS
 from tools.export.parity import check_export
+from tools.images import find_images
 from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, fraction, integer, parse_size, require, run_main
 from utils.files import write_error, write_json

@@ -17,6 +17,7 @@ from pycocotools import mask as rle
 from config import Config
 from data.image import is_result, write_image
 from inference.detections import Detections
+from tools.prototypes import prototype_sheet
 from utils.errors import UserError, suggestion
 from utils.files import atomic_write, write_error, write_json
 
@@ -43,7 +44,7 @@ def write_results(
         image: uint8 BGR [H, W, 3].
         detections: the detections of this image.
         output: the path of all results without their suffixes.
-        kinds: what to write, from KINDS; tools.prototypes writes "prototypes".
+        kinds: what to write, from KINDS.
         origin: the source of the image ("file_name", or "video" and "frame"), which is added to the JSON files.
         suffix: suffix of the overlay, for example ".jpg".
     """
@@ -72,6 +73,8 @@ def write_results(
         for number, crop in enumerate(detections.crops(image), 1):
             if crop.size:
                 write_image(path(f".cutout_{number}.png"), crop)
+    if "prototypes" in kinds:
+        write_image(path(".prototypes.png"), prototype_sheet(detections, image))
     if "blur" in kinds:
         write_image(path(f".blur{suffix}"), detections.blur(image))
     return written

@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--exports", action="store_true", help="also the exported model in its runtimes, on a CPU")
     parser.add_argument("--batch_size", type=int, default=8, help="batch size of the training step")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="batch sizes of inference")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which no further round starts")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled variants")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", choices=["ours", "original"], help=argparse.SUPPRESS)
@@ -72,30 +73,39 @@ def main() -> int:
         "rows": [],
     }
     for config in args.configs:
-        report |= compare(args, config, report["rows"])
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+        compare(args, config, report)
     return 0
 
 
-def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Measure one configuration, append the results to `rows`, and return a description of the machine."""
-    times: dict[str, list[float]] = {}
-    memory: dict[str, int | None] = {}
+def compare(args: argparse.Namespace, config: str, report: dict[str, Any]) -> None:
+    """Measure one configuration, and add the results and a description of the machine to `report`."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--configs", config, "--weights", str(Path(folder) / f"{config}_0_0.pth")]
         theirs = Worker("original", options)  # it writes the weights
         ours = Worker("ours", options)
         agreement = compare_answers(theirs.ask("answer"), ours.ask("answer"))
         print(f"{config}: {agreement}")
-        take_turns((theirs, ours), args, times, memory)
+        add_rows(args, config, report, *take_turns((theirs, ours), args))
         machine = ours.ask("machine")
         theirs.end(), ours.end()
+        peak, floor = machine["compute_peak"], 1000 * machine["network_flops"] / machine["compute_peak"]
+        report |= {"machine": machine["name"], "peak_gflops": round(peak / 1e9)}
+        report["rows"].append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
         if args.training:  # in processes of their own, so that memory is that of training alone
             workers = [Worker(name, [*options, "--step"]) for name in ("original", "ours")]
-            take_turns(workers, args, times, memory)
+            add_rows(args, config, report, *take_turns(workers, args))
             for worker in workers:
                 worker.end()
+
+
+def add_rows(
+    args: argparse.Namespace,
+    config: str,
+    report: dict[str, Any],
+    times: dict[str, list[float]],
+    memory: dict[str, int | None],
+) -> None:
+    """Add the medians to `report`, with their ratio to the original's in float32, and write it."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = " float32" if args.device == "cuda" else ""
     for name, ms in medians.items():
@@ -105,23 +115,28 @@ def compare(args: argparse.Namespace, config: str, rows: list[dict[str, Any]]) -
         row["times_the_original"] = round(medians[f"original {what}{reference}{batch}"] / ms, 2)
         if what == "training":
             row["gpu_memory_mib"] = memory[name]
-        rows.append(row)
-        print(row)
-    floor = 1000 * machine["network_flops"] / machine["compute_peak"]
-    rows.append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
-    return {"machine": machine["name"], "peak_gflops": round(machine["compute_peak"] / 1e9)}
+        report["rows"].append(row)
+        print(row, flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def take_turns(
-    workers: Sequence[Worker], args: argparse.Namespace, times: dict[str, list[float]], memory: dict[str, int | None]
-) -> None:
-    """Measure the jobs of all workers alternately; add milliseconds to `times` and GPU MiB to `memory`."""
-    for _ in range(args.rounds):
+    workers: Sequence[Worker], args: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, int | None]]:
+    """Measure the jobs of all workers alternately; return milliseconds and GPU MiB."""
+    times: dict[str, list[float]] = {}
+    memory: dict[str, int | None] = {}
+    started = time.monotonic()
+    for number in range(args.rounds):
+        if number and time.monotonic() - started > args.limit:
+            break
         for worker in workers:
             for name in worker.jobs:
-                got = worker.ask(name, args.repeats + 1)
+                got = worker.ask(name, (2 if " batch" in name else args.repeats) + 1)
                 times.setdefault(f"{worker.name} {name}", []).extend(got["ms"][1:])
                 memory[f"{worker.name} {name}"] = got["mib"]
+    return times, memory
 
 
 class Worker:
@@ -209,7 +224,7 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
         variants = {"float32 as written": {"optimize": False}, **variants}
         variants["float32 compiled"] = {"precision": "fp32", "compile": True}
     else:
-        variants["tf32"] = {"precision": "fp32"}
+        variants["tf32"] = {"precision": "tf32"}
     if best != torch.float32:
         name = str(best).removeprefix("torch.")
         variants |= {name: {"precision": "auto"}, f"{name} compiled": {"precision": "auto", "compile": True}}
@@ -218,14 +233,16 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     jobs: Jobs = {}
     size = (model.config.model.max_size,) * 2  # that of the exported models
     for name, options in variants.items():
-        predictor = Predictor(model, args.device, size=size, score_threshold=THRESHOLD, **options)
+        predictor = Predictor(
+            model, args.device, size=size, score_threshold=THRESHOLD, crop_after_resize=False, **options
+        )
         for count in args.batches:
             images = [image] * count
             batch = torch.stack([predictor.preprocess(image) for image in images])
-            jobs[f"network {label(name, count)}"] = with_tf32(name == "tf32", network_job(predictor, batch))
-            jobs[f"image {label(name, count)}"] = with_tf32(
-                name == "tf32", lambda predictor=predictor, images=images: [d.masks.cpu() for d in predictor(images)]
-            )
+            jobs[f"network {label(name, count)}"] = network_job(predictor, batch)
+            jobs[f"image {label(name, count)}"] = lambda predictor=predictor, images=images: [
+                list(found.iter_masks()) for found in predictor(images)
+            ]
     if args.exports:
         for name, predictor in exported(model, args.weights.parent, image).items():
             jobs[f"network {name}"] = network_job(predictor, predictor.preprocess(image)[None])
@@ -233,14 +250,12 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     for job in jobs.values():  # warm-up
         for _ in range(3):
             job()
-    torch.backends.cudnn.allow_tf32 = False  # for an exact comparison of the detections
-    exact = Predictor(model, args.device, "fp32", size=size, score_threshold=THRESHOLD)(image)
-    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    exact = Predictor(model, args.device, "fp32", size=size, score_threshold=THRESHOLD, crop_after_resize=False)(image)
     found = {"labels": exact.labels.tolist(), "scores": exact.scores.tolist()}
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
     jobs["machine"] = lambda: {
         "name": device_name(device),
-        "network_flops": network_flops(model.config, predictor.size),
+        "network_flops": network_flops(model.config, size),
         "compute_peak": compute_peak(device, best),
     }
     return jobs
@@ -288,7 +303,7 @@ def network_job(predictor: Any, batch: torch.Tensor) -> Callable[[], Any]:
 
     @torch.inference_mode()
     def job() -> Any:
-        return predictor.detect(predictor.predict(batch))
+        return predictor.run(batch)
 
     return job
 
@@ -309,7 +324,6 @@ def training_targets(size: int, batch_size: int, count: int = 8) -> list[tuple[n
 
 def our_training_step(args: argparse.Namespace) -> Jobs:
     """Return jobs for a training step in float32 and in the precision that "auto" selects."""
-    from training.settings import Settings
 
     from config import get_config
     from data.loader import Batch
@@ -337,11 +351,9 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
         name = f"training {str(dtype).removeprefix('torch.')}"
         if name in jobs:
             continue
-        torch.backends.cudnn.allow_tf32 = False
-        settings = Settings(output_dir=Path(tempfile.mkdtemp()), precision=precision)
-        run = Trainer(Yolact(config), settings, one_process(torch.device(args.device)))
+        run = Trainer(Yolact(config), Path(tempfile.mkdtemp()), one_process(torch.device(args.device)), precision)
         batch = Batch(images, targets, list(range(args.batch_size)), []).to(run.device)
-        jobs[name] = lambda run=run, batch=batch: run.train_step(batch, 1e-4)
+        jobs[name] = lambda run=run, batch=batch: run.step(batch, 1e-4)
     return jobs
 
 
@@ -352,7 +364,7 @@ def original_jobs(args: argparse.Namespace) -> Jobs:
     detect = load(args.original, args.configs[0], args.device, args.weights, test_image(), THRESHOLD)
     jobs: Jobs = {}
     for variant in ("float32", "tf32") if args.device == "cuda" else ("",):
-        for count in args.batches:
+        for count in args.batches if variant != "tf32" else [1]:
             tf32, name = variant == "tf32", label(variant, count)
             jobs[f"network {name}".strip()] = with_tf32(tf32, lambda count=count: detect.network(count))
             jobs[f"image {name}".strip()] = with_tf32(tf32, lambda count=count: detect.image_to_masks(count))

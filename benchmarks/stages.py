@@ -139,15 +139,15 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def time(self, stage: str, call: Callable[[], Any]) -> Any:
-        _synchronise(self.device)
+        synchronise(self.device)
         started = time.perf_counter()
         result = call()
-        _synchronise(self.device)
+        synchronise(self.device)
         self.seconds[stage] = time.perf_counter() - started
         return result
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

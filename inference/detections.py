@@ -19,6 +19,7 @@ from config import DetectionConfig
 from data.image import write_image
 from inference.polygons import POLYGON_TOLERANCE, polygon_iou, rings
 from layers.masks import MASK_BUDGET, assemble_masks
+from utils.device import to_host
 from utils.draw import draw_objects
 from utils.errors import require
 
@@ -65,7 +66,7 @@ class Detections:
 
     def cpu(self) -> Detections:
         """Return the detections with all tensors on the CPU."""
-        return self._map((*PER_DETECTION, "prototypes"), Tensor.cpu)
+        return self._map((*PER_DETECTION, "prototypes"), to_host)
 
     def _map(self, names: Sequence[str], function: Any) -> Detections:
         return replace(self, **{name: function(value) for name in names if (value := getattr(self, name)) is not None})
@@ -94,7 +95,7 @@ class Detections:
     def iter_masks(self, budget: int = MASK_BUDGET // 4) -> Iterator[np.ndarray]:
         """Yield the masks in order, each bool [H, W], computed in chunks of about `budget` bytes."""
         for chunk in self._chunks(budget):
-            yield from chunk.cpu().numpy()
+            yield from to_host(chunk).numpy()
 
     def _chunks(self, budget: int) -> Iterator[Tensor]:
         prototypes, coefficients = self.prototypes.detach(), self.coefficients.detach()

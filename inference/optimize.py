@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,17 +109,14 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 def compile_network(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Tensor], Predictions], float]:
     """Compile `model` for inputs of `size` (H, W); return it and the seconds that compiling took.
 
-    On a CPU the weights are frozen to constants. On a GPU the mode "reduce-overhead" captures CUDA graphs. Raises
-    UserError if compilation fails on this machine.
+    On a CPU the weights are frozen to constants. Raises UserError if compilation fails on this machine.
     """
     weight = model.fpn.lateral[0].weight
     assert isinstance(weight, Tensor)
     started = time.perf_counter()
     try:
-        if weight.device.type == "cpu":
-            network = torch.compile(model, options={"freezing": True})
-        else:
-            network = torch.compile(model, mode="reduce-overhead")
+        options: Any = {"options": {"freezing": True}} if weight.device.type == "cpu" else {"dynamic": False}
+        network = torch.compile(model, **options)
         with torch.inference_mode():
             network(weight.new_zeros(1, 3, *size).contiguous(memory_format=torch.channels_last))
     except torch.OutOfMemoryError:
@@ -129,3 +127,35 @@ def compile_network(model: Yolact, size: tuple[int, int]) -> tuple[Callable[[Ten
             f"this machine cannot compile the network ({reason[0][:120]}); install a C++ compiler, or run without it"
         ) from None
     return network, time.perf_counter() - started
+
+
+class GraphedCall:
+    """Capture a function of one CUDA tensor as a CUDA graph, once for each shape, and replay it.
+
+    A replay launches all kernels at once, which otherwise takes the processor longer than the GPU computes. The results
+    are overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]):
+        self.function = function
+        self.captured: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+
+    def __call__(self, batch: Tensor) -> Any:
+        if batch.shape not in self.captured:
+            self.captured[batch.shape] = self._capture(batch)
+        graph, given, results = self.captured[batch.shape]
+        given.copy_(batch)
+        graph.replay()
+        return results
+
+    def _capture(self, batch: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+        given, stream = batch.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up: libraries select kernels and allocate workspaces
+            for _ in range(3):
+                self.function(given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.function(given)
+        return graph, given, results

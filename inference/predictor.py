@@ -22,7 +22,7 @@ from torch import Tensor
 from config import Config, with_detection
 from data.image import ImageLike, as_image, input_size, to_network
 from inference.detections import Detections
-from inference.optimize import Backend, pytorch_backend
+from inference.optimize import Backend, GraphedCall, pytorch_backend
 from inference.runtime import ExportedNetwork, exported_backend, is_exported
 from layers.detect import detect
 from layers.masks import mask_scores, soft_masks
@@ -75,6 +75,7 @@ class Predictor:
         **detection: Any,
     ):
         self.own_config, self.given, self.display = model.config, detection, True
+        self._graph: GraphedCall | None = None
         self.config = self._with_detection()
         if isinstance(model, ExportedNetwork):
             if compile or not optimize:
@@ -95,6 +96,9 @@ class Predictor:
         model = ExportedNetwork(path_or_name) if is_exported(path_or_name) else load_model(path_or_name)
         return cls(model, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_graph": None}  # captured again on the first call
+
     def with_detection(self, **detection: Any) -> Predictor:
         """Return a predictor with other values for fields of DetectionConfig; it shares the network.
 
@@ -114,6 +118,7 @@ class Predictor:
 
     def _with_detection(self) -> Config:
         """Return the configuration with the detection options of this predictor. Raises UserError if one is invalid."""
+        self._graph = None  # it contains the options
         config = with_detection(self.own_config, self.given, self.display)
         find_nms(config.detection.nms)
         return config
@@ -158,11 +163,25 @@ class Predictor:
     def _predict_batch(self, images: list[np.ndarray]) -> Iterator[Detections]:
         """Yield the detections of images with the same input size."""
         with torch.inference_mode():
-            predictions = self.predict(torch.stack([self.preprocess(image) for image in images]))
-            selected = self.detect(predictions)
+            selected, prototypes = self.run(torch.stack([self.preprocess(image) for image in images]))
             counts = (selected.scores > 0).sum(dim=1).tolist()  # waits for the device
         for i, image in enumerate(images):
-            yield self.postprocess(selected, predictions.prototypes, i, counts[i], image.shape[:2])
+            yield self.postprocess(selected, prototypes, i, counts[i], image.shape[:2])
+
+    def run(self, batch: Tensor) -> tuple[Selected, Tensor]:
+        """Return the detections and the prototypes [B, h, w, K] for normalised RGB images [B, 3, h, w].
+
+        If the network is compiled for a GPU, this is one CUDA graph; the next call overwrites the results.
+        """
+        if self.device.type != "cuda" or not self.backend.compile_seconds:
+            return self._network_and_detect(batch)
+        if self._graph is None:
+            self._graph = GraphedCall(self._network_and_detect)
+        return self._graph(batch)
+
+    def _network_and_detect(self, batch: Tensor) -> tuple[Selected, Tensor]:
+        predictions = self.predict(batch)
+        return self.detect(predictions), predictions.prototypes
 
     def input_size(self, image: np.ndarray) -> tuple[int, int]:
         """Return (height, width) of the network's input for an image [H, W, 3]."""

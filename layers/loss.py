@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from config import LossConfig
 from layers.anchors import positions_per_level
@@ -93,22 +94,17 @@ class MultiBoxLoss:
             positions: the number of positions of each level P3..P7, for ATSS. Default: one level, one anchor each.
         """
         grid = Grid(anchors, to_corners(anchors), positions or [len(anchors)])
-        matched = [self._match_one(grid, target) for target in targets]
-        return Matches(*(torch.stack(x) for x in zip(*matched, strict=True)))
-
-    def _match_one(self, grid: Grid, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        if len(target["boxes"]):
-            objects, classes = self.assign(target, grid)
-            boxes = target["boxes"][objects]
-        else:
-            # No object: every anchor is background. The objects and boxes are placeholders.
-            objects = torch.zeros(len(grid.anchors), dtype=torch.long, device=grid.anchors.device)
-            classes, boxes = objects.clone(), torch.ones_like(grid.anchors)
-        if len(target["crowds"]) and self.config.crowd_iou < 1:
+        boxes, labels = (_padded([target[key] for target in targets]) for key in ("boxes", "labels"))
+        counts = torch.tensor([len(target["boxes"]) for target in targets])
+        valid = (torch.arange(boxes.shape[1]) < counts[:, None]).to(anchors.device, non_blocking=True)
+        objects, used = self.assign(boxes, valid, grid)
+        classes = torch.where(used > 0, labels.gather(1, objects) + 1, used)
+        if self.config.crowd_iou < 1 and any(len(target["crowds"]) for target in targets):
             # An anchor inside a crowd region may contain an object that is not annotated, so it is not a negative.
-            inside = box_iof(grid.corners, target["crowds"]).amax(dim=1)
+            crowds = _padded([target["crowds"] for target in targets])
+            inside = box_iof(grid.corners.expand(len(targets), -1, -1), crowds).amax(dim=2)
             classes = classes.masked_fill((classes <= 0) & (inside > self.config.crowd_iou), IGNORED)
-        return objects, classes, boxes
+        return Matches(objects, classes, boxes.gather(1, objects[..., None].expand(-1, -1, 4)))
 
     def box_term(self, offsets: Tensor, anchors: Tensor, matches: Matches) -> Tensor:
         """Smooth L1 loss between offsets [B, A, 4] and the encoded matched boxes, summed over the positive anchors."""
@@ -193,6 +189,12 @@ class MultiBoxLoss:
                 truth[b].index_add_(0, target["labels"], resize_truth(target["masks"], semantic.shape[2:]))
         loss = F.binary_cross_entropy_with_logits(semantic.float(), truth.clamp(max=1), reduction="sum")
         return loss / (semantic.shape[2] * semantic.shape[3])
+
+
+def _padded(values: list[Tensor]) -> Tensor:
+    """Stack tensors [n_i, ...] to one [B, n, ...], filled up with zeros; n is the largest n_i, and at least 1."""
+    padded = pad_sequence(values, batch_first=True)
+    return padded if padded.shape[1] else F.pad(padded, (0, 0) * (padded.ndim - 2) + (0, 1))
 
 
 def _mask_iou_term(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from layers.boxes import box_iou
-from layers.structures import Target
 from utils.errors import UserError, suggestion
 
 # An anchor is positive if its IoU is at least the first value, negative if it is below the second, and otherwise
@@ -44,28 +43,27 @@ class Grid(NamedTuple):
         return len(self.anchors) // sum(self.positions)
 
 
-def match_max_iou(target: Target, grid: Grid) -> tuple[Tensor, Tensor]:
+def match_max_iou(boxes: Tensor, valid: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Match by fixed thresholds of the IoU of anchor and box (paper, section 5; SSD).
 
     Args:
-        target: at least one object.
+        boxes: [B, n, 4] in corner form, padded to the same number for each image.
+        valid: [B, n], false for padding.
         grid: the anchors.
 
-
     Returns:
-        The index of each anchor's object [A], and its class [A] as in `Matches`.
+        The index of each anchor's object [B, A], and how it is used [B, A]: 1 positive, 0 background, -1 ignored.
     """
-    overlaps = box_iou(target["boxes"], grid.corners)  # [n, A]
-    best, objects = overlaps.max(dim=0)
+    overlaps = _overlaps(boxes, valid, grid)
+    best, objects = overlaps.max(dim=1)
     # Every object gets at least one positive anchor, even if none reaches POSITIVE_IOU. Changes `best` and `objects`
     # in place.
     force_matches(overlaps, best, objects)
-    classes = target["labels"][objects] + 1
     # Anchors between the two thresholds are ignored.
-    return objects, classes.masked_fill(best < POSITIVE_IOU, IGNORED).masked_fill(best < NEGATIVE_IOU, BACKGROUND)
+    return objects, (best >= POSITIVE_IOU).long() - ((best >= NEGATIVE_IOU) & (best < POSITIVE_IOU)).long()
 
 
-def match_atss(target: Target, grid: Grid) -> tuple[Tensor, Tensor]:
+def match_atss(boxes: Tensor, valid: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Match by adaptive training sample selection (Zhang et al., CVPR 2020, algorithm 1).
 
     For each object, the anchors at the positions nearest to its centre on each level are candidates. A candidate is
@@ -75,59 +73,61 @@ def match_atss(target: Target, grid: Grid) -> tuple[Tensor, Tensor]:
 
     Arguments and results are those of `match_max_iou`; no anchor is ignored.
     """
-    boxes = target["boxes"]
-    overlaps = box_iou(boxes, grid.corners)
-    distances = torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, grid.anchors[:, :2])
+    overlaps = _overlaps(boxes, valid, grid)
+    centres = grid.anchors[:, :2]
+    distances = torch.cdist((boxes[..., :2] + boxes[..., 2:]) / 2, centres)  # [B, n, A]
     candidates, start = [], 0
     for count in grid.positions:
-        level = distances[:, start : start + count * grid.per_position]
-        nearest = level.topk(min(ATSS_CANDIDATES, count) * grid.per_position, dim=1, largest=False).indices
+        level = distances[..., start : start + count * grid.per_position]
+        nearest = level.topk(min(ATSS_CANDIDATES, count) * grid.per_position, dim=2, largest=False).indices
         candidates.append(nearest + start)
         start += count * grid.per_position
-    chosen = torch.cat(candidates, dim=1)
-    ious = overlaps.gather(1, chosen)
-    threshold = ious.mean(dim=1, keepdim=True) + ious.std(dim=1, keepdim=True)
-    positive = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(1, chosen, ious >= threshold)
-    positive &= _centre_inside(boxes, grid.anchors)
+    chosen = torch.cat(candidates, dim=2)
+    ious = overlaps.gather(2, chosen)
+    threshold = ious.mean(dim=2, keepdim=True) + ious.std(dim=2, keepdim=True)
+    positive = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(2, chosen, ious >= threshold)
+    inside = (centres > boxes[:, :, None, :2]) & (centres < boxes[:, :, None, 2:])  # [B, n, A, 2]
+    positive &= inside.all(dim=-1) & valid[..., None]
     # An anchor that is positive for several objects goes to the one with the highest IoU.
-    best, objects = overlaps.masked_fill(~positive, -1).max(dim=0)
+    best, objects = overlaps.masked_fill(~positive, -1).max(dim=1)
     force_matches(overlaps, best, objects)
-    return objects, (target["labels"][objects] + 1).masked_fill(best < 0, BACKGROUND)
+    return objects, (best >= 0).long()
 
 
-def _centre_inside(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Return a bool tensor [n, A]: whether the anchor's centre is inside the box."""
-    centres = anchors[:, :2]
-    return ((centres > boxes[:, None, :2]) & (centres < boxes[:, None, 2:])).all(dim=-1)
+def _overlaps(boxes: Tensor, valid: Tensor, grid: Grid) -> Tensor:
+    """Return the IoU [B, n, A] of boxes and anchors, -1 for padding."""
+    return box_iou(boxes, grid.corners.expand(len(boxes), -1, -1)).masked_fill(~valid[..., None], -1)
 
 
 def force_matches(overlaps: Tensor, best: Tensor, objects: Tensor) -> None:
     """Assign to each object its best anchor that is not taken yet, in order of decreasing overlap.
 
-    Modifies two tensors in place: in `best` [A] the assigned anchors get the value 2, which exceeds any threshold, and
-    in `objects` [A] the index of their object. `overlaps` is [n, A]. At most n - 1 anchors are taken by other objects,
-    so only the n best of each object are considered. No operation synchronises with the device.
+    Modifies two tensors in place: in `best` [B, A] the assigned anchors get the value 2, which exceeds any threshold,
+    and in `objects` [B, A] the index of their object. `overlaps` is [B, n, A], -1 for padding. At most n - 1 anchors
+    are taken by other objects, so only the n best of each object are considered. No operation waits for the device.
 
     Ties are common, because all anchors of one size inside an object have the same IoU. The anchor with the lowest
     index is taken, as in the released code. `topk` does not define an order for ties, so the sort key is made unique:
     the bit pattern of a non-negative float, which has the order of the floats, followed by the reversed index.
     """
-    count, num_anchors = min(overlaps.shape), overlaps.shape[1]
+    number, num_anchors = overlaps.shape[1:]
+    count = min(number, num_anchors)
     order = torch.arange(num_anchors, 0, -1, device=overlaps.device)
-    anchors = (overlaps.view(torch.int32).long() * 2**32 + order).topk(count, dim=1).indices
-    values = overlaps.gather(1, anchors)
+    anchors = (overlaps.clamp(min=0).view(torch.int32).long() * 2**32 + order).topk(count, dim=2).indices
+    values = overlaps.gather(2, anchors)  # [B, n, count]
+    rows = torch.arange(number, device=overlaps.device)[:, None]
     for _ in range(count):
-        # The best remaining pair, as an index into the flattened [n, count]; stays on the device, unlike `.item()`.
-        pair = values.argmax().reshape(1)
-        row, anchor = torch.div(pair, count, rounding_mode="floor"), anchors.flatten()[pair]
-        best.index_fill_(0, anchor, 2.0)
-        objects.index_copy_(0, anchor, row)
+        # The best remaining pair of each image, as an index into the flattened [n, count].
+        pair = values.flatten(1).argmax(dim=1, keepdim=True)
+        found = values.flatten(1).gather(1, pair) >= 0  # false once only padding remains
+        row, anchor = torch.div(pair, count, rounding_mode="floor"), anchors.flatten(1).gather(1, pair)
+        best.scatter_(1, anchor, torch.where(found, 2.0, best.gather(1, anchor)))
+        objects.scatter_(1, anchor, torch.where(found, row, objects.gather(1, anchor)))
         # Neither the anchor nor the object can be chosen again.
-        values.masked_fill_(anchors == anchor, -1.0)
-        values.index_fill_(0, row, -1.0)
+        values = values.masked_fill((anchors == anchor[..., None]) | (rows == row[..., None]), -1.0)
 
 
-Assigner = Callable[[Target, Grid], tuple[Tensor, Tensor]]
+Assigner = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
 ASSIGNERS: dict[str, Assigner] = {"max_iou": match_max_iou, "atss": match_atss}
 
 

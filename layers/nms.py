@@ -17,9 +17,10 @@ from torchvision.ops import batched_nms
 from layers.boxes import box_iou
 from utils.errors import UserError, suggestion
 
-# An exported graph cannot stop when the result of Cluster-NMS is stable. On 200 images with up to 1000 candidates each,
-# 13 iterations were enough.
-EXPORTED_ITERATIONS = 16
+# Iterations of Cluster-NMS where it cannot stop when its result is stable. On 200 images with up to 1000 candidates
+# each, 13 were enough.
+MAX_ITERATIONS = 16
+MATRIX_BUDGET = 64 * 2**20  # bytes for one matrix of overlaps
 
 
 class NMSResult(NamedTuple):
@@ -39,11 +40,13 @@ def fast_nms(
     exceeds `iou_threshold`, even if that box is itself suppressed. No decision depends on another one, so all of them
     are a single matrix operation.
     """
-    scores, index, overlaps = _candidates(boxes, scores, top_k)
-    # Column j holds the overlaps of box j with all better boxes. Entries with a score of -1 sort last, so they never
-    # suppress a candidate.
-    suppressed = overlaps.amax(dim=2) > iou_threshold
-    return _best(scores.masked_fill(suppressed, -1.0), index, max_detections)
+
+    def decide(scores: Tensor, overlaps: Tensor) -> Tensor:
+        # Column j holds the overlaps of box j with all better boxes. Entries with a score of -1 sort last, so they
+        # never suppress a candidate.
+        return scores.masked_fill(overlaps.amax(dim=-2) > iou_threshold, -1.0)
+
+    return _matrix_nms(decide, boxes, scores, top_k, max_detections)
 
 
 def cross_class_nms(
@@ -68,25 +71,29 @@ def cluster_nms(
     A box that is suppressed in one iteration does not suppress others in the next. With `penalty` (the score penalty
     mechanism), no box is removed; instead, scores decay with the IoU with better boxes that are not suppressed.
 
-    An exported graph takes EXPORTED_ITERATIONS, so it may differ where a longer chain of boxes overlaps.
+    On a GPU and in an exported graph, MAX_ITERATIONS are taken, so the result may differ from the CPU's where a longer
+    chain of boxes overlaps.
     """
-    scores, index, overlaps = _candidates(boxes, scores, top_k)
-    near = (overlaps > iou_threshold).float()
-    keep, exporting = torch.ones_like(scores), torch.compiler.is_compiling()
-    # Each iteration settles at least one more box, so N iterations always suffice for N boxes.
-    for _ in range(min(near.shape[-1], EXPORTED_ITERATIONS) if exporting else near.shape[-1]):
-        before = keep
-        # Entry j of the product is the number of better boxes that remain and suppress box j.
-        keep = ((keep[..., None, :] @ near)[..., 0, :] == 0).float()
-        if not exporting and torch.equal(before, keep):  # synchronises with the device, unlike Fast NMS
-            break
-    if penalty:
+
+    def decide(scores: Tensor, overlaps: Tensor) -> Tensor:
+        near = (overlaps > iou_threshold).float()
+        keep = torch.ones_like(scores)
+        # Asking a GPU whether the result is stable would mean waiting for it.
+        fixed = scores.device.type != "cpu" or torch.compiler.is_compiling()
+        # Each iteration settles at least one more box, so N iterations always suffice for N boxes.
+        for _ in range(min(near.shape[-1], MAX_ITERATIONS) if fixed else near.shape[-1]):
+            before = keep
+            # Entry j of the product is the number of better boxes that remain and suppress box j.
+            keep = ((keep[..., None, :] @ near)[..., 0, :] == 0).float()
+            if not fixed and torch.equal(before, keep):
+                break
+        if not penalty:
+            return scores.masked_fill(keep == 0, -1.0)
         # The product of exp(-IoU^2 / 0.2) over the remaining better boxes, with the published constant.
-        decay = (-((overlaps * keep[..., None]) ** 2) / 0.2).sum(dim=2).exp()
-        scores = torch.where(scores > 0, scores * decay, scores)
-    else:
-        scores = scores.masked_fill(keep == 0, -1.0)
-    return _best(scores, index, max_detections)
+        decay = (-((overlaps * keep[..., None]) ** 2) / 0.2).sum(dim=-2).exp()
+        return torch.where(scores > 0, scores * decay, scores)
+
+    return _matrix_nms(decide, boxes, scores, top_k, max_detections)
 
 
 def cluster_penalty_nms(
@@ -109,15 +116,23 @@ def standard_nms(
     return _best(kept.view_as(scores), index, max_detections)
 
 
-def _candidates(boxes: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Select the `top_k` best boxes of each class, highest score first.
+def _matrix_nms(
+    decide: Callable[[Tensor, Tensor], Tensor], boxes: Tensor, scores: Tensor, top_k: int, max_detections: int
+) -> NMSResult:
+    """Select the `top_k` best boxes of each class, let `decide` suppress some, and select the best of all classes.
 
-    Returns their scores and indices [B, C, K], and their IoU [B, C, K, K]. Entry [i, j] is kept only if box i is
-    ranked before box j; the diagonal and the lower triangle are 0.
+    `decide` gets scores [B, c, K] in descending order, and IoU [B, c, K, K] of box i with box j where i is ranked
+    before j, and 0 elsewhere; it returns new scores. Classes are processed in groups, which bounds the memory.
     """
     scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)
-    chosen = boxes[:, None].expand(-1, scores.shape[1], -1, -1).gather(2, index[..., None].expand(-1, -1, -1, 4))
-    return scores, index, box_iou(chosen, chosen).triu(diagonal=1)
+    batch, _, count = scores.shape
+    group = max(1, MATRIX_BUDGET // (4 * batch * count**2))
+    decided = []
+    for part, chosen in zip(scores.split(group, dim=1), index.split(group, dim=1), strict=True):
+        expanded = boxes[:, None].expand(-1, chosen.shape[1], -1, -1)
+        candidates = expanded.gather(2, chosen[..., None].expand(-1, -1, -1, 4))
+        decided.append(decide(part, box_iou(candidates, candidates).triu(diagonal=1)))
+    return _best(torch.cat(decided, dim=1), index, max_detections)
 
 
 def _best(scores: Tensor, index: Tensor, max_detections: int) -> NMSResult:

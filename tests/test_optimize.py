@@ -155,16 +155,6 @@ def test_every_batch_norm_is_declared_for_folding():
         assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"precision": "auto"}, {"compile": True}])
-def test_a_gpu_gives_the_detections_of_the_cpu(weights, options):
-    model = load_model(weights)
-    wanted = Predictor(model, "cpu", "fp32")(random_image())
-    found = Predictor(model, "cuda", **{"precision": "fp32"} | options)(random_image())
-    assert torch.allclose(wanted.scores[:5], found.scores[:5].cpu(), atol=0.02)
-    assert torch.allclose(wanted.boxes[:5], found.boxes[:5].cpu(), atol=1.0)
-
-
 FAULTS = """
 import resource, sys, torch
 from utils.device import keep_memory

@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
 
@@ -119,6 +120,16 @@ def float32_math(tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU. From a CUDA device it is copied to pinned memory, which is several times faster."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -31,7 +31,7 @@ compare() {
         --device "$device" --training "${small[@]}" --output "$out/compare_$1.json"
 }
 
-part tests 100 python3 -m pytest -q tests/test_cuda.py -p no:cacheprovider
+part tests 150 python3 -m pytest -q tests/test_cuda.py -p no:cacheprovider
 compare yolact_resnet50
-part gpu 90 python3 benchmarks/gpu.py --device "$device" "${gpu[@]}" --output "$out/gpu.json"
+part gpu 120 python3 benchmarks/gpu.py --device "$device" "${gpu[@]}" --output "$out/gpu.json"
 compare yolact_base

@@ -190,7 +190,11 @@ def fit(
 
                 log.image(0, "first_batch", batch_sheet(batch, trainer.model.config))
 
-            losses = trainer.step(batch, lr)
+            try:
+                losses = trainer.step(batch, lr)
+            except torch.OutOfMemoryError:
+                advice = "lower --batch_size, or split it with --accumulate"
+                raise UserError(f"{trainer.device} has not enough memory for a step; {advice}") from None
 
             times = {"seconds": time.perf_counter() - started, "waited": waited, "time": time.time()}
             values = {"epoch": trainer.iteration / schedule.per_epoch, **times, **losses}

@@ -155,19 +155,17 @@ def coco_metrics(
     truth = GroundTruth(dataset, sizes or {})
     metrics: dict[str, Any] = {"table": "", "notes": truth.notes()}
     image_ids = list(dataset.image_ids[:max_images])
-    for kind, title in IOU_TYPES.items():
-        evaluation, table = _coco_eval(truth.to_coco(kind), _scored(results, kind), kind, image_ids)
-        metrics[kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
-        metrics["table"] += f"{title}\n{table}"
-        if per_class:
-            metrics.setdefault("per_class", {})[kind] = _per_class(evaluation, dataset)
+    for drop_duplicates in (False, True) if truth.num_copies else (False,):
+        target = metrics.setdefault("without_copies", {}) if drop_duplicates else metrics
+        for kind, title in IOU_TYPES.items():
+            annotated = truth.to_coco(kind, drop_duplicates)
+            evaluation, table = _coco_eval(annotated, _scored(results, kind), kind, image_ids)
+            target[kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+            if not drop_duplicates:
+                metrics["table"] += f"{title}\n{table}"
+                if per_class:
+                    metrics.setdefault("per_class", {})[kind] = _per_class(evaluation, dataset)
     if truth.num_copies:
-        metrics["without_copies"] = {}
-        for kind in IOU_TYPES:
-            evaluation, _ = _coco_eval(
-                truth.to_coco(kind, drop_duplicates=True), _scored(results, kind), kind, image_ids
-            )
-            metrics["without_copies"][kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
         box, mask = (metrics["without_copies"][kind]["AP"] for kind in IOU_TYPES)
         metrics["notes"].append(
             f"{dataset.path}: {truth.num_copies} annotations repeat another one of the same image; without them "
@@ -184,15 +182,27 @@ class GroundTruth:
         self.images: list[dict[str, Any]] = []
         self.annotations: list[list[Annotation]] = []  # of each image
         self.copies: list[list[int]] = []  # indices into these of exact copies of another one
-        self.num_copies = self.wrong_areas = self.without_mask = 0
         for index, image_id in enumerate(dataset.image_ids):
-            size = dataset.stated_size(index) or sizes.get(image_id) or _size_on_disk(dataset, index)
-            self.images.append({"id": image_id, "height": size[0], "width": size[1]})
-            self.annotations.append(dataset.parsed(index, size))
+            height, width = dataset.stated_size(index) or sizes.get(image_id) or _size_on_disk(dataset, index)
+            self.images.append({"id": image_id, "height": height, "width": width})
+            self.annotations.append(dataset.parsed(index, (height, width)))
             self.copies.append(exact_copies(dataset.annotations(index)))
-            self.num_copies += len(self.copies[-1])
-            self.wrong_areas += sum(annotation.area(*size)[1] for annotation in self.annotations[-1])
-            self.without_mask += sum(annotation.segmentation is None for annotation in self.annotations[-1])
+        self.num_copies = sum(map(len, self.copies))
+
+    def notes(self) -> list[str]:
+        """Return messages about annotations that are ignored or corrected."""
+        path, notes = self.dataset.path, []
+        without_mask = sum(a.segmentation is None for listed in self.annotations for a in listed)
+        if without_mask:
+            notes.append(f"{path}: {without_mask} annotations have no usable mask; mask AP ignores their regions")
+        pairs = zip(self.images, self.annotations, strict=True)
+        wrong = sum(a.area(image["height"], image["width"])[1] for image, listed in pairs for a in listed)
+        if wrong:
+            notes.append(
+                f"{path}: {wrong} stated areas differ from the mask areas by more than a factor of two; the mask areas "
+                "are used for AP of small, medium and large objects"
+            )
+        return notes
 
     def to_coco(self, kind: str, drop_duplicates: bool = False) -> COCO:
         """Return the ground truth for "bbox" or "segm", on request without exact copies of annotations.
@@ -223,29 +233,13 @@ class GroundTruth:
                         "area": annotation.area(height, width)[0],
                     }
                 )
-        names = zip(self.dataset.category_ids, self.dataset.class_names, strict=True)
+        named = zip(self.dataset.category_ids, self.dataset.class_names, strict=True)
+        categories = [{"id": i, "name": name} for i, name in named]
         truth = COCO()
-        truth.dataset = {
-            "info": {},
-            "images": self.images,
-            "annotations": entries,
-            "categories": [{"id": i, "name": n} for i, n in names],
-        }
+        truth.dataset = {"info": {}, "images": self.images, "annotations": entries, "categories": categories}
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
         return truth
-
-    def notes(self) -> list[str]:
-        """Return messages about annotations that are ignored or corrected."""
-        path, notes = self.dataset.path, []
-        if self.without_mask:
-            notes.append(f"{path}: {self.without_mask} annotations have no usable mask; mask AP ignores their regions")
-        if self.wrong_areas:
-            notes.append(
-                f"{path}: {self.wrong_areas} stated areas differ from the mask areas by more than a factor of two; the "
-                "mask areas are used for AP of small, medium and large objects"
-            )
-        return notes
 
 
 def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:

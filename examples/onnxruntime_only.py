@@ -22,7 +22,9 @@ def main(model_path: str, image_path: str, output_path: str) -> None:
     if image is None:
         sys.exit(f"error: {image_path}: cannot be read as an image")
     batch = np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2))  # uint8 RGB [1, 3, H, W]
-    names = ["boxes", "scores", "labels", "masks", "count"]
+    # Models that score their masks have a sixth output, which ranks the detections.
+    score = "mask_scores" if "mask_scores" in [output.name for output in session.get_outputs()] else "scores"
+    names = ["boxes", score, "labels", "masks", "count"]
     boxes, scores, labels, masks, count = session.run(names, {"image": batch})
 
     colors = np.random.default_rng(0).integers(64, 256, (len(class_names), 3))
@@ -41,4 +43,6 @@ def main(model_path: str, image_path: str, output_path: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python onnxruntime_only.py model.onnx street.jpg out.png")
     main(*sys.argv[1:4])

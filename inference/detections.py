@@ -24,6 +24,8 @@ from utils.draw import draw_objects
 from utils.errors import require
 
 TOOLS = "requirements-tools.txt"  # the optional packages of this module
+# The keys of `to_dicts`, except that of tracking.
+COLUMNS = ("class", "category_id", "score", "mask_score", "x1", "y1", "x2", "y2", "area", "centroid_x", "centroid_y")
 BLUR_CELLS = 8  # an instance is blurred to at most this many independent values along its longer side
 # The fields with one entry per detection.
 PER_DETECTION = ("boxes", "scores", "mask_scores", "labels", "coefficients", "relative_boxes", "track_ids")
@@ -157,8 +159,8 @@ class Detections:
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return one flat dictionary per detection, with the mask's area and centroid in pixels.
 
-        The keys are class, category_id, score, mask_score, x1, y1, x2, y2, area, centroid_x and centroid_y, and
-        track_id after tracking. The centre of the first pixel is at 0.5; an empty mask has the centre of its box.
+        The keys are COLUMNS, and track_id after tracking. The centre of the first pixel is at 0.5; an empty mask has
+        the centre of its box.
         """
         rows = []
         for i, mask in enumerate(self.iter_masks()):
@@ -166,10 +168,9 @@ class Detections:
             ys, xs = np.nonzero(mask)
             x, y = (xs.mean() + 0.5, ys.mean() + 0.5) if len(xs) else ((x1 + x2) / 2, (y1 + y2) / 2)
             label = int(self.labels[i])
-            row = {"class": self.class_names[label], "category_id": self.category_ids[label]}
-            row |= {"score": float(self.scores[i]), "mask_score": float(self.mask_scores[i])}
-            row |= {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-            row |= {"area": len(xs), "centroid_x": float(x), "centroid_y": float(y)}
+            scores = float(self.scores[i]), float(self.mask_scores[i])
+            values = (self.class_names[label], self.category_ids[label], *scores, x1, y1, x2, y2)
+            row = dict(zip(COLUMNS, (*values, len(xs), float(x), float(y)), strict=True))
             rows.append(self._track(i) | row)
         return rows
 
@@ -177,7 +178,7 @@ class Detections:
         """Return `to_dicts` as a pandas.DataFrame. Raises UserError if pandas is not installed."""
         with require("pandas", install=TOOLS):
             import pandas
-        return pandas.DataFrame(self.to_dicts())
+        return pandas.DataFrame(self.to_dicts(), columns=None if len(self) else COLUMNS)
 
     def to_supervision(self) -> Any:
         """Return a supervision.Detections for its annotators, with masks, `mask_scores` as confidence and class names.

@@ -244,7 +244,8 @@ def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Te
         sums = (loss * window).sum(dim=(1, 2))
     else:
         sums = _supersampled_sums(logits, truth, objects, boxes, window)
-    return sums / (area(boxes) * size[0] * size[1])
+    # At least one pixel of the prototypes, so that the loss of an object without visible area is bounded.
+    return sums / (area(boxes) * size[0] * size[1]).clamp(min=supersample**2)
 
 
 def _supersampled_sums(logits: Tensor, truth: Tensor, objects: Tensor, boxes: Tensor, window: Tensor) -> Tensor:

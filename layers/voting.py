@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layers.boxes import box_iou
 
-# Selected by the AP of the bundled weights on their validation images, see weights/EXPERIMENTS.md.
+# Selected by the AP of the bundled weights on their validation images, see docs/experiments.md.
 VOTER_SCORE = 0.05  # boxes that score above this, whatever the score threshold is, vote
 VOTING_IOU = 0.75  # boxes that overlap a detection by more than this vote
 FULL_SUPPORT = 30.0  # votes, each of them a score, that leave the score of a detection unchanged

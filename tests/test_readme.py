@@ -10,19 +10,27 @@ from conftest import ROOT
 
 import eval as eval_script
 import train
-from tools import audit
+from tools import audit, demo
 from tools.export import __main__ as export
 from tools.formats import __main__ as formats
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if not kind]
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
+BLOCKS = [
+    text
+    for path, page in PAGES.items()
+    if path.name != "experiments.md"  # the commands of its time
+    for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    if not kind
+]
 LINES = [line.partition("  #")[0] for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 LINES = [command for line in LINES for command in line.split(" && ")]
-COMMANDS = [line for line in LINES if re.match(r"(python|torchrun) ", line)]
+COMMANDS = sorted({line for line in LINES if re.match(r"(python|torchrun) ", line)})
 PARSERS = {
     "train.py": train.build_parser(),
     "eval.py": eval_script.build_parser(),
-    "tools.export": export.build_parser(),
+    "-m tools.export": export.build_parser(),
+    "-m tools.demo": demo.build_parser(),
     "-m tools.audit": audit.build_parser(),
     "-m tools.formats": formats.build_parser(),
 }
@@ -53,6 +61,23 @@ def test_configurations_of_the_commands_exist():
             parse_overrides(settings[:stop])
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+LINKS = {(path, target) for path, page in PAGES.items() for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page)}
+
+
+@pytest.mark.parametrize(("path", "target"), sorted(LINKS), ids=str)
+def test_links_lead_somewhere(path, target):
+    assert (path.parent / target).exists()
+
+
+def test_the_reading_order_states_the_numbers_of_lines():
+    rows = re.findall(r"^\| `([\w/]+(?:\.py)?)/?` \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) == 7
+    for name, stated in rows:
+        path = ROOT / name
+        files = [path] if path.is_file() else sorted(path.glob("*.py"))
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert lines == int(stated), f"{name} has {lines} lines"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200

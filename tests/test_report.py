@@ -14,7 +14,15 @@ from conftest import make_dataset, run
 from pycocotools import mask as rle
 
 from data.coco import CocoDataset
-from tools.error_analysis import best_threshold, confusion_matrix, count_errors, f1_curve, match_dataset
+from tools.error_analysis import (
+    MatchedDetections,
+    Outcome,
+    best_threshold,
+    confusion_matrix,
+    count_errors,
+    f1_curve,
+    match_dataset,
+)
 from weights import load_model
 
 SIDE = 100
@@ -85,7 +93,7 @@ def test_counts_threshold_and_confusion(errors):
     assert precision[:2].tolist() == [1.0, 0.5]
     assert recall[0] == pytest.approx(1 / 3)
     assert f1[0] == pytest.approx(2 * 1 * (1 / 3) / (1 + 1 / 3))
-    assert best_threshold(outcome) == (0.9, pytest.approx(0.5))
+    assert best_threshold(outcome) == (pytest.approx(0.85), pytest.approx(0.5))  # halfway to the next score
     # cat: one right, one missed; dog: taken for a cat; background: three false positives
     assert confusion_matrix(outcome, 0.0).tolist() == [[1, 0, 1], [1, 0, 0], [2, 1, 0]]
 
@@ -116,6 +124,13 @@ def test_the_page_is_complete_and_alone(report):
     errors = summary["errors"]
     assert errors["correct"] + errors["missed"] == summary["objects"] == 14
     assert 0 < summary["best_threshold"] <= 1
+
+
+def test_equal_scores_are_kept_or_dropped_together():
+    """Of .9 (right), .9 and .9 (wrong), no threshold keeps the first alone."""
+    outcome = Outcome(objects=np.array([1]))
+    outcome.found = [MatchedDetections(0, 0, 0.9, {}, kind) for kind in ("correct", "background", "background")]
+    assert best_threshold(outcome) == (pytest.approx(0.45), pytest.approx(0.5))
 
 
 def test_the_best_threshold_is_stored_and_used(report, dataset, tmp_path):

@@ -122,9 +122,9 @@ def test_importing_reads_no_file_and_touches_no_device():
 
 
 def test_readme_shows_how_to_extend(tmp_path, monkeypatch):
-    """The blocks of the section "Extend" add a backbone and an NMS that run in the whole network."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("\n## Extend\n")[1].split("\n## ")[0]
+    """The blocks of docs/extending.md add a backbone and an NMS that run in the whole network."""
+    readme = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Extend\n")[1]
     blocks = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 2
     monkeypatch.setattr("backbone.BACKBONES", backbones := dict(BACKBONES))

@@ -179,6 +179,44 @@ def test_tensorboard_is_an_extra(dataset, tmp_path, monkeypatch):
         RunLog(tmp_path, tensorboard=True)
 
 
+def test_flags_are_fields_of_the_configuration():
+    """One result, whatever the spelling; what is stated is never changed, and the rest follows the batch size."""
+    base = {"train_annotations": "a.json", "train_images": "images", "config": "yolact_base", "init": "none"}
+    spellings = (
+        {"batch_size": "16", "lr": "0.003"},
+        {"set": ["batch_size=16", "lr=0.003"]},
+        {"batch_size": "16", "set": ["lr=0.003"]},
+    )
+    configs = [train.new_run(base | given)[1] for given in spellings]
+    assert configs[0] == configs[1] == configs[2] == get_config("yolact_base", batch_size=16, lr=0.003)
+    training = configs[0].training
+    assert (training.lr, training.max_iter, training.warmup_iters) == (0.003, 400_000, 250)
+    short = train.new_run(base | {"batch_size": "2", "set": ["max_iter=3"]})[1].training
+    assert (short.max_iter, short.lr) == (3, 1e-3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "nms=fsat"], "unknown nms 'fsat', did you mean 'fast'"),
+        (["--set", "backbone=resnet55"], "unknown backbone 'resnet55'"),
+        (["--set", "assigner=atsss"], "unknown assigner 'atsss'"),
+        (["--set", "optimizer=adam"], "unknown optimizer 'adam'"),
+        (["--patience", "2"], "--patience needs --val_annotations"),
+        (["--val_images", "x"], "--val_images has no effect"),
+        (["--precision", "fp16", "--device", "cpu"], "precision fp16 is for GPUs"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+        (["--batch_size", "2", "--accumulate", "3"], "batch size 2 cannot be split"),
+    ],
+)
+def test_argument_errors_come_before_data_and_downloads(tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr("weights.transfer.find_weights", lambda *_: pytest.fail("a download"))
+    args = ["train.py", "--config", "yolact_lite", "--train_annotations", tmp_path / "none.json"]
+    args += ["--train_images", tmp_path / "none", "--output_dir", tmp_path / "run"]
+    assert message in run(*args, *words, code=2)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -109,7 +109,13 @@ def build_page(segmenter: Segmenter, title: str) -> Any:
         with gr.Row():
             with gr.Column(scale=1):
                 image = gr.Image(label="Image", type="filepath", image_mode=None, sources=["upload", "webcam"])
-                threshold = gr.Slider(0, 1, DISPLAY["score_threshold"], step=0.01, label="Score threshold")
+                threshold = gr.Slider(
+                    0,
+                    1,
+                    detection.best_score_threshold or DISPLAY["score_threshold"],
+                    step=0.01,
+                    label="Score threshold",
+                )
                 top_k = gr.Slider(1, 200, detection.top_k, step=1, label="Maximum number of detections")
                 nms = gr.Dropdown(list(NMS), value=detection.nms, label="NMS")
                 size = gr.Slider(

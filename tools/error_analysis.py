@@ -25,8 +25,8 @@ KINDS = {
 
 
 @dataclass
-class Found:
-    """A detection and what became of it."""
+class MatchedDetections:
+    """A detection, and what it matches."""
 
     index: int  # of the image in the data set
     label: int
@@ -51,7 +51,7 @@ class Missed:
 class Outcome:
     """The outcome for a whole data set."""
 
-    found: list[Found] = field(default_factory=list)
+    found: list[MatchedDetections] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     objects: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # [C] of each class
 
@@ -83,7 +83,7 @@ def match_dataset(
                 continue
             code = to_rle(annotation.segmentation, *sizes[image_id])
             (crowds if annotation.crowd else objects).append((annotation.label, code))
-        found = [Found(index, labels[r["category_id"]], _score(r), r) for r in by_image[image_id]]
+        found = [MatchedDetections(index, labels[r["category_id"]], _score(r), r) for r in by_image[image_id]]
         taken = _match(found, objects, [code for _, code in crowds])
         outcome.found += found
         for position, (label, code) in enumerate(objects):
@@ -97,7 +97,9 @@ def _score(result: dict[str, Any]) -> float:
     return float(result.get("mask_score", result["score"]))
 
 
-def _match(found: list[Found], objects: list[tuple[int, dict[str, Any]]], crowds: list[dict[str, Any]]) -> set[int]:
+def _match(
+    found: list[MatchedDetections], objects: list[tuple[int, dict[str, Any]]], crowds: list[dict[str, Any]]
+) -> set[int]:
     """Fill in kind, IoU and truth of the detections of one image; return the positions of the matched objects."""
     found.sort(key=lambda item: -item.score)
     masks = [item.result["segmentation"] for item in found]
@@ -144,11 +146,18 @@ def f1_curve(outcome: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def best_threshold(outcome: Outcome) -> tuple[float, float]:
-    """Return the score threshold with the highest F1, and that F1; (1, 0) if nothing is correct."""
+    """Return the score threshold with the highest F1, and that F1; (1, 0) if nothing is correct.
+
+    A threshold keeps or drops all detections of equal score, so F1 is compared after the last of each. The threshold
+    lies halfway to the next lower score, so that rounding does not decide.
+    """
     scores, _, _, f1 = f1_curve(outcome)
-    if not len(f1) or f1.max() == 0:
+    last = np.append(scores[1:] < scores[:-1], True)[: len(scores)]  # of equal scores
+    if not len(f1) or f1[last].max() == 0:
         return 1.0, 0.0
-    return float(scores[f1.argmax()]), float(f1.max())
+    best = int(np.where(last, f1, -1.0).argmax())
+    lower = scores[best + 1] if best + 1 < len(scores) else 0.0
+    return float(scores[best] + lower) / 2, float(f1[best])
 
 
 def count_errors(outcome: Outcome, threshold: float) -> dict[str, int]:

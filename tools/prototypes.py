@@ -63,7 +63,7 @@ def composition_tiles(detections: Detections, i: int, height: int = 138) -> list
     row.append(_tile(mask_logits(prototypes, coefficients[None])[0].sigmoid().numpy(), size, "sigmoid"))
     mask = next(detections[i].iter_masks()).astype(np.float32)
     name = detections.class_names[int(detections.labels[i])]
-    row.append(_tile(mask, size, f"{name} {float(detections.scores[i]):.2f}", color_of(i)))
+    row.append(_tile(mask, size, f"{name} {float(detections.mask_scores[i]):.2f}", color_of(i)))
     return row
 
 

@@ -44,7 +44,7 @@ from tools.export.onnx_export import EXPORTABLE_NMS
 from tools.export.parity import check_export
 from tools.images import find_images
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, fraction, integer, parse_size, require, run_main
+from utils.errors import ArgumentParser, UserError, fraction_or_best, integer, parse_size, require, run_main
 from utils.files import write_error, write_json
 from weights import load_model
 from weights.released import BUNDLED
@@ -70,7 +70,7 @@ def build_parser() -> ArgumentParser:
     add("--check", nargs="+", default=[], help="images on which the export is checked (default: two bundled images)")
     add(
         "--score_threshold",
-        type=fraction,
+        type=fraction_or_best,
         help="minimum score (default: the configuration's, which is meant for AP; about 0.3 for applications)",
     )
     add("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")

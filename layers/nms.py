@@ -125,8 +125,9 @@ def _matrix_nms(
     before j, and 0 elsewhere; it returns new scores. Classes are processed in groups, which bounds the memory.
     """
     scores, index = scores.topk(min(top_k, scores.shape[2]), dim=2)
-    batch, _, count = scores.shape
-    group = max(1, MATRIX_BUDGET // (4 * batch * count**2))
+    batch, classes, count = scores.shape
+    # An exported graph takes any batch size, so the number of groups must not depend on it.
+    group = classes if torch.compiler.is_compiling() else max(1, MATRIX_BUDGET // (4 * batch * count**2))
     decided = []
     for part, chosen in zip(scores.split(group, dim=1), index.split(group, dim=1), strict=True):
         expanded = boxes[:, None].expand(-1, chosen.shape[1], -1, -1)

@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import time
 
 import pytest
-from conftest import spawn
+from conftest import ROOT, spawn
 
-from benchmarks import compare, report
+from benchmarks import compare
 from benchmarks.stages import benchmark, format_report, network_flops
 
 
-def test_figures_in_the_readmes_are_those_in_the_files():
-    for path, wanted in ((report.README, report.readme()), (report.TABLES, report.tables())):
-        assert path.read_text(encoding="utf-8") == wanted, "run python benchmarks/report.py"
+def figures(name):
+    """The cells that the tables must show for a JSON file, row by row."""
+    content = json.loads((ROOT / "benchmarks" / name).read_text())
+    if name.startswith("compare"):
+        digits = 2 if "h200" in name else 0
+        rows = [row for row in content["rows"] if row["what"] in ("network", "image")]
+        return [(row["variant"], f"{row['ms']:.{digits}f}", f"{row['times_the_original']:.2f}") for row in rows]
+    if name.startswith("gpu"):
+        return [(row["configuration"], row["precision"], f"{row['ms']:.2f}") for row in content["networks"]]
+    if name.startswith("stages"):
+        return [(stage, f"{values['median']:.2f}") for stage, values in content["stages_ms"].items()]
+    if name in ("nms.json", "precision.json"):
+        digits = 1 if name == "nms.json" else 2
+        aps = [(f"{100 * row['box_AP']:.{digits}f}", f"{100 * row['mask_AP']:.{digits}f}") for row in content["rows"]]
+        return [(row["variant"], *ap) for row, ap in zip(content["rows"], aps, strict=True)]
+    if name == "tiles.json":
+        return [
+            (str(row["tile"] or "none"), f"{100 * row['AP']:.1f}", f"{100 * row['APs']:.1f}") for row in content["rows"]
+        ]
+    names = {"network": "network", "image": "image to masks"}
+    return [(names[row["what"]], f"{row['ms']:.1f}") for row in content["rows"]]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.json")), ids=lambda path: path.name)
+def test_figures_in_the_tables_are_those_in_the_files(path):
+    lines = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    wanted = figures(path.name)
+    assert wanted
+    for cells in wanted:
+        label, *numbers = cells
+        assert any(label in row[1:5] or f"ours {label}" in row for row in rows if set(numbers) <= set(row)), cells
 
 
 def test_operations_do_not_depend_on_how_they_are_computed(small_config):
@@ -65,14 +96,24 @@ def test_our_side_of_the_comparison(weights):
 
 
 @pytest.mark.slow
-def test_costs_are_measured(tmp_path):
-    out = tmp_path / "scaling.json"
-    spawn("benchmarks/scaling.py", "--config", "yolact_lite", "--sizes", 64, 96, "--batches", 1, "--detections", 3,
-        "--repeats", 2, "--output", out)  # fmt: skip
-    result = json.loads(out.read_text())
-    assert [row["varied"] for row in result["rows"]] == ["size"] * 2 + ["batch_size", "detections"] + ["image"] * 4
-    assert all(row["image_to_masks_ms"] > 0 and row["memory_mib"] > 100 for row in result["rows"])
-    assert "## Scaling" in report.scaling(result)
+def test_the_gpu_script_is_rehearsed_on_the_cpu(tmp_path):
+    """Without the original, whose part fails and stops nothing."""
+    env = {**os.environ, "DEVICE": "cpu", "QUICK": "1"}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh", tmp_path], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert "tests: exit code 0" in done.stdout
+    assert "gpu: exit code 0" in done.stdout
+    assert "compare_yolact_base: exit code" in done.stdout
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["configuration"] for row in report["networks"]} >= {"yolact_resnet50", "yolact_lite"}
+    assert all(row["ms"] > 0 for row in report["networks"] + report["nms"])
+
+
+@pytest.mark.slow
+def test_a_study_compares_variants(tmp_path, weights, dataset):
+    out = tmp_path / "nms.json"
+    spawn("benchmarks/studies.py", "nms", "--weights", weights, "--annotations", dataset, "--image_dir",
+        dataset.parent / "images", "--max_images", 2, "--device", "cpu", "--output", out)  # fmt: skip
+    assert len(json.loads(out.read_text())["rows"]) == 10
 
 
 def test_a_slow_stage_shows_where_it_is(predictor, monkeypatch):

@@ -461,7 +461,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
     An older version may have stored a key that has been deleted since. It is dropped if it was switched off.
     """
-    return override(Config(name="stored"), **{key: value for key, value in values.items() if key in FIELDS or value})
+    off = [key for key, value in values.items() if key not in FIELDS and isinstance(value, (int, float)) and not value]
+    return override(Config(name="stored"), **{key: value for key, value in values.items() if key not in off})
 
 
 def as_set_arguments(config: Config, keys: typing.Iterable[str]) -> str:

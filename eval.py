@@ -7,7 +7,7 @@ python eval.py --weights runs/mine --annotations val.json --image_dir images
 torchrun --nproc_per_node 8 eval.py --weights yolact_r50 --annotations val.json --image_dir images   # on 8 GPUs
 python eval.py --weights yolact_r50 --benchmark
 
-Without --weights, the bundled weights are used, which detect people only.
+Without --weights, the bundled weights are used, which detect people only; --benchmark --config NAME uses random ones.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: GNU OpenMP's threads spin while they wait, and on a core that another process uses too, this
-# makes an image take 1,760 ms instead of 24 at 320 px. With this count it takes 150, and an idle machine is as fast.
+# GNU OpenMP's threads spin while they wait. If another process uses one of the cores, an image at 320 px then takes
+# 1.76 s instead of 0.024. With this count, read when torch is imported, it takes 0.15 s. On an idle machine it changes
+# nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from tqdm import tqdm
@@ -81,7 +82,11 @@ def build_parser() -> ArgumentParser:
     task("--image_dir", type=Path, help="folder of the annotated images")
     task("--benchmark", action="store_true", help="measure the time of each stage")
     out = parser.add_argument_group("output").add_argument
-    out("--output", type=Path, help="a folder, an image file for a single image, or a JSON file for AP and benchmark")
+    out(
+        "--output",
+        type=Path,
+        help="a folder (default: results), an image file for a single image, or a JSON file for AP and benchmark",
+    )
     out(
         "--save",
         default="overlay,json",
@@ -99,7 +104,7 @@ def build_parser() -> ArgumentParser:
     )
     how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
     how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, usually fast)")
-    how("--size", help="input size of the network, HxW, or one number (yolact_lite: of the same area), at least 32")
+    how("--size", help="the network's input: HxW, or a number for a square (yolact_lite: for an input of its area)")
     how("--tile", type=integer(32), metavar="PIXELS", help="also predict on tiles of this size, for large images")
     how("--set", **several, metavar="key=value", help="any field of DetectionConfig in config.py, such as crop=false")
     how("--batch_size", type=integer(1), default=1, help="batch size of --benchmark")
@@ -134,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def segment_images(args: argparse.Namespace) -> int:
-    """Segment all images of --image and --images; return 1 if some could not be read."""
+    """Segment all images of --image and --images; return 1 if some image or folder could not be used."""
     from tools.images import find_images
     from tools.outputs import merged_coco, parse_kinds, write_results
 
@@ -231,7 +236,7 @@ def build_predictor(args: argparse.Namespace, ranks: Ranks | None = None) -> Pre
     detection |= {key: getattr(args, key) for key in ("score_threshold", "top_k", "nms") if getattr(args, key)}
     if args.score_threshold == 0:
         detection["score_threshold"] = 0.0
-    with_detection(model.config, detection)  # raises for a key that is not a field
+    with_detection(model.config, detection)  # raises for a key that is not a field, such as `size`
     if args.compile and isinstance(model, Yolact):
         print("compiling the network; this can take minutes. Its input is square unless --size is HxW", file=sys.stderr)
     device = args.device if ranks is None else ranks.device

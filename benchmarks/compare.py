@@ -63,15 +63,9 @@ def main() -> int:
             sys.path.insert(0, str(ROOT))
         serve(jobs[args.only, args.step](args), args.device)
         return 0
-    report = {
-        "command": f"python benchmarks/compare.py --original {args.original.name} --configs {' '.join(args.configs)} "
-        f"--device {args.device} --rounds {args.rounds} --repeats {args.repeats}{' --training' * args.training}"
-        + " --exports"
-        * args.exports,
-        "torch": torch.__version__,
-        "image": IMAGE_SIZE,
-        "rows": [],
-    }
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/compare.py", *words])
+    report = {"command": command, "torch": torch.__version__, "image": IMAGE_SIZE, "agreement": {}, "rows": []}
     for config in args.configs:
         compare(args, config, report)
     return 0
@@ -85,12 +79,9 @@ def compare(args: argparse.Namespace, config: str, report: dict[str, Any]) -> No
         ours = Worker("ours", options)
         agreement = compare_answers(theirs.ask("answer"), ours.ask("answer"))
         print(f"{config}: {agreement}")
+        report["agreement"][config], report["machine"] = agreement, ours.ask("machine")
         add_rows(args, config, report, *take_turns((theirs, ours), args))
-        machine = ours.ask("machine")
         theirs.end(), ours.end()
-        peak, floor = machine["compute_peak"], 1000 * machine["network_flops"] / machine["compute_peak"]
-        report |= {"machine": machine["name"], "peak_gflops": round(peak / 1e9)}
-        report["rows"].append({"configuration": config, "what": "floor", "ms": round(floor, 2), "agreement": agreement})
         if args.training:  # in processes of their own, so that memory is that of training alone
             workers = [Worker(name, [*options, "--step"]) for name in ("original", "ours")]
             add_rows(args, config, report, *take_turns(workers, args))
@@ -211,7 +202,7 @@ def compare_answers(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def our_jobs(args: argparse.Namespace) -> Jobs:
     """Return the jobs of this project: every precision that the device supports, uncompiled and compiled."""
-    from benchmarks.stages import compute_peak, device_name, network_flops
+    from benchmarks.stages import device_name
     from inference import Predictor
     from utils.device import choose_precision
     from weights import load_model
@@ -253,11 +244,7 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     exact = Predictor(model, args.device, "fp32", size=size, score_threshold=THRESHOLD, crop_after_resize=False)(image)
     found = {"labels": exact.labels.tolist(), "scores": exact.scores.tolist()}
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
-    jobs["machine"] = lambda: {
-        "name": device_name(device),
-        "network_flops": network_flops(model.config, size),
-        "compute_peak": compute_peak(device, best),
-    }
+    jobs["machine"] = lambda: device_name(device)
     return jobs
 
 

@@ -30,7 +30,7 @@ from layers.nms import NMS
 from utils.errors import run_main
 from yolact import Yolact
 
-CONFIGS = ("yolact_resnet50", "yolact_base", "yolact_plus_resnet50", "yolact_lite")
+CONFIGS = ["yolact_resnet50", "yolact_base", "yolact_lite", "yolact_plus_resnet50"]
 
 
 def median_ms(device: torch.device, call: Callable[[], Any], repeats: int) -> float:
@@ -46,17 +46,17 @@ def median_ms(device: torch.device, call: Callable[[], Any], repeats: int) -> fl
     return round(statistics.median(times), 3)
 
 
-def networks(device: torch.device, batches: list[int], repeats: int, peak: float) -> list[dict[str, Any]]:
+def networks(device: torch.device, args: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
     """Return the time of network and NMS for each configuration, uncompiled and compiled."""
     rows = []
-    for name in CONFIGS:
+    for name in args.configs:
         model = Yolact(get_config(name)).eval()
         side = model.config.model.max_size
         for options in ({}, {"compile": True}):
             predictor = Predictor(model, device, size=(side, side), score_threshold=0.05, **options)
-            for batch in batches:
+            for batch in args.batches:
                 images = torch.randn(batch, 3, side, side, device=device)
-                ms = median_ms(device, lambda p=predictor, i=images: p.run(i), repeats)
+                ms = median_ms(device, lambda p=predictor, i=images: p.run(i), args.repeats)
                 flops = network_flops(model.config, (side, side), batch)
                 row = {"configuration": name, "size": side, "batch": batch, "ms": ms}
                 row["precision"] = str(predictor.dtype).removeprefix("torch.") + (" compiled" if options else "")
@@ -87,6 +87,7 @@ def suppression(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", type=Path)
@@ -103,7 +104,7 @@ def main() -> int:
         "copy_gb_s": round(copy_peak(device) / 1e9),
     }
     report["nms"] = suppression(device, args.repeats)
-    report["networks"] = networks(device, args.batches, args.repeats, peak)
+    report["networks"] = networks(device, args, peak)
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -12,13 +12,14 @@ if ! python3 -c "import pycocotools" 2>/dev/null; then
     export PYTHONPATH="$PWD/.pack/site:${PYTHONPATH:-}"
 fi
 if [ -n "${QUICK:-}" ]; then
-    small=(--batches 1 --rounds 1 --repeats 1 --no_compile --batch_size 1) gpu=(--batches 1 --repeats 1)
+    small=(--batches 1 --rounds 1 --repeats 1 --no_compile --batch_size 1) gpu=(--configs yolact_lite --batches 1 --repeats 1)
 else
     small=(--batches 1 32 --rounds 4 --repeats 10 --limit 30) gpu=(--batches 1 32 --repeats 30)
 fi
 
 part() { # name, limit in seconds, command
-    local name=$1 limit=$2 started=$SECONDS
+    local name=$1 limit=${QUICK:+900} started=$SECONDS
+    limit=${limit:-$2}
     shift 2
     timeout "$limit" "$@" >"$out/$name.log" 2>&1
     local code=$?

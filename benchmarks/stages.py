@@ -120,8 +120,8 @@ def _one_pass(
         return [predictor.postprocess(candidates, prototypes, i, n, image.shape[:2]) for i, n in enumerate(counts)]
 
     def image_to_masks() -> list[Tensor]:
-        raw = predictor.predict(torch.stack([predictor.preprocess(x) for x in images]))
-        return [d.masks.cpu() for d in postprocess(predictor.detect(raw), raw.prototypes)]
+        selected, prototypes = predictor.run(torch.stack([predictor.preprocess(x) for x in images]))
+        return [d.masks.cpu() for d in postprocess(selected, prototypes)]
 
     found = postprocess(candidates, predictions.prototypes)
     masks = clock.time("masks", lambda: [d.masks for d in found])
@@ -251,7 +251,8 @@ def format_report(report: dict[str, Any]) -> str:
     size, image = "x".join(map(str, report["size"])), "x".join(map(str, report["image"]))
     lines = [
         f"{report['configuration']}, {size} input, {image} image, batch {report['batch_size']}, "
-        f"{report['precision']}{', compiled' * report['compiled']} on {report['device']}, {report['repeats']} repeats",
+        f"{report['precision']}{', compiled' if report['compiled'] else ''} on {report['device']}, "
+        f"{report['repeats']} repeats",
         f"{'stage':<24}{'p10':>10}{'median':>10}{'p90':>10}   ms",
     ]
     for stage, row in report["stages_ms"].items():

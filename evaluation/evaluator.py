@@ -131,7 +131,7 @@ def check_classes(dataset: CocoDataset, config: Config, where: str = "in the wei
     for label in range(max(len(dataset.class_names), config.num_classes)):
         left = dataset.class_names[label] if label < len(dataset.class_names) else "-"
         right = config.class_names[label] if label < config.num_classes else "-"
-        rows.append(f"{label:>5}  {left:<24}  {right}{'  <' * (left != right)}")
+        rows.append(f"{label:>5}  {left:<24}  {right}{'  <' if left != right else ''}")
     table = "\n".join(rows)
     advice = "use files with the same categories in the same order"
     raise UserError(f"{dataset.path}: its classes differ from those {where}; {advice}\n{table}")

@@ -84,7 +84,8 @@ def test_different_answers_stop_the_comparison():
 
 @pytest.mark.slow
 def test_our_side_of_the_comparison(weights):
-    args = argparse.Namespace(exports=False, device="cpu", weights=weights, configs=["yolact_lite"], batch_size=2)
+    given = {"exports": False, "device": "cpu", "weights": weights, "configs": ["yolact_lite"], "batch_size": 2}
+    args = argparse.Namespace(**given, batches=[1], no_compile=False)
     jobs = compare.our_jobs(args) | compare.our_training_step(args)
     assert {"network float32", "image float32 compiled", "training float32"} <= set(jobs)
     for name, job in jobs.items():
@@ -92,7 +93,7 @@ def test_our_side_of_the_comparison(weights):
         if name.startswith("training"):
             assert answer["total"] > 0
     assert len(jobs["answer"]()["scores"]) > 0
-    assert jobs["machine"]()["compute_peak"] > 1e9
+    assert "threads" in jobs["machine"]()
 
 
 @pytest.mark.slow
@@ -104,7 +105,7 @@ def test_the_gpu_script_is_rehearsed_on_the_cpu(tmp_path):
     assert "gpu: exit code 0" in done.stdout
     assert "compare_yolact_base: exit code" in done.stdout
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["configuration"] for row in report["networks"]} >= {"yolact_resnet50", "yolact_lite"}
+    assert ["compiled" in row["precision"] for row in report["networks"]] == [False, True]
     assert all(row["ms"] > 0 for row in report["networks"] + report["nms"])
 
 

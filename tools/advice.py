@@ -48,15 +48,15 @@ def unlikely_settings(config: Config, per_pass: int, objects: tuple[np.ndarray, 
         )
     few = [name for name, count in zip(config.class_names, counts, strict=True) if count < FEW_PER_CLASS]
     if few:
-        shown = ", ".join(few[:3]) + ", ..." * (len(few) > 3)
+        shown = ", ".join(few[:3]) + (", ..." if len(few) > 3 else "")
         lines.append(
             f"{len(few)} of {len(counts)} classes have fewer than {FEW_PER_CLASS} objects ({shown}); "
             "annotate more images, or merge classes"
         )
     if per_pass <= 2 and not config.training.freeze_bn:
         lines.append(
-            f"batch norm is trained with statistics of {per_pass} image{'s' * (per_pass > 1)}, which are too noisy; "
-            "use --set freeze_bn=true or a larger batch"
+            f"batch norm is trained with statistics of {per_pass} image{'s' if per_pass > 1 else ''}, "
+            "which are too noisy; use --set freeze_bn=true or a larger batch"
         )
     if config.model.preserve_aspect_ratio and not config.augmentation.augment_crop:
         lines.append(

@@ -31,7 +31,7 @@ from data.augment import Window, draw_mask
 from data.coco import CocoDataset
 from data.image import input_size, write_image
 from layers.anchors import prototype_size
-from tools.findings import EXAMPLES, KINDS, Finding
+from tools.findings import EXAMPLES_PER_FINDING, FINDING_KINDS, Finding
 from tools.formats.readers import open_coco
 from tools.sheets import truth_sheet
 from utils.device import configure_process
@@ -119,8 +119,8 @@ def audit(
         _compare(dataset, reports, val, config, problems, progress)
     totals = _totals(dataset, reports, val)
     findings = [
-        Finding(name, len(problems[name]), totals[kind.of], problems[name][:EXAMPLES])
-        for name, kind in KINDS.items()
+        Finding(name, len(problems[name]), totals[kind.of], problems[name][:EXAMPLES_PER_FINDING])
+        for name, kind in FINDING_KINDS.items()
         if problems[name]
     ]
     return Report(
@@ -211,7 +211,7 @@ def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageRepo
 def _inspect_annotation(
     report: ImageReport, entry: dict[str, Any], annotation: Annotation, config: Config, size: tuple[int, int]
 ) -> Iterator[str]:
-    """Add the measurements of one annotation to `report`; yield the kinds (keys of KINDS) of its problems.
+    """Add the measurements of one annotation to `report`; yield the kinds (keys of FINDING_KINDS) of its problems.
 
     `size` is the (height, width) of the image in pixels.
     """

@@ -71,7 +71,7 @@ class Segmenter:
         options = {"score_threshold": threshold, "top_k": int(top_k), "nms": nms}
         found = self.predictor(int(size)).with_detection(**options)(image)
         names = sorted({found.class_names[label] for label in found.labels.tolist()})
-        text = f"{len(found)} detection{'s' * (len(found) != 1)}{': ' * bool(names)}{', '.join(names)}"
+        text = f"{len(found)} detection{'' if len(found) == 1 else 's'}{': ' if names else ''}{', '.join(names)}"
         overlay = found.draw(image)
         prototypes = prototype_tiles(found, image)
         pages = [overlay, arrange([prototypes[i : i + COLUMNS] for i in range(0, len(prototypes), COLUMNS)])]
@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         segmenter = Segmenter(args, Path(folder))
         classes = segmenter.config.class_names
-        title = f"{segmenter.config.name}, {len(classes)} class{'es' * (len(classes) > 1)}: {join_names(classes, 10)}"
+        count = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
+        title = f"{segmenter.config.name}, {count}: {join_names(classes, 10)}"
         page = build_page(segmenter, title)
         # Fonts of the system, because the default ones are loaded from the internet.
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

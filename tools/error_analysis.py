@@ -15,7 +15,7 @@ from data.coco import CocoDataset
 MIN_IOU = 0.5  # of masks: a detection with at least this is correct
 BACKGROUND_IOU = 0.1  # below it a detection has nothing to do with an object
 # The kinds of wrong detections. Objects that no detection matches are "missed".
-KINDS = {
+ERROR_KINDS = {
     "class": "right place, wrong class",
     "localisation": f"right class, IoU of {BACKGROUND_IOU} to {MIN_IOU}",
     "class and localisation": "neither class nor place is right",
@@ -32,7 +32,7 @@ class MatchedDetections:
     label: int
     score: float
     result: dict[str, Any]
-    kind: str = ""  # "correct", "ignored" (in a crowd region), or a key of KINDS
+    kind: str = ""  # "correct", "ignored" (in a crowd region), or a key of ERROR_KINDS
     iou: float = 0.0  # with the object that it matches, or that it comes nearest to
     truth: int = -1  # the label of that object; -1: none
 
@@ -163,7 +163,7 @@ def best_threshold(outcome: Outcome) -> tuple[float, float]:
 def count_errors(outcome: Outcome, threshold: float) -> dict[str, int]:
     """Count correct detections and each kind of error at a score threshold."""
     strong = [item for item in outcome.found if item.score >= threshold]
-    counts = {kind: sum(item.kind == kind for item in strong) for kind in ("correct", *KINDS)}
+    counts = {kind: sum(item.kind == kind for item in strong) for kind in ("correct", *ERROR_KINDS)}
     return counts | {"missed": int(outcome.objects.sum()) - counts["correct"]}
 
 

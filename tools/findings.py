@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-EXAMPLES = 5  # number of examples in a finding
+EXAMPLES_PER_FINDING = 5  # number of examples in a finding
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Kind:
     tolerated: int = 0
 
 
-KINDS = {
+FINDING_KINDS = {
     "missing": Kind("images are missing or outside the image folder", "check --image_dir and file_name", 0, "images"),
     "unreadable": Kind(
         "images are unreadable or not of the stated size", "repair or remove them", 0.01, "images", tolerated=1
@@ -104,11 +104,11 @@ class Finding:
 
     @property
     def is_error(self) -> bool:
-        kind = KINDS[self.kind]
+        kind = FINDING_KINDS[self.kind]
         return self.count > kind.limit * self.total and self.count > kind.tolerated
 
     def __str__(self) -> str:
-        kind = KINDS[self.kind]
+        kind = FINDING_KINDS[self.kind]
         examples = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
         share = f"{self.count} of {self.total}" if self.total != self.count else f"all {self.total}"
         level = "error" if self.is_error else "warning"

@@ -21,17 +21,17 @@ from tools.prototypes import prototype_sheet
 from utils.errors import UserError, suggestion
 from utils.files import atomic_write, write_error, write_json
 
-KINDS = ("overlay", "json", "masks", "polygons", "prototypes", "cutout", "blur")
+OUTPUT_KINDS = ("overlay", "json", "masks", "polygons", "prototypes", "cutout", "blur")
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
     """Split "overlay,json" into ("overlay", "json"). Raises UserError if a kind is unknown or none is given."""
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     for kind in kinds:
-        if kind not in KINDS:
-            raise UserError(f"--save {kind}: unknown kind of output{suggestion(kind, KINDS)}")
+        if kind not in OUTPUT_KINDS:
+            raise UserError(f"--save {kind}: unknown kind of output{suggestion(kind, OUTPUT_KINDS)}")
     if not kinds:
-        raise UserError(f"--save: name at least one of {', '.join(KINDS)}")
+        raise UserError(f"--save: name at least one of {', '.join(OUTPUT_KINDS)}")
     return kinds
 
 
@@ -44,7 +44,7 @@ def write_results(
         image: uint8 BGR [H, W, 3].
         detections: the detections of this image.
         output: the path of all results without their suffixes.
-        kinds: what to write, from KINDS.
+        kinds: what to write, from OUTPUT_KINDS.
         origin: the source of the image ("file_name", or "video" and "frame"), which is added to the JSON files.
         suffix: suffix of the overlay, for example ".jpg".
     """

@@ -16,7 +16,7 @@ from data.annotation import to_mask
 from data.coco import CocoDataset
 from data.image import write_image
 from tools.error_analysis import (
-    KINDS,
+    ERROR_KINDS,
     MIN_IOU,
     Outcome,
     best_threshold,
@@ -29,7 +29,7 @@ from utils.draw import draw_objects
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
 
-EXAMPLES = 8  # images on a sheet of mistakes
+MISTAKES_PER_SHEET = 8  # images on a sheet of mistakes
 COLUMNS = 2
 TILE = 440  # pixels: the width of each of the two images of an example
 LARGEST_MATRIX = 20  # classes in the confusion matrix; those with the most errors
@@ -163,7 +163,7 @@ def error_figure(errors: dict[str, int]) -> bytes:
     """Draw the number of each kind of error as bars."""
     figure = _figure(7, 2.8)
     axes = figure.subplots()
-    names = [*KINDS, "missed"]
+    names = [*ERROR_KINDS, "missed"]
     bars = axes.barh(names, [errors[name] for name in names], color="#c0504d")
     axes.bar_label(bars, padding=3)
     axes.invert_yaxis()
@@ -179,7 +179,7 @@ def mistake_sheets(dataset: CocoDataset, outcome: Outcome, threshold: float) -> 
     masks have the lowest IoU.
     """
     strong = [item for item in outcome.found if item.score >= threshold]
-    wrong = sorted((item for item in strong if item.kind in KINDS), key=lambda item: -item.score)
+    wrong = sorted((item for item in strong if item.kind in ERROR_KINDS), key=lambda item: -item.score)
     bad = sorted((item for item in strong if item.kind == "correct"), key=lambda item: item.iou)
     missed = sorted(outcome.missed, key=lambda item: -item.area)
     names = dataset.class_names
@@ -205,11 +205,11 @@ def mistake_sheets(dataset: CocoDataset, outcome: Outcome, threshold: float) -> 
 def _sheet(
     dataset: CocoDataset, outcome: Outcome, threshold: float, cases: list[tuple[int, dict[str, Any], str]]
 ) -> np.ndarray | None:
-    """Draw up to EXAMPLES cases (image, mask, caption), one of each image; None if there is none."""
+    """Draw up to MISTAKES_PER_SHEET cases (image, mask, caption), one of each image; None if there is none."""
     rows: list[np.ndarray] = []
     seen: set[int] = set()
     for index, segmentation, caption in cases:
-        if len(rows) == EXAMPLES:
+        if len(rows) == MISTAKES_PER_SHEET:
             break
         if index in seen:
             continue
@@ -297,7 +297,9 @@ def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: di
         + [_percent(row[key]) for key in ("AP", "AP50", "precision", "recall")]
         for name, row in summary["per_class"].get("segm", {}).items()
     ]
-    errors = [[name, str(summary["errors"][name]), text] for name, text in {**KINDS, "missed": "no detection"}.items()]
+    errors = [
+        [name, str(summary["errors"][name]), text] for name, text in {**ERROR_KINDS, "missed": "no detection"}.items()
+    ]
     sections = [
         f"<h1>{html.escape(summary['title'])}</h1>",
         f"<p>{summary['images']} images, {summary['objects']} objects.</p>",

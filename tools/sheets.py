@@ -16,7 +16,7 @@ from data.coco import CocoDataset
 from data.loader import Batch
 from evaluation.evaluator import Sizes
 from inference import Predictor
-from tools.error_analysis import KINDS, match_dataset
+from tools.error_analysis import ERROR_KINDS, match_dataset
 from utils.draw import draw_objects
 from utils.errors import UserError
 
@@ -72,7 +72,7 @@ def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
 def worst_images(dataset: CocoDataset, results: list[dict[str, Any]], sizes: Sizes, count: int = 6) -> list[int]:
     """Return the indices of the images with the most errors (missed objects and false positives), worst first."""
     outcome = match_dataset(dataset, results, sizes, SHOWN_SCORE)
-    errors = Counter(item.index for item in outcome.found if item.kind in KINDS)
+    errors = Counter(item.index for item in outcome.found if item.kind in ERROR_KINDS)
     errors.update(item.index for item in outcome.missed)
     others = [index for index in range(len(dataset)) if index not in errors]
     return [*(index for index, _ in errors.most_common(count)), *others][:count]

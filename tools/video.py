@@ -59,7 +59,7 @@ class VideoSource:
             raise UserError(f"{source}: {'a folder, not a video' if Path(source).is_dir() else 'no such video'}")
         self.capture = cv2.VideoCapture(int(source) if self.camera else source)
         if not self.capture.isOpened():
-            raise UserError(f"{'camera ' * self.camera}{source}: cannot be opened as a video")
+            raise UserError(f"{'camera ' if self.camera else ''}{source}: cannot be opened as a video")
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.fps = rate if 0 < rate < 1000 else 30.0
         count = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)

@@ -29,7 +29,7 @@ STATE: dict[str, Any] = {"step": int, "best": (int, float), "optimizer": dict, "
 
 
 class NetworkAndLoss(nn.Module):
-    """Network and loss in one module, so that DDP wraps both."""
+    """Network and loss in one module: the loss calls `model.mask_iou`, which DDP has to see, too."""
 
     anchors: Tensor
 
@@ -79,6 +79,7 @@ class Trainer:
                 raise UserError("sync_bn=true needs GPUs: PyTorch synchronises batch norm only between them")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(memory_format=torch.channels_last).to(self.device)
+        # In training mode, layers that the configuration freezes have no gradients; what follows has to know them.
         self.network_and_loss = NetworkAndLoss(model).to(self.device).train()
         self.module: nn.Module = self.network_and_loss
         if ranks.size > 1:
@@ -91,7 +92,7 @@ class Trainer:
         averaged = {} if self.ema is None else self.ema.state_dict()
         names = [name for name, value in averaged.items() if value.is_floating_point()]
         self._averaged = [averaged[name] for name in names]
-        trained = model.state_dict()
+        trained = model.state_dict()  # the tensors themselves, which the optimiser and `load` change in place
         self._current = [trained[name] for name in names]
         self.iteration = 0  # the number of steps taken
         self.best = -1.0  # mask AP of the best validation
@@ -101,7 +102,8 @@ class Trainer:
     def step(self, batch: Batch, lr: float) -> dict[str, float]:
         """Take one optimiser step at learning rate `lr`; return the weighted losses and their sum, "total".
 
-        Raises UserError if a loss is not finite or, except in float16, if the norm of the gradient is not.
+        In float16, a step whose gradient overflows leaves the weights as they are, and counts. Raises UserError if a
+        loss is not finite or, except in float16, if the norm of the gradient is not.
         """
         batch = batch.to(self.device)
         self.optimizer.zero_grad()
@@ -109,7 +111,7 @@ class Trainer:
         # Clip the gradient to a maximum norm. With an infinite limit only the norm is computed, for the check below.
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
-        # Copying the losses is the only wait for the device. The sum over the processes is not finite if one loss is
+        # Copying the losses waits for the device. The sum over the processes is not finite if one loss is
         # not, so all processes stop together.
         sums = self.ranks.sum(torch.stack([*losses.values(), norm]).cpu()) / self.ranks.size
         *values, norm_value = sums.tolist()
@@ -155,9 +157,9 @@ class Trainer:
             return
         path = self.folder / ("non_finite.json" if self.ranks.is_main else f"non_finite_{self.ranks.rank}.json")
         texts = {name: str(value) for name, value in values.items()}  # JSON has no NaN
-        write_json(path, {"step": self.iteration, "losses": texts, "image_ids": batch.image_ids})
+        write_json(path, {"step": self.iteration + 1, "losses": texts, "image_ids": batch.image_ids})
         raise UserError(
-            f"the loss is not finite at step {self.iteration} ({bad}); the batch's image ids are in {path}. "
+            f"not finite in step {self.iteration + 1}: {bad}; the batch's image ids are in {path}. "
             "Check their annotations, or lower --lr"
         )
 

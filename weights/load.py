@@ -60,7 +60,7 @@ def read_weights(path: str | Path) -> Weights:
     content = read_checkpoint(path)
     if "yolact" not in content:
         return convert(content, str(path))
-    if content["yolact"] != FORMAT:
+    if not isinstance(content["yolact"], int) or content["yolact"] != FORMAT:
         raise UserError(f"{path}: has format {content['yolact']!r}, but this version reads {FORMAT}")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: incomplete, because it has no configuration or no weights")

@@ -15,7 +15,7 @@ from data.image import SUFFIXES, read_image
 from utils.errors import UserError
 
 NOT_FOUND = "images that were not found"  # a kind of problem that --images can solve
-EXAMPLES = 3  # number of examples shown for each kind of problem
+EXAMPLES_PER_LINE = 3  # number of examples shown for each kind of problem
 
 
 @dataclass
@@ -62,15 +62,16 @@ class Problems:
         """Count a problem, such as ("boxes without an outline", "a.txt line 3")."""
         self.counts[kind] += count
         shown = self.examples.setdefault(kind, [])
-        if len(shown) < EXAMPLES:
+        if len(shown) < EXAMPLES_PER_LINE:
             shown.append(str(example))
 
     def lines(self) -> list[str]:
         """Return one line for each kind."""
-        return [
-            f"not used: {count} {kind}: {', '.join(self.examples[kind])}{', ...' * (count > len(self.examples[kind]))}"
-            for kind, count in self.counts.items()
-        ]
+        lines = []
+        for kind, count in self.counts.items():
+            more = ", ..." if count > len(self.examples[kind]) else ""
+            lines.append(f"not used: {count} {kind}: {', '.join(self.examples[kind])}{more}")
+        return lines
 
 
 def image_size(path: Path, problems: Problems) -> tuple[int, int] | None:

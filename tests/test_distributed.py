@@ -68,7 +68,7 @@ def test_evaluation_is_shared_without_duplicates(dataset, small_config, tmp_path
     args += ["--image_dir", dataset.parent / "images", "--score_threshold", "0.01"]
     run(*args, "--output", tmp_path / "one.json")
     spawn(*TORCHRUN, *args, "--output", tmp_path / "two.json")
-    one, two = (json.loads((tmp_path / f"{name}.results.json").read_text()) for name in ("one", "two"))
+    one, two = (json.loads((tmp_path / f"{name}.bbox.json").read_text()) for name in ("one", "two"))
     assert len(one) == len(two) > 0
     key = lambda r: (r["image_id"], -r["score"], r["category_id"], r["bbox"])  # noqa: E731
     for a, b in zip(sorted(one, key=key), sorted(two, key=key), strict=True):

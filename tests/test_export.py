@@ -141,7 +141,7 @@ def test_every_layout_exports(tmp_path, name, suffix):
     check_graph(path, model, SIZES, **detection)
     predictor = Predictor.from_weights(path, precision="fp32", **detection)
     image = random_image(120, 100)
-    expected = Predictor(model, device="cpu", precision="fp32", size=predictor.size, **detection)(image)
+    expected = Predictor(model, device="cpu", precision="fp32", size=predictor.backend.size, **detection)(image)
     found = predictor(image)
     check_same(expected, *(x.numpy() for x in (found.boxes, found.mask_scores, found.labels, found.masks)))
 

@@ -32,14 +32,18 @@ def rings(mask: np.ndarray, tolerance: float = 0.0) -> list[tuple[np.ndarray, bo
 
 def _trace(mask: np.ndarray) -> list[np.ndarray]:
     """Return the closed outlines of a mask as corners, int32 [n, 2]. Pixels that only touch diagonally are separate."""
-    padded = np.pad(mask, 1)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return []
+    left, top = int(columns[0]), int(rows[0])
+    padded = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)
     steps: dict[tuple[int, int], list[int]] = defaultdict(list)  # directions that start at a point
     for direction, (dx, dy) in enumerate(STEPS):
         # The neighbour outside lies to the left of the step.
         outside = np.roll(padded, (dx, -dy), axis=(0, 1))
         ys, xs = np.nonzero(padded & ~outside)
         x, y = CORNERS[direction]
-        for point in zip((xs - 1 + x).tolist(), (ys - 1 + y).tolist(), strict=True):
+        for point in zip((xs - 1 + x + left).tolist(), (ys - 1 + y + top).tolist(), strict=True):
             steps[point].append(direction)
     outlines = []
     while steps:

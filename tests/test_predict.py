@@ -506,7 +506,7 @@ MEASURE = """
 import resource, sys, numpy as np, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tools.outputs import Save, write_results
+from tools.outputs import write_results
 from inference import Detections
 
 def detections(size, count):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -242,3 +243,13 @@ def test_resized_truth_stays_binary():
     masks = (torch.rand(2, 50, 60) > 0.5).byte()
     assert set(resize_truth(masks, (20, 20)).unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(resize_truth(masks, (50, 60)), masks.float())
+
+
+def test_the_mask_loss_of_a_tiny_object_is_bounded():
+    """Divided by the area of its box, 1 x 0.5 pixels of a 550 pixel input, it would be 30 times as large."""
+    logits, masks = torch.zeros(1, 138, 138), torch.zeros(1, 138, 138)
+    box = torch.tensor([[0.5, 0.5, 0.5 + 1 / 550, 0.5 + 0.5 / 550]])
+    loss = float(mask_cross_entropy(logits, masks, torch.tensor([0]), box))
+    inside = float(crop_window(box, 138, 138).sum())
+    assert inside > 0
+    assert loss == pytest.approx(inside * math.log(2), rel=1e-5)  # ln 2 for each pixel of the padded box

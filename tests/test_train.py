@@ -589,6 +589,26 @@ def test_the_validation_sheet_shows_the_worst_images(dataset):
     assert set(worst[-3:]) == {1, 3, 7}  # without errors; the last image has no objects
 
 
+def test_a_run_that_was_not_in_float16_is_resumed_in_float16(small_config, tmp_path):
+    """Its GradScaler has no state."""
+    trainer = Trainer(Yolact(small_config), tmp_path, one_process(), "fp32")
+    trainer.save("last.pth", {})
+    training = read_checkpoint(tmp_path / "last.pth")["training"]
+    assert training["scaler"] == {}
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    trainer.load(training)
+    assert trainer.iteration == 0
+
+
+def test_too_little_memory_gets_one_line(dataset, tmp_path, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    out = run(*train_args(dataset, "--max_iter", 1, "--output_dir", tmp_path / "run"), code=2)
+    assert "lower --batch_size, or split it with --accumulate" in out
+
+
 def test_threads_that_wait_do_not_spin_for_long():
     """Set before torch is imported, and only as a default."""
     code = "import os, {}; print(os.environ['GOMP_SPINCOUNT'])"

@@ -220,9 +220,8 @@ def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     for a, b in zip(expected, found, strict=False):
         assert np.abs(a.numpy() - b).max() <= (1e-3 if suffix == ".onnx" else 2e-2) * a.abs().max()  # float16 weights
     image = random_image()
-    assert len(Predictor.from_weights(path, precision="fp32")(image)) == len(
-        Predictor(model, device="cpu", precision="fp32")(image)
-    )
+    expected = Predictor(model, device="cpu", precision="fp32", size=(96, 96)).published()(image)
+    assert len(Predictor.from_weights(path, precision="fp32").published()(image)) == len(expected) > 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 from config import DetectionConfig
 from inference.detections import Detections
 from inference.predictor import Predictor
-from inference.runtime import RAW, ExportedNetwork, exported_backend
+from inference.runtime import NORMALISED, RAW, ExportedNetwork, Part
 from yolact import Yolact
 
 MIN_SCORE = 0.1  # weaker detections are ignored, because rounding errors can add or remove them
@@ -91,7 +91,7 @@ def _at_sizes(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _raw_differences(network: ExportedNetwork, predictor: Predictor, images: Sequence[np.ndarray]) -> dict[str, float]:
     """Return the largest difference of each raw output, relative to PyTorch's largest absolute value."""
-    run, worst = exported_backend(network, "cpu", "fp32", None).network, dict.fromkeys(RAW, 0.0)
+    run, worst = Part(network, (NORMALISED,), RAW, "fp32"), dict.fromkeys(RAW, 0.0)
     for image in images:
         batch = predictor.preprocess(image)[None]
         with torch.inference_mode():

@@ -18,6 +18,7 @@ configuration, and `first_batch.jpg` (the first training batch as the network re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -169,17 +170,11 @@ def fit(
     trainer: Trainer, batches: Iterator[Batch], schedule: Schedule, val: CocoDataset | None, args: dict[str, Any]
 ) -> bool:
     """Train to the end of the schedule, or until a validation or a signal stops the run; return False for a signal."""
-    ranks, terminal, table = trainer.ranks, sys.stderr.isatty(), ""
+    ranks, table = trainer.ranks, ""
     unusable = UnusableImages(schedule.num_images)
     val_interval = args["val_interval"] or max(500, schedule.per_epoch)
     log = RunLog(trainer.folder, trainer.iteration, trainer.validated, args["tensorboard"], ranks.is_main)
-    progress = tqdm(
-        total=schedule.max_iter,
-        initial=trainer.iteration,
-        desc="training",
-        mininterval=0.1 if terminal else 30,  # seconds between updates; in a file each of them is kept
-        disable=not ranks.is_main,
-    )
+    progress = progress_bar(schedule.max_iter, trainer.iteration, ranks.is_main)
     with StopSignal() as stop_signal, log, progress:
         while True:
             due = trainer.iteration % val_interval == 0 or trainer.iteration == schedule.max_iter
@@ -198,11 +193,8 @@ def fit(
 
                 log.image(0, "first_batch", batch_sheet(batch, trainer.model.config))
 
-            try:
+            with explained_memory(trainer.device):
                 losses = trainer.step(batch, lr)
-            except torch.OutOfMemoryError:
-                advice = "lower --batch_size, or split it with --accumulate"
-                raise UserError(f"{trainer.device} has not enough memory for a step; {advice}") from None
 
             times = {"seconds": time.perf_counter() - started, "waited": waited, "time": time.time()}
             values = {"epoch": trainer.iteration / schedule.per_epoch, **times, **losses}
@@ -231,6 +223,22 @@ def fit(
     best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
     print(f"done: {trainer.folder / 'last.pth'}{best}")
     return True
+
+
+def progress_bar(total: int, initial: int, is_main: bool) -> tqdm:
+    """Return the progress bar of a run. In a file, each update is kept, so there is one in half a minute only."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=initial, desc="training", mininterval=interval, disable=not is_main)
+
+
+@contextlib.contextmanager
+def explained_memory(device: torch.device) -> Iterator[None]:
+    """Turn an error about too little memory into one line that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        advice = "lower --batch_size, or split it with --accumulate"
+        raise UserError(f"{device} has not enough memory for a step; {advice}") from None
 
 
 def is_stale(trainer: Trainer, args: dict[str, Any]) -> bool:

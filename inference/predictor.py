@@ -164,7 +164,7 @@ class Predictor:
         """Yield the detections of images with the same input size."""
         with torch.inference_mode():
             selected, prototypes = self.run(torch.stack([self.preprocess(image) for image in images]))
-            counts = (selected.scores > 0).sum(dim=1).tolist()  # waits for the device
+            counts = (selected.scores > 0).sum(dim=1).tolist()  # synchronises with the device
         for i, image in enumerate(images):
             yield self.postprocess(selected, prototypes, i, counts[i], image.shape[:2])
 

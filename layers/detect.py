@@ -58,7 +58,7 @@ def detect(
     candidates = scores.masked_fill(weak, -1.0).transpose(1, 2)  # [B, C, A]
     top_k = config.nms_top_k
     if drop_weak_anchors:
-        # Selected sort first, so NMS needs no more boxes than there are candidates. With 80 classes, a threshold of
+        # Candidates sort first, so NMS needs no more boxes than there are candidates. With 80 classes, a threshold of
         # 0.3 and 1000 boxes of each class, this changes the time from 0.85 s to 7 ms.
         top_k = min(top_k, int((~weak.all(dim=2)).sum(dim=1).amax().clamp(min=1)))
     kept = find_nms(config.nms)(boxes, candidates, config.nms_threshold, top_k, config.top_k)

@@ -104,7 +104,8 @@ def force_matches(overlaps: Tensor, best: Tensor, objects: Tensor) -> None:
 
     Modifies two tensors in place: in `best` [B, A] the assigned anchors get the value 2, which exceeds any threshold,
     and in `objects` [B, A] the index of their object. `overlaps` is [B, n, A], -1 for padding. At most n - 1 anchors
-    are taken by other objects, so only the n best of each object are considered. No operation waits for the device.
+    are taken by other objects, so only the n best of each object are considered. No operation synchronises with
+    the device.
 
     Ties are common, because all anchors of one size inside an object have the same IoU. The anchor with the lowest
     index is taken, as in the released code. `topk` does not define an order for ties, so the sort key is made unique:

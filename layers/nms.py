@@ -78,7 +78,7 @@ def cluster_nms(
     def decide(scores: Tensor, overlaps: Tensor) -> Tensor:
         near = (overlaps > iou_threshold).float()
         keep = torch.ones_like(scores)
-        # Asking a GPU whether the result is stable would mean waiting for it.
+        # On a GPU, the comparison below would synchronise with the device in every iteration.
         fixed = scores.device.type != "cpu" or torch.compiler.is_compiling()
         # Each iteration settles at least one more box, so N iterations always suffice for N boxes.
         for _ in range(min(near.shape[-1], MAX_ITERATIONS) if fixed else near.shape[-1]):

@@ -111,7 +111,7 @@ class Trainer:
         # Clip the gradient to a maximum norm. With an infinite limit only the norm is computed, for the check below.
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
-        # Copying the losses waits for the device. The sum over the processes is not finite if one loss is
+        # Copying the losses synchronises with the device. The sum over the processes is not finite if one loss is
         # not, so all processes stop together.
         sums = self.ranks.sum(torch.stack([*losses.values(), norm]).cpu()) / self.ranks.size
         *values, norm_value = sums.tolist()

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.JpegImagePlugin
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,9 +88,13 @@ def _check_file(data: bytes, path: Path, max_pixels: int) -> None:
         raise truncated from None
     if height * width > max_pixels:
         raise UserError(f"{path}: {width}x{height} is more than the limit of {max_pixels:,} pixels")
-    # A JPEG ends with the marker FFD9 after its last scan, FFDA; a thumbnail has both before the image's own scan.
-    if image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise truncated
+    # A JPEG ends with the marker FFD9. Thumbnails, which have one of their own, lie before the image's first scan,
+    # where Pillow stops reading; phones append other data, which may contain any bytes.
+    if data.startswith(b"\xff\xd8"):
+        stream = io.BytesIO(data)
+        PIL.JpegImagePlugin.JpegImageFile(stream)
+        if data.find(b"\xff\xd9", stream.tell()) < 0:
+            raise truncated
     if image.format == "WEBP" and len(data) < int.from_bytes(data[4:8], "little") + 8:
         raise truncated
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from layers.structures import Predictions
-from utils.device import choose_device, choose_precision, is_tf32
+from utils.device import choose_device, choose_precision
 from utils.errors import UserError
 from yolact import Yolact
 
@@ -67,7 +67,7 @@ def pytorch_backend(
         size=sides[0] if follows_image else sides,
         device=device,
         dtype=dtype,
-        tf32=is_tf32(precision),
+        tf32=precision == "tf32",
         model=prepared,
     )
     if compile:

@@ -112,6 +112,9 @@ def test_a_jpeg_with_a_preview_is_not_taken_for_complete(tmp_path):
     whole = data[:2] + segment + data[2:]
     (tmp_path / "a.jpg").write_bytes(whole)
     assert read_image(tmp_path / "a.jpg").shape == (200, 300, 3)
+    appended = b"a video \xff\xda"  # phones append one, which may contain the start of a scan
+    (tmp_path / "a.jpg").write_bytes(whole + appended)
+    assert read_image(tmp_path / "a.jpg").shape == (200, 300, 3)
     (tmp_path / "a.jpg").write_bytes(whole[: len(whole) * 3 // 4])
     with pytest.raises(UserError, match="end of the file is missing"):
         read_image(tmp_path / "a.jpg")

@@ -17,7 +17,7 @@ from layers.anchors import feature_sizes
 from layers.loss import MultiBoxLoss
 from layers.structures import Target
 from training.schedule import build_optimizer
-from utils.device import autocast, choose_precision, float32_math, is_tf32
+from utils.device import autocast, choose_precision, float32_math
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import write_json
@@ -72,7 +72,7 @@ class Trainer:
     def __init__(self, model: Yolact, folder: Path, ranks: Ranks, precision: str = "auto", accumulate: int = 1):
         config = model.config.training
         self.config, self.folder, self.ranks, self.device = config, folder, ranks, ranks.device
-        self.dtype, self.tf32 = choose_precision(precision, self.device), is_tf32(precision)
+        self.dtype, self.tf32 = choose_precision(precision, self.device), precision == "tf32"
         self.accumulate = accumulate
         if config.sync_bn and ranks.size > 1:
             if self.device.type != "cuda":

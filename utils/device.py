@@ -106,11 +106,6 @@ def choose_precision(precision: str | torch.dtype, device: torch.device) -> torc
     return PRECISIONS[precision]
 
 
-def is_tf32(precision: str | torch.dtype) -> bool:
-    """Whether TF32 may replace float32 in convolutions."""
-    return precision == "tf32"
-
-
 @contextmanager
 def float32_math(tf32: bool) -> Iterator[None]:
     """Allow cuDNN to use TF32 in this block, or forbid it. PyTorch's default, for the whole process, allows it."""

@@ -44,7 +44,9 @@ def main() -> int:
     parser.add_argument("--training", action="store_true", help="also time a training step")
     parser.add_argument("--exports", action="store_true", help="also the exported model in its runtimes, on a CPU")
     parser.add_argument("--batch_size", type=int, default=8, help="batch size of the training step")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="batch sizes of inference")
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[1], help="batch sizes of inference; none for training alone"
+    )
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which no further round starts")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled variants")
     parser.add_argument("--output", type=Path)
@@ -219,6 +221,8 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     if best != torch.float32:
         name = str(best).removeprefix("torch.")
         variants |= {name: {"precision": "auto"}, f"{name} compiled": {"precision": "auto", "compile": True}}
+    if not args.batches:
+        variants = {}
     if args.no_compile:
         variants = {name: options for name, options in variants.items() if "compile" not in options}
     jobs: Jobs = {}
@@ -333,14 +337,12 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
     ]
     images = torch.randn(args.batch_size, 3, size, size)
     jobs: Jobs = {}
-    for precision in dict.fromkeys(("fp32", "auto")):
-        dtype = choose_precision(precision, torch.device(args.device))
-        name = f"training {str(dtype).removeprefix('torch.')}"
-        if name in jobs:
-            continue
-        run = Trainer(Yolact(config), Path(tempfile.mkdtemp()), one_process(torch.device(args.device)), precision)
-        batch = Batch(images, targets, list(range(args.batch_size)), []).to(run.device)
-        jobs[name] = lambda run=run, batch=batch: run.step(batch, 1e-4)
+    device = torch.device(args.device)
+    best = str(choose_precision("auto", device)).removeprefix("torch.")
+    for name, precision in {"float32": "fp32", best: "auto"}.items():
+        run = Trainer(Yolact(config), Path(tempfile.mkdtemp()), one_process(device), precision)
+        batch = Batch(images, targets, list(range(args.batch_size)), []).to(device)
+        jobs[f"training {name}"] = lambda run=run, batch=batch: run.step(batch, 1e-4)
     return jobs
 
 
@@ -351,7 +353,7 @@ def original_jobs(args: argparse.Namespace) -> Jobs:
     detect = load(args.original, args.configs[0], args.device, args.weights, test_image(), THRESHOLD)
     jobs: Jobs = {}
     for variant in ("float32", "tf32") if args.device == "cuda" else ("",):
-        for count in args.batches if variant != "tf32" else [1]:
+        for count in args.batches if variant != "tf32" else args.batches[:1]:
             tf32, name = variant == "tf32", label(variant, count)
             jobs[f"network {name}".strip()] = with_tf32(tf32, lambda count=count: detect.network(count))
             jobs[f"image {name}".strip()] = with_tf32(tf32, lambda count=count: detect.image_to_masks(count))

@@ -12,9 +12,9 @@ if ! python3 -c "import pycocotools" 2>/dev/null; then
     export PYTHONPATH="$PWD/.pack/site:${PYTHONPATH:-}"
 fi
 if [ -n "${QUICK:-}" ]; then
-    small=(--batches 1 --rounds 1 --repeats 1 --no_compile --batch_size 1) gpu=(--configs yolact_lite --batches 1 --repeats 1)
+    batches=(1) small=(--rounds 1 --repeats 1 --no_compile --batch_size 1) gpu=(--configs yolact_lite --batches 1 --repeats 1)
 else
-    small=(--batches 1 32 --rounds 4 --repeats 10 --limit 30) gpu=(--batches 1 32 --repeats 30)
+    batches=(1 32) small=(--rounds 3 --repeats 10 --limit 25) gpu=(--batches 1 32 --repeats 30)
 fi
 
 part() { # name, limit in seconds, command
@@ -27,12 +27,16 @@ part() { # name, limit in seconds, command
     grep -v Warning "$out/$name.log" | tail -n "${LINES_SHOWN:-4}"
 }
 
-compare() {
-    part "compare_$1" 140 python3 benchmarks/compare.py --original .pack/yolact --configs "$1" \
-        --device "$device" --training "${small[@]}" --output "$out/compare_$1.json"
+compare() { # name, limit in seconds, configuration, options
+    local name=$1 limit=$2 config=$3
+    shift 3
+    part "$name" "$limit" python3 benchmarks/compare.py --original .pack/yolact --configs "$config" \
+        --device "$device" "$@" "${small[@]}" --output "$out/$name.json"
 }
 
-part tests 150 python3 -m pytest -q tests/test_cuda.py -p no:cacheprovider
-compare yolact_resnet50
-part gpu 120 python3 benchmarks/gpu.py --device "$device" "${gpu[@]}" --output "$out/gpu.json"
-compare yolact_base
+part tests 120 python3 -m pytest -q tests/test_cuda.py -p no:cacheprovider
+compare compare_yolact_resnet50 80 yolact_resnet50 --batches "${batches[@]}"
+compare training_yolact_resnet50 60 yolact_resnet50 --batches --training
+compare training_yolact_base 65 yolact_base --batches --training
+part gpu 75 python3 benchmarks/gpu.py --device "$device" "${gpu[@]}" --output "$out/gpu.json"
+compare compare_yolact_base 80 yolact_base --batches "${batches[@]}"

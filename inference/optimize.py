@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from layers.structures import Predictions
+from layers.detect import detect
+from layers.structures import Predictions, Selected
 from utils.device import choose_device, choose_precision
 from utils.errors import UserError
 from yolact import Yolact
@@ -36,6 +37,7 @@ class Backend:
     dtype: torch.dtype
     tf32: bool = False
     model: Yolact | None = None  # the optimised model, unless the network is in an exported file
+    detect: Callable[..., Selected] = detect  # layers.detect.detect, compiled or not
     compile_seconds: float = 0.0
 
 
@@ -72,6 +74,10 @@ def pytorch_backend(
     )
     if compile:
         backend.network, backend.compile_seconds = compile_network(prepared, sides)
+        if device.type == "cuda":
+            # Otherwise every operation on the scores of 80 classes, or on overlaps, reads and writes them in memory.
+            # Batch 32 on an H200: 2.2 ms instead of 6.5. `Predictor` does not use it for the loop of Cluster-NMS.
+            backend.detect = torch.compile(detect, dynamic=False)
     return backend
 
 

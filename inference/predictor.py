@@ -173,7 +173,8 @@ class Predictor:
 
         If the network is compiled for a GPU, this is one CUDA graph; the next call overwrites the results.
         """
-        if self.device.type != "cuda" or not self.backend.compile_seconds:
+        waits = self.config.detection.nms == "standard"  # for the GPU, between its decisions
+        if self.device.type != "cuda" or not self.backend.compile_seconds or waits:
             return self._network_and_detect(batch)
         if self._graph is None:
             self._graph = GraphedCall(self._network_and_detect)
@@ -204,7 +205,8 @@ class Predictor:
         size = (4 * rows, 4 * columns) if isinstance(self.backend.size, int) else self.backend.size
         if size not in self._anchors:
             self._anchors[size] = self.backend.anchors(*size)
-        return detect(
+        function = self.backend.detect if self.config.detection.nms in ("fast", "cross_class") else detect
+        return function(
             predictions, self._anchors[size], self.config.detection, drop_weak_anchors=self.device.type == "cpu"
         )
 

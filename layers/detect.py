@@ -66,7 +66,8 @@ def detect(
     if config.box_voting:
         selected = _vote(selected, boxes, scores.masked_fill(best <= VOTER_SCORE, 0.0), config.nms_top_k)
     # Voting and Cluster-NMS with the score penalty lower scores, so the threshold is applied again.
-    return selected._replace(scores=selected.scores.masked_fill(selected.scores < min_score, -1.0))
+    boxes, scores, labels, coefficients = selected
+    return Selected(boxes, scores.masked_fill(scores < min_score, -1.0), labels, coefficients)
 
 
 def _vote(selected: Selected, boxes: Tensor, scores: Tensor, max_voters: int) -> Selected:

@@ -55,7 +55,7 @@ def cross_class_nms(
     """Fast NMS across classes: each box has only its best class, and classes suppress each other."""
     best, labels = scores.max(dim=1, keepdim=True)
     kept = fast_nms(boxes, best, iou_threshold, top_k, max_detections)
-    return kept._replace(labels=labels[:, 0].gather(1, kept.indices))
+    return NMSResult(kept.indices, kept.scores, labels[:, 0].gather(1, kept.indices))
 
 
 def cluster_nms(

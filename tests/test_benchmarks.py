@@ -20,7 +20,7 @@ def figures(name):
     content = json.loads((ROOT / "benchmarks" / name).read_text())
     if name.startswith("compare"):
         digits = 2 if "h200" in name else 0
-        rows = [row for row in content["rows"] if row["what"] in ("network", "image")]
+        rows = [row for row in content["rows"] if row["what"] in ("network", "image") or "training" in name]
         return [(row["variant"], f"{row['ms']:.{digits}f}", f"{row['times_the_original']:.2f}") for row in rows]
     if name.startswith("gpu"):
         return [(row["configuration"], row["precision"], f"{row['ms']:.2f}") for row in content["networks"]]
@@ -103,6 +103,7 @@ def test_the_gpu_script_is_rehearsed_on_the_cpu(tmp_path):
     done = subprocess.run(["bash", "benchmarks/gpu.sh", tmp_path], cwd=ROOT, env=env, text=True, capture_output=True)
     assert "tests: exit code 0" in done.stdout
     assert "gpu: exit code 0" in done.stdout
+    assert "training_yolact_base: exit code" in done.stdout
     assert "compare_yolact_base: exit code" in done.stdout
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert ["compiled" in row["precision"] for row in report["networks"]] == [False, True]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from fractions import Fraction
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run, spawn
 
-from tools import encoder, video
+from tools import video
+from tools.track import Tracker
 from tools.video import process_video
 from utils.errors import UserError
+
+av = pytest.importorskip("av", reason="needs requirements-tools.txt")
 
 
 @pytest.fixture
@@ -42,7 +50,6 @@ def test_video_keeps_length_rate_and_order(weights, clip, tmp_path):
     out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "out/seg", "--device", "cpu",
               "--save", "overlay,json,masks", "--score_threshold", 1)  # fmt: skip
     assert "20 frames" in out
-    assert "latency" in out
     written, rate = frames(tmp_path / "out/seg.mp4")
     assert len(written) == 20
     assert rate == pytest.approx(12.5)
@@ -103,8 +110,7 @@ def test_errors_while_writing_reach_the_caller(predictor, clip, tmp_path, monkey
     def fail(*_):
         raise UserError("disk full")
 
-    monkeypatch.setattr(encoder.Mpeg4Encoder, "_check", fail)
-    monkeypatch.setattr(video, "has_h264", lambda: False)
+    monkeypatch.setattr(video.VideoFile, "write", fail)
     with pytest.raises(UserError, match="disk full"):
         process_video(predictor, str(clip), tmp_path / "x", ("overlay", "json"))
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
@@ -156,66 +162,151 @@ def test_videos_are_mp4(weights, clip, tmp_path):
     assert "name it out.mp4" in out
 
 
-needs_ffmpeg = pytest.mark.skipif(not encoder.has_h264(), reason="needs ffmpeg with libx264")
-
-
-def streams(path):
-    """Codec and duration of each stream of a file."""
-    words = ["-v", "error", "-show_entries", "stream=codec_name,duration,width,height", "-of", "json"]
-    done = subprocess.run(["ffprobe", *words, str(path)], capture_output=True, check=True)
-    return {entry["codec_name"]: entry for entry in json.loads(done.stdout)["streams"]}
-
-
-@pytest.fixture
-def sounding_clip(clip, tmp_path):
-    """The clip with a tone that is longer than its frames (1.6 s), and an odd width."""
-    path = tmp_path / "odd.mp4"
-    sound = ["-f", "lavfi", "-i", "sine=frequency=440:duration=3"]
-    odd = ["-vf", "format=yuv444p,crop=127:95:0:0,format=yuv420p", "-c:v", "mpeg4", "-q:v", "2"]
-    command = ["ffmpeg", "-loglevel", "error", "-i", str(clip), *sound, "-map", "0:v", "-map", "1:a", *odd, str(path)]
-    subprocess.run(command, check=True)
+def write_video(path, times, size=(96, 128), sound=0.0, codec="aac", options=None):
+    """Grey frames that get brighter by 12, at `times` in seconds, and a tone of `sound` seconds."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream("libx264", options={"crf": "10"})
+        (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        tone = container.add_stream(codec, rate=44100, layout="mono") if sound else None
+        for number, seconds in enumerate(times):
+            pixels = np.full((*size, 3), 12 * number % 256, np.uint8)
+            pixels[: size[0] // 2, : size[1] // 2] = 255
+            frame = av.VideoFrame.from_ndarray(pixels, format="bgr24")
+            frame.pts, frame.time_base = round(1000 * seconds), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if tone is not None:
+            wave = (0.5 * np.sin(np.arange(int(44100 * sound)) / 16)).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 0
+            container.mux(tone.encode(frame))
+            container.mux(tone.encode())
     return path
 
 
-@needs_ffmpeg
-def test_h264_with_sound(weights, sounding_clip, tmp_path):
-    args = ["--weights", weights, "--video", sounding_clip, "--output", tmp_path / "seg", "--device", "cpu"]
-    out = run("eval.py", *args, "--save", "overlay", "--score_threshold", 1)
-    assert "(H.264 with the source's sound)" in out
-    found = streams(tmp_path / "seg.mp4")
-    assert set(found) == {"h264", "aac"}
-    assert (found["h264"]["width"], found["h264"]["height"]) == (128, 96)  # players need even sides
-    written, rate = frames(tmp_path / "seg.mp4")
-    assert len(written) == 20
-    assert rate == pytest.approx(12.5, abs=0.01)
-    assert np.abs([f[:95, :127].mean() - 12 * i for i, f in enumerate(written)]).max() < 9
-    assert float(found["aac"]["duration"]) == pytest.approx(1.6, abs=0.1)  # as long as the frames
-    run("eval.py", *args, "--save", "overlay", "--score_threshold", 1, "--max_images", 5)
-    assert float(streams(tmp_path / "seg.mp4")["aac"]["duration"]) == pytest.approx(0.4, abs=0.1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "odd.mp4", "seg.mp4"]
+def read_times(path):
+    with av.open(str(path)) as container:
+        return [frame.time for frame in container.decode(video=0)]
 
 
-@needs_ffmpeg
-def test_h264_of_a_silent_video_that_is_interrupted(clip, tmp_path):
-    """Ctrl-C reaches every process of a terminal; ffmpeg still completes the frames that were written."""
+def sound_of(path):
+    """Codec and seconds of the sound of a file, or None."""
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            return None
+        stream = container.streams.audio[0]
+        last = max(float((p.pts + p.duration) * p.time_base) for p in container.demux(stream) if p.pts is not None)
+        return stream.codec_context.name, last
+
+
+def test_frames_keep_their_times_and_sound_its_length(weights, tmp_path):
+    """Two seconds of 30 frames and two of 5, as phones record in the dark, and a tone of four seconds."""
+    times = [i / 30 for i in range(60)] + [2 + i / 5 for i in range(10)]
+    source = write_video(tmp_path / "in.mp4", times, sound=4.0)
+    args = ["--weights", weights, "--video", source, "--output", tmp_path / "seg", "--device", "cpu", "--size", 64]
+    out = run("eval.py", *args, "--save", "overlay,json", "--score_threshold", 1)
+    assert "70 frames" in out
+    assert "(with the source's sound)" in out
+    assert "latency" not in out  # of a file it would be the length of the queue
+    assert read_times(tmp_path / "seg.mp4") == pytest.approx(times, abs=2e-3)
+    codec, seconds = sound_of(tmp_path / "seg.mp4")
+    assert codec == "aac"
+    assert seconds == pytest.approx(4.0, abs=0.1)
+    run("eval.py", *args, "--save", "overlay", "--score_threshold", 1, "--max_images", 30)
+    assert sound_of(tmp_path / "seg.mp4")[1] == pytest.approx(1.0, abs=0.1)  # it ends with the frames
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "seg.json", "seg.mp4"]
+
+
+def test_a_stream_that_does_not_begin_at_zero(predictor, tmp_path):
+    source = write_video(tmp_path / "in.ts", [i / 10 for i in range(10)], sound=1.0)
+    assert read_times(source)[0] > 0.1
+    process_video(predictor, str(source), tmp_path / "seg", ("overlay",))
+    assert read_times(tmp_path / "seg.mp4") == pytest.approx([i / 10 for i in range(10)], abs=0.06)
+    assert sound_of(tmp_path / "seg.mp4")[1] == pytest.approx(1.0, abs=0.1)
+
+
+def test_odd_sides_and_sound_that_mp4_does_not_take(predictor, tmp_path):
+    source = write_video(tmp_path / "in.mov", [0, 0.1, 0.2], sound=0.3, codec="pcm_s16le")
+    report = process_video(predictor, str(source), tmp_path / "seg", ("overlay",))
+    assert "without its sound: an MP4 file cannot have pcm_s16le" in str(report)
+    assert sound_of(tmp_path / "seg.mp4") is None
+    with contextlib.ExitStack() as files:
+        odd = video.VideoFile(tmp_path / "odd.mp4", (95, 127), 10, None, 0.0, files)
+        for i in range(3):
+            odd.write(i / 10, np.full((95, 127, 3), 80 * i, np.uint8))
+        odd.write(0.3, np.full((48, 64, 3), 240, np.uint8))  # the stream changes its resolution
+        odd.complete(whole=True)
+    written, _ = frames(tmp_path / "odd.mp4")
+    assert [frame.shape for frame in written] == [(96, 128, 3)] * 4
+    assert [frame.mean() for frame in written] == pytest.approx([0, 80, 160, 240], abs=3)
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)])
+def test_rotated_videos_are_turned(tmp_path, matrix):
+    """Phones store a matrix in the track header; the frames are those that OpenCV shows."""
+    data = bytearray(write_video(tmp_path / "in.mp4", [0, 0.1]).read_bytes())
+    start = data.index(b"tkhd") + 44
+    a, b, c, d = (value * 65536 for value in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    found = [frame.image for frame in video.VideoSource(str(tmp_path / "turned.mp4"), lambda: False)]
+    wanted, _ = frames(tmp_path / "turned.mp4")
+    assert len(found) == 2
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert np.abs(ours.astype(int) - theirs).mean() < 3  # each turns yuv into bgr in its own way
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_video_without_leftovers(clip, tmp_path, number):
     args = [sys.executable, ROOT / "eval.py", "--video", clip, "--output", tmp_path / "seg", "--size", "64"]
-    process = subprocess.Popen([*map(str, args), "--save", "overlay"], start_new_session=True, cwd=ROOT)
-    while not (tmp_path / ".seg.silent.mp4").exists() and process.poll() is None:
+    process = subprocess.Popen([*map(str, args), "--save", "overlay,json"], start_new_session=True, cwd=ROOT)
+    while not list(tmp_path.glob(".seg.mp4.*.part")) and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     assert process.wait(60) in (0, 130)  # 0: the frames were finished first
-    written, _ = frames(tmp_path / "seg.mp4")
-    assert written
-    assert set(streams(tmp_path / "seg.mp4")) == {"h264"}
+    assert frames(tmp_path / "seg.mp4")[0]
+    json.loads((tmp_path / "seg.json").read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "seg.json", "seg.mp4"]
 
 
-def test_without_ffmpeg_mpeg4_is_written_and_said(predictor, clip, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    report = process_video(predictor, str(clip), tmp_path / "seg", ("overlay", "blur"), 3)
-    assert "(MPEG-4 without sound; install ffmpeg for H.264 and sound)" in str(report)
-    for name in ("seg.mp4", "seg.blur.mp4"):
-        written, _ = frames(tmp_path / name)
-        assert len(written) == 3
+def test_a_live_source_gives_its_newest_frame(predictor, clip, tmp_path, monkeypatch):
+    """Inference takes three times as long as the source's frames; the result does not fall behind."""
+
+    class Camera:
+        count = 0
+
+        def isOpened(self):
+            return True
+
+        def read(self):
+            time.sleep(0.02)
+            self.count += 1
+            return self.count <= 60, np.full((64, 64, 3), 4 * self.count % 256, np.uint8)
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(video.cv2, "VideoCapture", lambda _: Camera())
+    found = predictor(np.zeros((64, 64, 3), np.uint8))
+    seen = []
+
+    def slow(image):
+        time.sleep(0.06)
+        seen.append(int(image[0, 0, 0]) // 4)
+        return found
+
+    report = process_video(slow, "0", tmp_path / "cam", ("json",))
+    assert 10 < report.frames < 30
+    assert seen[-1] >= 56  # of 60
+    assert "median latency" in str(report)
+    assert np.median(report.latencies) < 0.3
+
+
+def test_without_pyav_the_install_is_named(weights, clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    out = run("eval.py", "--weights", weights, "--video", clip, "--output", tmp_path / "x", code=2)
+    assert "av is not installed; run: pip install -r requirements-tools.txt" in out
 
 
 def moving_person(tmp_path, count=12):
@@ -242,14 +333,31 @@ def test_track_ids_are_stable(tmp_path):
     tracks = {}
     for result in results:
         row = "upper" if result["bbox"][1] + result["bbox"][3] / 2 < 200 else "lower"
-        if result["frame"] > 0:  # ByteTrack starts tracks with the second frame
-            tracks.setdefault(row, []).append((result["frame"], result.get("track_id")))
+        tracks.setdefault(row, []).append((result["frame"], result.get("track_id")))
     for found in tracks.values():
         assert len({frame for frame, _ in found}) >= 10  # of 12 frames
         assert len({number for _, number in found}) == 1
+        assert None not in dict(found).values()  # also in the first frame
     assert tracks["upper"][0][1] != tracks["lower"][0][1]
     assert len(list((tmp_path / "out").glob("*.cutout_*.png"))) == len(results)
     assert len(frames(tmp_path / "out.blur.mp4")[0]) == 12
+
+
+def test_tracks_end_at_a_cut(predictor):
+    pytest.importorskip("trackers", reason="needs requirements-tools.txt")
+    image = np.full((64, 64, 3), 40, np.uint8)
+    template = predictor.with_detection(score_threshold=0.0)(image)[:2]
+    found = replace(
+        template,
+        boxes=torch.tensor([[2.0, 2, 30, 30], [30, 30, 60, 60]]),
+        scores=torch.ones(2),
+        labels=torch.zeros(2).long(),
+    )
+    found = replace(found, mask_scores=torch.tensor([0.9, 0.8]))
+    tracker = Tracker(25)
+    scenes = [tracker(found, image + np.uint8(i)).track_ids.tolist() for i in range(3)]
+    scenes += [tracker(found, 255 - image).track_ids.tolist() for _ in range(3)]
+    assert scenes == [[0, 1]] * 3 + [[2, 3]] * 3
 
 
 @pytest.mark.parametrize("missing", ["supervision", "trackers"])

@@ -1,126 +1,143 @@
-"""Write frames to a video file: H.264 with the source's sound by ffmpeg, or MPEG-4 without sound by OpenCV."""
+"""Write H.264 videos with the timestamps and the sound of their source, with PyAV."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
+import contextlib
+import math
+from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any
 
 import cv2
 import numpy as np
 
-from utils.errors import UserError
+from inference.detections import TOOLS
+from utils.errors import require
+from utils.files import atomic_write
 
-FFMPEG = ["ffmpeg", "-y", "-nostdin", "-loglevel", "error"]
-H264, MPEG4 = "H.264 with the source's sound", "MPEG-4 without sound; install ffmpeg for H.264 and sound"
-
-
-class Encoder(Protocol):
-    """Receives the frames of a video, and completes the file when it is closed."""
-
-    def write(self, frame: np.ndarray) -> None:
-        """Add a frame, uint8 BGR [H, W, 3] of the same size as the first."""
-        ...
-
-    def close(self, complete: bool) -> None:
-        """Finish the file under its final name, or remove it unless it is `complete`."""
-        ...
+TIME_BASE = Fraction(1, 90_000)  # seconds; the resolution of timestamps
+QUALITY = {"preset": "veryfast", "crf": "20"}
+COPIED = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}  # codecs of sound that players accept in an MP4 file
 
 
-def has_h264() -> bool:
-    """Return whether ffmpeg is installed and can encode H.264."""
-    if shutil.which("ffmpeg") is None:
-        return False
-    listed = subprocess.run(["ffmpeg", "-hide_banner", "-encoders"], capture_output=True, text=True, check=False)
-    return "libx264" in listed.stdout
+class _CheckedFile:
+    """Passes writes on to a file and keeps the first error, which FFmpeg would not report, as of a full disk."""
 
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.error: OSError | None = None
+        self.name, self.read = file.name, file.read
 
-class H264Encoder:
-    """Pipes frames to ffmpeg, and adds the sound of `sound_from` when it is closed."""
-
-    def __init__(self, path: Path, size: tuple[int, int], fps: float, sound_from: str | None):
-        self.path, self.fps, self.sound_from, self.frames = path, fps, sound_from, 0
-        self.silent = path.with_name(f".{path.stem}.silent.mp4")
-        self.part = path.with_name(f".{path.stem}.part.mp4")
-        height, width = size
-        # Players need 4:2:0, whose sides are even; an odd side is padded by one pixel.
-        source = ["-f", "rawvideo", "-pix_fmt", "bgr24", "-s", f"{width}x{height}", "-r", f"{fps:.6f}", "-i", "pipe:0"]
-        codec = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-pix_fmt", "yuv420p"]
-        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]
-        # In a session of its own, ffmpeg does not receive Ctrl-C, and completes the frames that were written.
-        self.process = subprocess.Popen(
-            [*FFMPEG, *source, *codec, *even, str(self.silent)],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=sys.platform != "win32",
-        )
-
-    def write(self, frame: np.ndarray) -> None:
-        assert self.process.stdin is not None
+    def write(self, data: bytes) -> int:
         try:
-            self.process.stdin.write(np.ascontiguousarray(frame).data)
-        except BrokenPipeError:
-            raise self._failed() from None
-        self.frames += 1
+            if self.error is None:
+                self.file.write(data)
+                self.file.flush()  # FFmpeg opens the file again by its name, to move the index to the front
+        except OSError as error:
+            self.error = error
+        return len(data)
 
-    def close(self, complete: bool) -> None:
-        try:
-            _, errors = self.process.communicate()  # closes the pipe and waits
-            if complete and self.process.returncode:
-                raise self._failed(errors)
-            if complete:
-                self._add_sound()
-                self.part.replace(self.path)
-        finally:
-            for left in (self.silent, self.part):
-                left.unlink(missing_ok=True)
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence) if self.error is None else 0
 
-    def _add_sound(self) -> None:
-        sound = ["-i", self.sound_from] if self.sound_from else []
-        # "1:a?" allows a source without sound. The sound ends with the frames if only some of them were processed.
-        streams = ["-map", "0:v", *(["-map", "1:a?", "-c:a", "aac"] if sound else []), "-c:v", "copy"]
-        limits = ["-t", f"{self.frames / self.fps:.6f}", "-movflags", "+faststart"]
-        command = [*FFMPEG, "-i", str(self.silent), *sound, *streams, *limits, str(self.part)]
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode:
-            raise self._failed(done.stderr)
+    def tell(self) -> int:
+        return self.file.tell() if self.error is None else 0
 
-    def _failed(self, errors: bytes | None = None) -> UserError:
-        if errors is None and self.process.stderr is not None:
-            errors = self.process.stderr.read()
-        reason = (errors or b"").decode("utf-8", "replace").strip().splitlines()[-1:] or ["is the disk full?"]
-        return UserError(f"{self.path}: cannot be written completely by ffmpeg ({reason[0][:120]})")
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
 
 
-class Mpeg4Encoder:
-    """Writes MPEG-4 with OpenCV, which every installation can do."""
+class VideoFile:
+    """An MP4 file in which every frame has its own time. Sound is copied from `source`, without encoding it again.
 
-    def __init__(self, path: Path, size: tuple[int, int], fps: float):
-        self.path = path
-        self.part = path.with_name(f".{path.stem}.part.mp4")
-        self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*"mp4v"), fps, size[::-1])
-        if not self.writer.isOpened():
-            self.part.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written as a video")
+    The file appears under its name when `files` is closed without an error, after `complete`.
 
-    def write(self, frame: np.ndarray) -> None:
-        self.writer.write(frame)
+    Args:
+        path: the file to write.
+        size: (height, width) of the frames. Players need even sides, so an odd one is padded by a pixel.
+        fps: the source's rate; the last frame is shown for 1 / fps seconds.
+        source: the file to copy sound from, or None.
+        start: the timestamp of the beginning of the source, in seconds.
+        files: receives the open files.
+    """
 
-    def close(self, complete: bool) -> None:
-        self.writer.release()
-        try:
-            if complete:
-                self._check()
-                self.part.replace(self.path)
-        finally:
-            self.part.unlink(missing_ok=True)
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, ...],
+        fps: float,
+        source: Path | None,
+        start: float,
+        files: contextlib.ExitStack,
+    ):
+        with require("av", install=TOOLS):
+            import av
+        self.av, self.size, self.start, self.frame_time = av, size, start, 1 / fps
+        self.output = _CheckedFile(files.enter_context(atomic_write(path)))
+        self.container = av.open(self.output, "w", format="mp4", options={"movflags": "+faststart"})
+        files.push(self._close)
+        self.video: Any = self.container.add_stream("libx264", options=QUALITY)
+        self.video.height, self.video.width = size[0] + size[0] % 2, size[1] + size[1] % 2
+        self.video.pix_fmt, self.video.codec_context.time_base = "yuv420p", TIME_BASE
+        self.last = -1  # timestamp of the last frame
+        self.sound: Any = None
+        self.packets: Any = iter(())
+        self.next_packet: Any = None
+        self.sound_note = "without sound"
+        if source is not None:
+            self._open_sound(files.enter_context(av.open(str(source))))
 
-    def _check(self) -> None:
-        """Open the file again, because OpenCV does not report a full disk."""
-        check = cv2.VideoCapture(str(self.part))
-        playable = check.isOpened()
-        check.release()
-        if not playable:
-            raise UserError(f"{self.path}: cannot be written completely; is the disk full?")
+    def _open_sound(self, container: Any) -> None:
+        if not container.streams.audio:
+            return
+        stream = container.streams.audio[0]
+        if stream.codec_context.name not in COPIED:
+            self.sound_note = f"without its sound: an MP4 file cannot have {stream.codec_context.name}"
+            return
+        self.sound = self.container.add_stream_from_template(stream)
+        self.packets = container.demux(stream)
+        self.next_packet = next(self.packets, None)
+        self.sound_note = "with the source's sound"
+
+    def write(self, seconds: float, image: np.ndarray) -> None:
+        """Add a frame, uint8 BGR [H, W, 3], at a time from the start of the video."""
+        if image.shape[:2] != tuple(self.size):  # a stream may change its resolution
+            image = cv2.resize(image, (self.size[1], self.size[0]))
+        image = np.pad(image, ((0, self.size[0] % 2), (0, self.size[1] % 2), (0, 0)), mode="edge")
+        frame = self.av.VideoFrame.from_ndarray(image, format="bgr24")
+        self.last = max(round(seconds / TIME_BASE), self.last + 1)
+        frame.pts, frame.time_base = self.last, TIME_BASE
+        self._mux(frame)
+        self._copy_sound(seconds)
+
+    def _copy_sound(self, until: float) -> None:
+        """Copy the sound up to a time, so that sound and frames are near each other in the file."""
+        while self.next_packet is not None:
+            packet = self.next_packet
+            if packet.dts is not None:  # the last packet of a file is empty
+                if float(packet.dts * packet.time_base) - self.start > until:
+                    return
+                shift = round(self.start / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = self.sound
+                self.container.mux(packet)
+            self.next_packet = next(self.packets, None)
+
+    def _mux(self, frame: Any) -> None:
+        for packet in self.video.encode(frame):
+            packet.duration = round(self.frame_time / TIME_BASE)  # only that of the last one is used
+            self.container.mux(packet)
+        self.output.check()
+
+    def complete(self, whole: bool) -> None:
+        """Write what is left. Unless the `whole` source was read, the sound ends with the last frame."""
+        self._copy_sound(math.inf if whole else float(self.last * TIME_BASE) + self.frame_time)
+        self._mux(None)
+        self.container.close()
+        self.output.check()
+
+    def _close(self, kind: Any, *_: Any) -> None:
+        if kind is not None:  # after an error; the file is discarded
+            with contextlib.suppress(Exception):
+                self.container.close()

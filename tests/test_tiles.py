@@ -39,12 +39,19 @@ class Squares:
 
     config = get_config("yolact_lite", class_names=("square",), category_ids=(1,), score_threshold=0.3)
 
+    def __init__(self, whole=None, erosion=0):
+        """Masks of an image of the size `whole` are `erosion` pixels too thin on each side, as if seen coarsely."""
+        self.whole, self.erosion = whole, erosion
+
     def __call__(self, images):
         return [self.find(image) for image in images]
 
     def find(self, image):
         count, labels, stats, _ = cv2.connectedComponentsWithStats((image[..., 0] > 100).astype(np.uint8))
         masks = np.stack([labels == i for i in range(1, count)]) if count > 1 else np.zeros((0, *image.shape[:2]), bool)
+        if image.shape[:2] == self.whole:
+            kernel = np.ones((2 * self.erosion + 1,) * 2, np.uint8)
+            masks = np.stack([cv2.erode(mask.astype(np.uint8), kernel).astype(bool) for mask in masks])
         found = Detections(
             boxes=torch.tensor(stats[1:, :4], dtype=torch.float32),
             scores=torch.full((count - 1,), 0.8),
@@ -71,6 +78,37 @@ def test_objects_cut_by_borders_become_one():
     masks = found.masks.numpy()
     for (x1, y1, x2, y2), mask in zip(found.boxes.int().tolist(), masks, strict=True):
         assert mask.sum() == mask[y1:y2, x1:x2].sum() == (x2 - x1) * (y2 - y1)
+
+
+def scattered(seed, count, size):
+    """An image of `count` ellipses, rods of 7 to 13 pixels and rectangles that do not touch."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros(size, np.uint8)
+    while count:
+        shape, (x, y), turn = np.zeros(size, np.uint8), rng.integers(0, size[::-1]).tolist(), rng.uniform(0, np.pi)
+        kind = rng.integers(3)
+        if kind == 0:
+            cv2.ellipse(shape, (x, y), rng.integers(6, 120, 2).tolist(), np.degrees(turn), 0, 360, 255, -1)
+        elif kind == 1:
+            length = rng.integers(40, 400)
+            end = int(x + length * np.cos(turn)), int(y + length * np.sin(turn))
+            cv2.line(shape, (x, y), end, 255, int(rng.integers(7, 14)))
+        else:
+            shape[y : y + rng.integers(8, 60), x : x + rng.integers(8, 250)] = 255
+        if (shape > 0).sum() >= 40 and not (cv2.dilate(shape, np.ones((5, 5))) & image).any():
+            image |= shape
+            count -= 1
+    return np.repeat(image[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("erosion", [0, 2])
+@pytest.mark.parametrize("tile", [256, 400])
+def test_no_pieces_are_left(erosion, tile):
+    """Of objects of every size and shape, also where the whole image shows thin ones even thinner."""
+    for seed in (0, 1):
+        image = scattered(seed, 45, (900, 1400))
+        found = TiledPredictor(Squares(image.shape[:2], erosion), tile)(image)
+        assert len(found) == 45
 
 
 def test_detections_of_tiles_behave_like_others():

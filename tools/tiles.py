@@ -1,8 +1,8 @@
 """Segment images that are much larger than the network's input: predict on overlapping tiles, and merge the masks.
 
-An object that a border of a tile cuts is found in both tiles. Two detections of a class are taken for one object if
-their masks agree in the region that both tiles cover, and then their masks are united. The image as a whole is one of
-the tiles, so that objects larger than a tile are found, too; their pieces in other tiles are dropped.
+An object that a border of a tile cuts is found in both tiles, and the image as a whole is one of the tiles, so that
+objects larger than a tile are found, too. Detections that are the same object where both see it form a group, and each
+group becomes one detection.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from inference.predictor import MAX_BATCH, Predictor
 from utils.errors import UserError
 
 MERGE_IOU = 0.5  # of two masks in the region that both tiles cover
-# A piece is dropped if at least this share of its area lies in a detection on the whole image.
-MIN_INSIDE = 0.7
+# On the whole image masks are coarser: thin ones come out thinner, or thicker. There the smaller of two masks must have
+# this share of its area in the other one, and at least the second share of the other's.
+SHARE_OF_SMALLER, SHARE_OF_LARGER = 0.7, 0.2
 LARGE = 0.5  # an object is large if its longer side is at least this fraction of a tile's
 CUT_MARGIN = 4  # pixels; masks rarely reach the very border
 MIN_SHARED = 16  # pixels that at least one of two masks must have there; with fewer, the IoU says nothing
@@ -52,13 +53,14 @@ class TiledDetections(Detections):
 
 @dataclass
 class _Part:
-    """One or several detections that are taken for one object."""
+    """A detection of one tile, or on the whole image."""
 
-    windows: list[Window]  # of the tiles in which it was found
+    window: Window  # of the tile
     score: float
     mask_score: float
     label: int
-    code: dict[str, Any]
+    code: dict[str, Any]  # RLE of the size of the image
+    box: Window  # of the mask
     cut: bool  # by a border of its tile inside the image
 
 
@@ -94,9 +96,9 @@ class TiledPredictor:
             batch = windows[start : start + MAX_BATCH]
             pieces = [np.ascontiguousarray(image[y1:y2, x1:x2]) for x1, y1, x2, y2 in batch]
             for window, found in zip(batch, self.predictor(pieces), strict=True):
-                for part in _parts(found, window, (height, width)):
-                    _add(parts, part)
-        return _to_detections(self.config, parts, (height, width))
+                parts += _parts(found, window, (height, width))
+        merged = [part for group in _groups(parts) for part in _merge(group, self.tile)]
+        return _to_detections(self.config, merged, (height, width))
 
 
 def tile_windows(height: int, width: int, tile: int, overlap: float) -> list[Window]:
@@ -112,14 +114,17 @@ def tile_windows(height: int, width: int, tile: int, overlap: float) -> list[Win
 
 
 def _parts(found: Detections, window: Window, size: tuple[int, int]) -> Iterator[_Part]:
-    """Yield the detections of a tile, with masks in the coordinates of the image; empty masks are left out."""
+    """Yield the detections of a tile, with masks in the coordinates of the image; empty ones and tips are left out."""
     x1, y1, x2, y2 = window
     scores, mask_scores, labels = found.scores.tolist(), found.mask_scores.tolist(), found.labels.tolist()
     for i, mask in enumerate(found.iter_masks()):
-        if mask.any():
+        cut = _is_cut(mask, window, size)
+        if mask.sum() >= (MIN_SHARED if cut else 1):  # other tiles show more of an object than a tip
             whole = np.zeros(size, np.uint8, order="F")
             whole[y1:y2, x1:x2] = mask
-            yield _Part([window], scores[i], mask_scores[i], labels[i], rle.encode(whole), _is_cut(mask, window, size))
+            code = rle.encode(whole)
+            x, y, w, h = map(int, rle.toBbox(code))
+            yield _Part(window, scores[i], mask_scores[i], labels[i], code, (x, y, x + w, y + h), cut)
 
 
 def _is_cut(mask: np.ndarray, window: Window, size: tuple[int, int]) -> bool:
@@ -135,59 +140,61 @@ def _is_cut(mask: np.ndarray, window: Window, size: tuple[int, int]) -> bool:
     return any(inside and strip.any() for inside, strip in borders)
 
 
-def _add(parts: list[_Part], new: _Part) -> None:
-    """Combine a detection with those that are the same object, or append it.
+def _groups(parts: list[_Part]) -> list[list[_Part]]:
+    """Group the detections that are the same object, also by way of others, such as the pieces in a row of tiles."""
+    group = list(range(len(parts)))  # the index of another one in the group; the first one has its own
 
-    A detection on the whole image, which comes first, stands for its pieces in the tiles if it is large or a border cut
-    the piece off. For a small object, the tile's finer mask replaces it. Detections on two tiles are united.
-    """
-    height, width = new.code["size"]
-    whole = (0, 0, width, height)
-    for part in parts:
-        if part.label != new.label or part.windows != [whole] or new.windows == [whole]:
-            continue
-        if new.cut or _side(part) >= LARGE * _side(new, window=True):
-            shared = rle.area(rle.merge([part.code, new.code], intersect=True))
-            if shared >= MIN_INSIDE * rle.area(new.code):
-                return
-        elif _agree(part, new):
-            parts.remove(part)
-            best = max(part.score, new.score), max(part.mask_score, new.mask_score)
-            parts.append(_Part(new.windows, *best, new.label, new.code, new.cut))
-            return
-    same = [part for part in parts if part.label == new.label and part.windows != [whole] and _agree(part, new)]
-    for part in same:
-        parts.remove(part)
-        best = max(part.score, new.score), max(part.mask_score, new.mask_score)
-        code = rle.merge([part.code, new.code])
-        new = _Part(part.windows + new.windows, *best, new.label, code, part.cut and new.cut)
-    parts.append(new)
+    def first(i: int) -> int:
+        while group[i] != i:
+            i = group[i]
+        return i
+
+    boxes = np.array([part.box for part in parts]).reshape(-1, 4)
+    for i, part in enumerate(parts):
+        # Most pairs are far apart, and comparing masks is slow.
+        near = (boxes[:i, :2] < boxes[i, 2:]).all(axis=1) & (boxes[:i, 2:] > boxes[i, :2]).all(axis=1)
+        for j in np.flatnonzero(near).tolist():
+            if first(i) != first(j) and _same(parts[j], part):
+                group[first(i)] = first(j)
+    found: dict[int, list[_Part]] = {}
+    for i, part in enumerate(parts):
+        found.setdefault(first(i), []).append(part)
+    return list(found.values())
 
 
-def _side(part: _Part, window: bool = False) -> float:
-    """Return the longer side of a detection's mask, or of its (first) tile."""
-    if window:
-        x1, y1, x2, y2 = part.windows[0]
-        return max(x2 - x1, y2 - y1)
-    return float(max(rle.toBbox(part.code)[2:]))
-
-
-def _agree(a: _Part, b: _Part) -> bool:
-    """Whether the masks agree where a tile of `a` and a tile of `b` overlap."""
-    if rle.area(rle.merge([a.code, b.code], intersect=True)) == 0:
+def _same(a: _Part, b: _Part) -> bool:
+    """Whether two detections of different tiles are the same object in the region that both tiles cover."""
+    region = _intersection(a.window, b.window)
+    x1, y1, x2, y2 = region
+    if a.label != b.label or a.window == b.window or x1 >= x2 or y1 >= y2:  # NMS has decided within a tile
         return False
-    size = a.code["size"]
-    for first in a.windows:
-        for second in b.windows:
-            x1, y1 = max(first[0], second[0]), max(first[1], second[1])
-            x2, y2 = min(first[2], second[2]), min(first[3], second[3])
-            if first == second or x1 >= x2 or y1 >= y2:  # the NMS has decided within a tile
-                continue
-            region = rle.frPyObjects([[x1, y1, x2, y1, x2, y2, x1, y2]], *size)[0]
-            inside = [rle.merge([part.code, region], intersect=True) for part in (a, b)]
-            if max(rle.area(inside)) >= MIN_SHARED and rle.iou([inside[0]], [inside[1]], [0])[0, 0] >= MERGE_IOU:
-                return True
-    return False
+    rectangle = rle.frPyObjects([[x1, y1, x2, y1, x2, y2, x1, y2]], *a.code["size"])[0]
+    inside = [rle.merge([part.code, rectangle], intersect=True) for part in (a, b)]
+    shared = int(rle.area(rle.merge(inside, intersect=True)))
+    smaller, larger = sorted(int(rle.area(code)) for code in inside)
+    if region in (a.window, b.window):  # one is the whole image
+        return shared > 0 and shared >= max(SHARE_OF_SMALLER * smaller, SHARE_OF_LARGER * larger)
+    return larger >= MIN_SHARED and shared >= MERGE_IOU * (smaller + larger - shared)
+
+
+def _intersection(a: Window, b: Window) -> Window:
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+
+
+def _merge(group: list[_Part], tile: int) -> list[_Part]:
+    """Return the detections that stand for a group: one, unless several on the whole image were found to belong to it.
+
+    A detection on the whole image stands for its pieces in the tiles if it is large or if borders cut the pieces off.
+    For a small object, the tiles' finer masks replace it.
+    """
+    height, width = group[0].code["size"]
+    wholes = [part for part in group if part.window == (0, 0, width, height)]
+    pieces = [part for part in group if part.window != (0, 0, width, height)]
+    large = any(max(x2 - x1, y2 - y1) >= LARGE * tile for x1, y1, x2, y2 in (part.box for part in wholes))
+    if not pieces or (wholes and (large or len(wholes) > 1 or all(part.cut for part in pieces))):
+        return wholes
+    score, mask_score = (max(getattr(part, key) for part in group) for key in ("score", "mask_score"))
+    return [replace(pieces[0], score=score, mask_score=mask_score, code=rle.merge([part.code for part in pieces]))]
 
 
 def _to_detections(config: Config, parts: list[_Part], size: tuple[int, int]) -> TiledDetections:

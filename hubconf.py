@@ -9,13 +9,40 @@ Released weights are downloaded once, into `weights/`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference import Predictor
-from weights.released import BUNDLED, RELEASED
+FOLDER = Path(__file__).resolve().parent
+# The modules that `inference` imports. Projects have their own `utils`, `data` and `config`.
+NAMES = {"backbone", "config", "data", "inference", "layers", "utils", "weights", "yolact"}
+
+
+@contextlib.contextmanager
+def _own_modules() -> Iterator[None]:
+    """Import the modules of this folder in the block; afterwards, others of the same names are what they were."""
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in NAMES}
+    loaded = getattr(before.get("config"), "__file__", None)
+    if loaded and Path(loaded).resolve().parent == FOLDER:  # this folder is on the path, and in use
+        sys.modules.update(before)
+        yield
+        return
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in [name for name in sys.modules if name.partition(".")[0] in NAMES]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+with _own_modules():
+    from inference import Predictor
+    from weights.released import BUNDLED, RELEASED
 
 dependencies = ["torch", "torchvision", "pycocotools", "numpy", "cv2", "tqdm"]
 

@@ -304,24 +304,42 @@ def _coco_eval(truth: COCO, scored: list[dict[str, Any]], kind: str, image_ids: 
 
 def _per_class(evaluation: COCOeval, dataset: CocoDataset) -> dict[str, dict[str, float]]:
     """Return AP, AP50, and precision and recall at the best F1 for IoU 0.5, of every class with ground truth."""
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] for all areas, 100 detections
-    recall_steps = evaluation.params.recThrs
+    averaged = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] for all areas, 100 detections
     order = list(evaluation.params.catIds)  # COCOeval sorts the ids
+    # One entry for each class, range of areas and image, in this order; the first range is that of all areas.
+    matches = np.array(evaluation.evalImgs, dtype=object).reshape(len(order), -1, len(evaluation.params.imgIds))
     table = {}
     for name, category_id in zip(dataset.class_names, dataset.category_ids, strict=True):
-        values = precision[:, :, order.index(category_id)]
+        values = averaged[:, :, order.index(category_id)]
         if (values < 0).all():
             continue
-        at_half = values[0]
-        f1 = 2 * at_half * recall_steps / np.maximum(at_half + recall_steps, 1e-9)
-        best = int(f1.argmax())
+        precision, recall = _best_point([entry for entry in matches[order.index(category_id), 0] if entry])
         table[name] = {
             "AP": float(values.mean()),
-            "AP50": float(at_half.mean()),
-            "precision": float(at_half[best]),
-            "recall": float(recall_steps[best]),
+            "AP50": float(values[0].mean()),
+            "precision": precision,
+            "recall": recall,
         }
     return table
+
+
+def _best_point(images: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return precision and recall at the score threshold with the best F1, from COCOeval's matches at IoU 0.5.
+
+    These are the numbers of a user who chooses that threshold; COCOeval's own precision is interpolated.
+    """
+    scores = np.concatenate([image["dtScores"] for image in images])
+    correct = np.concatenate([image["dtMatches"][0] > 0 for image in images])
+    used = ~np.concatenate([image["dtIgnore"][0] for image in images]).astype(bool)
+    objects = sum(int((np.asarray(image["gtIgnore"]) == 0).sum()) for image in images)
+    ranked = np.argsort(-scores[used], kind="stable")
+    scores, correct = scores[used][ranked], np.cumsum(correct[used][ranked])
+    f1 = 2 * correct / (np.arange(1, len(correct) + 1) + objects)
+    f1[:-1][scores[1:] == scores[:-1]] = -1  # a threshold does not separate equal scores
+    if not len(f1):
+        return 0.0, 0.0
+    best = int(f1.argmax())
+    return float(correct[best] / (best + 1)), float(correct[best] / objects)
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:

@@ -52,6 +52,7 @@ class Detections:
     relative_boxes: Tensor  # [N, 4] as predicted, relative to the image, not clipped
     config: DetectionConfig = field(default_factory=DetectionConfig)  # how masks are cropped and thresholded
     track_ids: Tensor | None = None  # [N] numbers of objects across frames, -1 for none, see tools.track
+    image: np.ndarray | None = None  # the image itself, uint8 BGR [H, W, 3], as `Predictor` received it
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -103,12 +104,12 @@ class Detections:
         prototypes, coefficients = self.prototypes.detach(), self.coefficients.detach()
         return assemble_masks(prototypes, coefficients, self.relative_boxes, self.size, self.config, budget)
 
-    def draw(self, image: np.ndarray, alpha: float = 0.45) -> np.ndarray:
-        """Draw masks, boxes, class names and scores on a copy of `image`, uint8 BGR [H, W, 3].
+    def draw(self, image: np.ndarray | None = None, alpha: float = 0.45) -> np.ndarray:
+        """Draw masks, boxes, class names and scores on a copy of `image`, uint8 BGR [H, W, 3], by default their own.
 
         `alpha` is the opacity of the masks, 0..1. Raises ValueError if the image is not of the detections' size.
         """
-        self._check_size(image)
+        image = self._own(image)
         named = zip(self.labels.tolist(), self.mask_scores.tolist(), strict=True)
         texts = [f"{self.class_names[label]} {score:.2f}" for label, score in named]
         colors = list(range(len(self)))
@@ -120,8 +121,8 @@ class Detections:
         boxes = self.boxes.cpu().numpy()[worst_first]
         return draw_objects(image, self[worst_first].iter_masks(), boxes, texts[::-1], colors[::-1], alpha)
 
-    def save(self, path: str | Path, image: np.ndarray) -> None:
-        """Draw the detections on their image, uint8 BGR [H, W, 3], and write it in the format of the path's suffix.
+    def save(self, path: str | Path, image: np.ndarray | None = None) -> None:
+        """Draw the detections, see `draw`, and write the result in the format of the path's suffix.
 
         Raises UserError if the file cannot be written, and ValueError if the image is not of the detections' size.
         """
@@ -219,7 +220,7 @@ class Detections:
         header: dict[str, Any] = {"version": "5.0.1", "flags": {}, "imagePath": image_path, "imageData": None}
         return header | {"shapes": shapes, "imageHeight": height, "imageWidth": width}
 
-    def crops(self, image: np.ndarray) -> list[np.ndarray]:
+    def crops(self, image: np.ndarray | None = None) -> list[np.ndarray]:
         """Cut out each instance of `image`, uint8 BGR [H, W, 3], best first.
 
         Returns:
@@ -228,7 +229,7 @@ class Detections:
 
         Raises ValueError if the image is not of the detections' size.
         """
-        self._check_size(image)
+        image = self._own(image)
         found = []
         for mask in self.iter_masks():
             window = _window(mask)
@@ -236,13 +237,13 @@ class Detections:
             found.append(np.concatenate((image[window], alpha), axis=2))
         return found
 
-    def blur(self, image: np.ndarray) -> np.ndarray:
+    def blur(self, image: np.ndarray | None = None) -> np.ndarray:
         """Return a copy of `image`, uint8 BGR [H, W, 3], in which every instance is blurred.
 
         The image is reduced until the longer side of the instance's box has BLUR_CELLS pixels, and upsampled again, so
         the blur grows with the instance. Raises ValueError if the image is not of the detections' size.
         """
-        self._check_size(image)
+        image = self._own(image)
         out = image.copy()
         for mask in self.iter_masks():
             window = _window(mask)
@@ -260,9 +261,14 @@ class Detections:
         number = -1 if self.track_ids is None else int(self.track_ids[i])
         return {"track_id": number} if number >= 0 else {}
 
-    def _check_size(self, image: np.ndarray) -> None:
+    def _own(self, image: np.ndarray | None) -> np.ndarray:
+        """Return `image`, or that of the detections. Raises ValueError if there is none or its size is another."""
+        image = self.image if image is None else image
+        if image is None:
+            raise ValueError("these detections do not have their image; pass it")
         if image.shape[:2] != tuple(self.size):
             raise ValueError(f"the detections are of an image of {self.size}, not {image.shape[:2]}")
+        return image
 
 
 def _window(mask: np.ndarray) -> tuple[slice, slice]:

@@ -5,7 +5,7 @@ image = cv2.imread("street.jpg")
 detections = predictor(image)
 for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
     print(detections.class_names[label], float(score), box.tolist())
-detections.save("out.jpg", image)
+detections.save("out.jpg")
 """
 
 from __future__ import annotations
@@ -160,13 +160,25 @@ class Predictor:
                 found |= zip(batch, self._predict_batch([arrays[i] for i in batch]), strict=True)
         return [found[i] for i in range(len(arrays))]
 
-    def _predict_batch(self, images: list[np.ndarray]) -> Iterator[Detections]:
-        """Yield the detections of images with the same input size."""
+    def _predict_batch(self, images: list[np.ndarray]) -> list[Detections]:
+        """Return the detections of images with the same input size."""
         with torch.inference_mode():
             selected, prototypes = self.run(torch.stack([self.preprocess(image) for image in images]))
-            counts = (selected.scores > 0).sum(dim=1).tolist()  # synchronises with the device
+        return self._detections(selected, prototypes, images)
+
+    def from_raw(self, predictions: Predictions, images: list[np.ndarray]) -> list[Detections]:
+        """Return the detections of images from the network's raw outputs for them, see `predict`."""
+        with torch.inference_mode():
+            selected = self.detect(predictions)
+        return self._detections(selected, predictions.prototypes, images)
+
+    def _detections(self, selected: Selected, prototypes: Tensor, images: list[np.ndarray]) -> list[Detections]:
+        counts = (selected.scores > 0).sum(dim=1).tolist()  # synchronises with the device
+        found = []
         for i, image in enumerate(images):
-            yield self.postprocess(selected, prototypes, i, counts[i], image.shape[:2])
+            found.append(self.postprocess(selected, prototypes, i, counts[i], image.shape[:2]))
+            found[-1].image = image
+        return found
 
     def run(self, batch: Tensor) -> tuple[Selected, Tensor]:
         """Return the detections and the prototypes [B, h, w, K] for normalised RGB images [B, 3, h, w].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,9 +128,13 @@ def test_paths_arrays_and_pil_images_agree(weights, tmp_path):
 
 HUB = """
 import json, os, sys, torch
-os.chdir(sys.argv[2])  # the project is not the working directory
+os.chdir(sys.argv[2])  # the project is not the working directory, which has modules of the same names
+sys.path.insert(0, "")
+import config, utils
 bundled = torch.hub.load(sys.argv[1], "yolact_lite_person", source="local", device="cpu", score_threshold=0.5)
-own = torch.hub.load(sys.argv[1], "custom", sys.argv[3], source="local", device="cpu")
+own = torch.hub.load(sys.argv[1], "custom", "run/small.pth", source="local", device="cpu")
+import data, utils.errors  # imported only now
+assert (config.MINE, data.MINE, utils.errors.MINE) == (1, 2, 3)
 print(json.dumps({
     "found": [len(bundled(sys.argv[4])), bundled.config.class_names, own.config.name],
 }))
@@ -137,6 +142,16 @@ print(json.dumps({
 
 
 def test_torch_hub(tmp_path, weights):
+    for name, text in {
+        "config": "MINE = 1",
+        "data": "MINE = 2",
+        "utils/__init__": "",
+        "utils/errors": "MINE = 3",
+    }.items():
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "run").mkdir()
+    shutil.copy(weights, tmp_path / "run/small.pth")
     arguments = [ROOT, tmp_path, weights, ROOT / "data/demo/astronaut.jpg"]
     done = subprocess.run(
         [sys.executable, "-c", HUB, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -26,14 +26,14 @@ def figures(name):
         return [(row["configuration"], row["precision"], f"{row['ms']:.2f}") for row in content["networks"]]
     if name.startswith("stages"):
         return [(stage, f"{values['median']:.2f}") for stage, values in content["stages_ms"].items()]
+    if name == "tiles.json":
+        return [
+            (row["variant"], *(f"{100 * row[key]:.1f}" for key in ("mask_AP", "mask_APs"))) for row in content["rows"]
+        ]
     if name in ("nms.json", "precision.json"):
         digits = 1 if name == "nms.json" else 2
         aps = [(f"{100 * row['box_AP']:.{digits}f}", f"{100 * row['mask_AP']:.{digits}f}") for row in content["rows"]]
         return [(row["variant"], *ap) for row, ap in zip(content["rows"], aps, strict=True)]
-    if name == "tiles.json":
-        return [
-            (str(row["tile"] or "none"), f"{100 * row['AP']:.1f}", f"{100 * row['APs']:.1f}") for row in content["rows"]
-        ]
     names = {"network": "network", "image": "image to masks"}
     return [(names[row["what"]], f"{row['ms']:.1f}") for row in content["rows"]]
 

@@ -9,14 +9,41 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, run
 
+from tools import demo
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
+
+
+def test_sliders_do_not_run_the_network_again(weights, tmp_path):
+    upload = tmp_path / "a1b2/photo.png"
+    upload.parent.mkdir()
+    shutil.copy(ROOT / "data/demo/astronaut.jpg", upload)
+    (tmp_path / "out").mkdir()
+    args = demo.build_parser().parse_args(["--weights", str(weights), "--device", "cpu", "--precision", "fp32"])
+    segmenter = demo.Segmenter(args, tmp_path / "out")
+    runs = []
+    predictor = segmenter.predictor(96)
+    network = predictor.backend.network
+    predictor.backend.network = lambda batch: runs.append(1) or network(batch)
+    counts = {}
+    for threshold, top_k in ((0.0, 10), (0.5, 10), (0.0, 2)):
+        text, *_, json_file, _ = segmenter(str(upload), threshold, top_k, "fast", 96)
+        counts[threshold, top_k] = len(json.loads(Path(json_file).read_text())["annotations"])
+        wanted = predictor.with_detection(score_threshold=threshold, top_k=top_k)(str(upload))
+        assert counts[threshold, top_k] == len(wanted)
+        runs.pop()  # that of `wanted`
+        assert text.startswith(f"{len(wanted)} detection")
+    assert counts[0.0, 10] > counts[0.0, 2] == 2
+    assert len(runs) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a1b2"]  # replaced at each step
 
 
 def test_missing_gradio_is_named(monkeypatch):

@@ -127,6 +127,17 @@ def test_no_detections_at_all_and_per_class(tmp_path):
     assert table["c2"]["AP"] == 0
 
 
+def test_precision_and_recall_are_those_of_a_threshold(tmp_path):
+    """Of two equal scores, one right, no threshold keeps the right one alone; recall is not rounded to hundredths."""
+    places = [(x, 10, 15, 15) for x in (0, 20, 40)]
+    data = truth(tmp_path / "d", [(0, 1, box, 0) for box in places])
+    results = [result(0, 1, places[0], 0.9), result(0, 1, (70, 50, 9, 9), 0.9), result(0, 1, places[1], 0.8)]
+    row = coco_metrics(data, results, per_class=True)["per_class"]["segm"]["c1"]
+    assert (row["precision"], row["recall"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    row = coco_metrics(data, results[:2], per_class=True)["per_class"]["segm"]["c1"]
+    assert (row["precision"], row["recall"]) == (pytest.approx(1 / 2), pytest.approx(1 / 3))
+
+
 def test_the_whole_way_and_classes_that_do_not_fit(dataset, small_config, tmp_path):
     data = CocoDataset(dataset, dataset.parent / "images")
     predictor = Predictor(Yolact(small_config), "cpu", score_threshold=0.0, top_k=5)

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -26,6 +27,8 @@ from layers.nms import NMS
 from layers.structures import Selected
 from tools.outputs import instance_map
 from tools.prototypes import prototype_sheet
+from utils.draw import _free_place as free
+from utils.draw import draw_label, draw_objects, find_font
 from utils.errors import UserError
 from weights import load_model
 from weights.checkpoint import save_checkpoint
@@ -360,6 +363,28 @@ def test_people_and_evaluations_get_their_own_setting(weights):
     assert Predictor(model, "cpu", score_threshold="best").config.detection.score_threshold == 0.4
 
 
+def test_every_object_has_its_label(monkeypatch):
+    """Also of forty small ones, whose labels are wider than their boxes."""
+    boxes = np.array([(x, y, x + 60, y + 50) for x in range(20, 860, 105) for y in range(30, 560, 105)][:40], float)
+    image, none = np.zeros((600, 900, 3), np.uint8), [np.zeros((600, 900), bool)] * 40
+    texts = [f"person number {i}" for i in range(40)]
+    drawn = []
+    monkeypatch.setattr("utils.draw._free_place", lambda *given: drawn.append(free(*given)) or drawn[-1])
+    draw_objects(image, none, boxes, texts, range(40))
+    assert sum(place is not None for place in drawn) >= 36
+
+
+def test_labels_have_letters_of_other_languages():
+    """A character that no font has is a question mark; others are not."""
+    unknown = draw_label("?", 20, (0, 0, 0))
+    for letter in ("B", "ä", "ж"):
+        label = draw_label(letter, 20, (0, 0, 0))
+        if find_font(letter, 20) is not None:
+            assert label.max() == 255
+            assert label.shape != unknown.shape or (label != unknown).any()
+    assert np.array_equal(draw_label("\U0010fffd", 20, (0, 0, 0)), unknown) or find_font("\U0010fffd", 20) is not None
+
+
 def test_detections_are_printed_saved_and_moved(predictor, tmp_path):
     image = random_image()
     found = predictor(image)
@@ -367,10 +392,12 @@ def test_detections_are_printed_saved_and_moved(predictor, tmp_path):
     assert text.startswith(f"Detections({len(found)}: ")
     assert text.endswith("; 130x90)")
     assert repr(found[:0]) == "Detections(0; 130x90)"
-    found.save(tmp_path / "out.png", image)
+    found.save(tmp_path / "out.png")
     assert np.array_equal(cv2.imread(str(tmp_path / "out.png")), found.draw(image))
     with pytest.raises(UserError, match="cannot write this image format"):
         found.save(tmp_path / "out.xyz", image)
+    with pytest.raises(ValueError, match="do not have their image"):
+        replace(found, image=None).draw()
     moved = found.cpu()
     assert moved.scores.device.type == "cpu"
     assert torch.equal(moved.masks, found.masks)
@@ -505,6 +532,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(weights):
 MEASURE = """
 import resource, sys, numpy as np, torch
 sys.path.insert(0, {root!r})
+from dataclasses import replace
 from pathlib import Path
 from tools.outputs import write_results
 from inference import Detections

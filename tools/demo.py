@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from config import DISPLAY
 from data.image import read_image, write_image
@@ -24,6 +25,7 @@ from inference import Detections, Predictor
 from inference.detections import TOOLS
 from inference.runtime import ExportedNetwork, is_exported
 from layers.nms import NMS
+from layers.structures import Predictions
 from tools.prototypes import arrange, composition_tiles, prototype_tiles
 from utils.device import PRECISIONS, configure_process
 from utils.errors import ArgumentParser, UserError, integer, join_names, require, run_main
@@ -57,7 +59,9 @@ class Segmenter:
         start = functools.partial(Predictor, self.model, args.device, args.precision)
         # The last few sizes stay loaded. The limit keeps the memory of a long session bounded.
         self.predictor = functools.lru_cache(maxsize=3)(lambda size: start(size=None if self.fixed else size))
-        self.config, self.folder, self.count = self.model.config, folder, 0
+        # The network runs once for an image and a size; sliders repeat only what follows it.
+        self.raw = functools.lru_cache(maxsize=4)(self._raw)
+        self.config, self.folder = self.model.config, folder
         self.size = max(self.model.size) if isinstance(self.model, ExportedNetwork) else self.config.model.max_size
 
     def __call__(self, path: str | None, threshold: float, top_k: int, nms: str, size: int) -> list[Any]:
@@ -65,11 +69,11 @@ class Segmenter:
         if path is None:
             return ["Choose an image.", *[None] * 6]
         try:
-            image = read_image(path, max_pixels=MAX_PIXELS)
+            image, predictions = self.raw(path, int(size))
         except UserError as error:
             return [f"**{str(error).replace(str(Path(path).parent) + '/', '')}**", *[None] * 6]
         options = {"score_threshold": threshold, "top_k": int(top_k), "nms": nms}
-        found = self.predictor(int(size)).with_detection(**options)(image)
+        found = self.predictor(int(size)).with_detection(**options).from_raw(predictions, [image])[0]
         names = sorted({found.class_names[label] for label in found.labels.tolist()})
         text = f"{len(found)} detection{'' if len(found) == 1 else 's'}{': ' if names else ''}{', '.join(names)}"
         overlay = found.draw(image)
@@ -80,11 +84,16 @@ class Segmenter:
         pages.append(arrange(rows) if rows else np.full((138, 138, 3), 255, np.uint8))
         return [text, *(page[..., ::-1] for page in pages), *self.write(Path(path), overlay, found)]
 
+    def _raw(self, path: str, size: int) -> tuple[np.ndarray, Predictions]:
+        """Return an uploaded image, and the network's outputs for it at an input size."""
+        image = read_image(path, max_pixels=MAX_PIXELS)
+        predictor = self.predictor(size)
+        with torch.inference_mode():
+            return image, predictor.predict(predictor.preprocess(image)[None])
+
     def write(self, path: Path, overlay: np.ndarray, found: Detections) -> list[str]:
-        """Write overlay, COCO JSON and LabelMe JSON into a new folder, and return their paths."""
-        self.count += 1
-        folder = self.folder / str(self.count)
-        folder.mkdir()
+        """Write overlay, COCO JSON and LabelMe JSON into the folder of an upload, and return their paths."""
+        folder = self.folder / path.parent.name  # each upload has a folder of its own
         files = [folder / f"{path.stem}_segmented.png", folder / f"{path.stem}_coco.json", folder / f"{path.stem}.json"]
         write_image(files[0], overlay)
         pairs = zip(self.config.category_ids, self.config.class_names, strict=True)

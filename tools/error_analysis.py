@@ -14,7 +14,7 @@ from data.coco import CocoDataset
 
 MIN_IOU = 0.5  # of masks: a detection with at least this is correct
 BACKGROUND_IOU = 0.1  # below it a detection has nothing to do with an object
-# The kinds of wrong detections. Objects that no detection matches are "missed".
+# The kinds of wrong detections.
 ERROR_KINDS = {
     "class": "right place, wrong class",
     "localisation": f"right class, IoU of {BACKGROUND_IOU} to {MIN_IOU}",
@@ -22,6 +22,9 @@ ERROR_KINDS = {
     "duplicate": "another detection of the same object scores higher",
     "background": f"IoU under {BACKGROUND_IOU} with every object",
 }
+# As in TIDE, an object that an error of these kinds is about is found, but not rightly: it is not missed as well.
+FOUND_KINDS = ("correct", "class", "localisation")
+MISSED = "no detection is near it with its class, or on it with another"
 
 
 @dataclass
@@ -34,26 +37,31 @@ class MatchedDetections:
     result: dict[str, Any]
     kind: str = ""  # "correct", "ignored" (in a crowd region), or a key of ERROR_KINDS
     iou: float = 0.0  # with the object that it matches, or that it comes nearest to
-    truth: int = -1  # the label of that object; -1: none
+    truth: int = -1  # that object, as an index into Outcome.objects; -1: none
 
 
 @dataclass
-class Missed:
-    """An object that no detection of its class matches."""
+class TrueObject:
+    """An object of the ground truth."""
 
-    index: int
+    index: int  # of the image in the data set
     label: int
-    area: float
-    segmentation: dict[str, Any]
+    segmentation: dict[str, Any]  # RLE
 
 
 @dataclass
 class Outcome:
-    """The outcome for a whole data set."""
+    """The outcome for a whole data set of `classes` classes."""
 
+    classes: int
     found: list[MatchedDetections] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
-    objects: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # [C] of each class
+    objects: list[TrueObject] = field(default_factory=list)
+
+    def missed(self, threshold: float) -> list[TrueObject]:
+        """Return the objects that no detection finds, not even with an error of FOUND_KINDS, at a score threshold."""
+        strong = (item for item in self.found if item.score >= threshold and item.kind in FOUND_KINDS)
+        touched = {item.truth for item in strong}
+        return [item for number, item in enumerate(self.objects) if number not in touched]
 
 
 def match_dataset(
@@ -72,24 +80,25 @@ def match_dataset(
     for result in results:
         if _score(result) >= min_score:
             by_image[result["image_id"]].append(result)
-    outcome = Outcome(objects=np.zeros(len(dataset.class_names), int))
+    outcome = Outcome(len(dataset.class_names))
     for index, image_id in enumerate(dataset.image_ids):
         if image_id not in sizes:
             continue
-        objects: list[tuple[int, dict[str, Any]]] = []
-        crowds: list[tuple[int, dict[str, Any]]] = []
-        for annotation in dataset.parsed(index, sizes[image_id], drop_duplicates=True):
-            if annotation.segmentation is None:
+        height, width = sizes[image_id]
+        objects: list[TrueObject] = []
+        crowds: list[TrueObject] = []
+        for annotation in dataset.parsed(index, (height, width), drop_duplicates=True):
+            if annotation.box is None:
                 continue
-            code = to_rle(annotation.segmentation, *sizes[image_id])
-            (crowds if annotation.crowd else objects).append((annotation.label, code))
+            # An object without a mask is a region to ignore, as in the evaluation of masks.
+            x1, y1, x2, y2 = annotation.box
+            shape = annotation.segmentation or [[x1, y1, x2, y1, x2, y2, x1, y2]]
+            ignored = annotation.crowd or annotation.segmentation is None
+            (crowds if ignored else objects).append(TrueObject(index, annotation.label, to_rle(shape, height, width)))
         found = [MatchedDetections(index, labels[r["category_id"]], _score(r), r) for r in by_image[image_id]]
-        taken = _match(found, objects, [code for _, code in crowds])
+        _match(found, objects, crowds, first=len(outcome.objects))
         outcome.found += found
-        for position, (label, code) in enumerate(objects):
-            outcome.objects[label] += 1
-            if position not in taken:
-                outcome.missed.append(Missed(index, label, float(rle.area(code)), code))
+        outcome.objects += objects
     return outcome
 
 
@@ -97,32 +106,30 @@ def _score(result: dict[str, Any]) -> float:
     return float(result.get("mask_score", result["score"]))
 
 
-def _match(
-    found: list[MatchedDetections], objects: list[tuple[int, dict[str, Any]]], crowds: list[dict[str, Any]]
-) -> set[int]:
-    """Fill in kind, IoU and truth of the detections of one image; return the positions of the matched objects."""
+def _match(found: list[MatchedDetections], objects: list[TrueObject], crowds: list[TrueObject], first: int) -> None:
+    """Fill in kind, IoU and truth of the detections of one image; `first` is the index of its first object."""
     found.sort(key=lambda item: -item.score)
     masks = [item.result["segmentation"] for item in found]
-    codes = [code for _, code in objects]
-    ious = np.array(rle.iou(masks, codes, [0] * len(codes))).reshape(len(found), len(codes))
-    inside = np.array(rle.iou(masks, crowds, [1] * len(crowds))).reshape(len(found), len(crowds))
-    truth = np.array([label for label, _ in objects], int)
+    ious = np.array(rle.iou(masks, [o.segmentation for o in objects], [0] * len(objects)))
+    inside = np.array(rle.iou(masks, [c.segmentation for c in crowds], [1] * len(crowds)))
+    truth, regions = (np.array([item.label for item in items], int) for items in (objects, crowds))
     taken: set[int] = set()
-    for item, row, crowd in zip(found, ious, inside, strict=True):
+    rows = zip(found, ious.reshape(len(found), len(objects)), inside.reshape(len(found), len(crowds)), strict=True)
+    for item, row, crowd in rows:
         own = np.where(truth == item.label, row, -1.0)
         free = np.where([i in taken for i in range(len(row))], -1.0, own)
         if len(row) and free.max() >= MIN_IOU:
             position = int(free.argmax())
             taken.add(position)
-            item.kind, item.iou, item.truth = "correct", float(free[position]), item.label
-        elif len(crowd) and crowd.max() >= MIN_IOU:
+            item.kind, item.iou, item.truth = "correct", float(free[position]), first + position
+        elif (crowd[regions == item.label] >= MIN_IOU).any():  # only regions of its class, as in COCOeval
             item.kind = "ignored"
+        elif len(row):
+            item.kind = _kind(float(row.max()), float(own.max()))
+            best = int((own if item.kind in ("localisation", "duplicate") else row).argmax())
+            item.iou, item.truth = float(row[best]), first + best if row[best] >= BACKGROUND_IOU else -1
         else:
-            best = int(row.argmax()) if len(row) else -1
-            overall, same = (float(row[best]), float(own.max())) if len(row) else (0.0, 0.0)
-            item.iou, item.truth = overall, int(truth[best]) if overall >= BACKGROUND_IOU else -1
-            item.kind = _kind(overall, same)
-    return taken
+            item.kind = "background"
 
 
 def _kind(overall: float, same: float) -> str:
@@ -141,7 +148,7 @@ def f1_curve(outcome: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     items = sorted((item for item in outcome.found if item.kind != "ignored"), key=lambda item: -item.score)
     scores = np.array([item.score for item in items])
     correct = np.cumsum([item.kind == "correct" for item in items])
-    count, total = np.arange(1, len(items) + 1), max(1, int(outcome.objects.sum()))
+    count, total = np.arange(1, len(items) + 1), max(1, len(outcome.objects))
     return scores, correct / count, correct / total, 2 * correct / (count + total)
 
 
@@ -164,21 +171,26 @@ def count_errors(outcome: Outcome, threshold: float) -> dict[str, int]:
     """Count correct detections and each kind of error at a score threshold."""
     strong = [item for item in outcome.found if item.score >= threshold]
     counts = {kind: sum(item.kind == kind for item in strong) for kind in ("correct", *ERROR_KINDS)}
-    return counts | {"missed": int(outcome.objects.sum()) - counts["correct"]}
+    return counts | {"missed": len(outcome.missed(threshold))}
 
 
 def confusion_matrix(outcome: Outcome, threshold: float) -> np.ndarray:
     """Return counts [C + 1, C + 1], true class by predicted class; the last row and column are the background.
 
-    A detection of the wrong class counts for the object that it overlaps, once.
+    Each object counts once in the row of its class: as what it is if a detection is correct, else as the class of the
+    best detection that confuses it, else as background. Detections that are about no object are in the last row.
     """
-    classes = len(outcome.objects)
+    classes = outcome.classes
     matrix = np.zeros((classes + 1, classes + 1), int)
-    for item in outcome.found:
-        if item.score < threshold or item.kind in ("ignored", "duplicate"):
-            continue
-        row = item.truth if item.kind in ("correct", "class") else classes
-        matrix[row, item.label] += 1
-    for label, total in enumerate(outcome.objects):
-        matrix[label, classes] = max(0, total - matrix[label, :classes].sum())
+    strong = [item for item in outcome.found if item.score >= threshold]
+    chosen: dict[int, int] = {}  # the predicted class of each object that is found
+    for kind in ("correct", "class"):
+        for item in sorted(strong, key=lambda item: -item.score):
+            if item.kind == kind:
+                chosen.setdefault(item.truth, item.label)
+    for number, true in enumerate(outcome.objects):
+        matrix[true.label, chosen.get(number, classes)] += 1
+    for item in strong:
+        if item.kind in ("localisation", "class and localisation", "background"):
+            matrix[classes, item.label] += 1
     return matrix

@@ -18,6 +18,7 @@ from data.image import write_image
 from tools.error_analysis import (
     ERROR_KINDS,
     MIN_IOU,
+    MISSED,
     Outcome,
     best_threshold,
     confusion_matrix,
@@ -74,7 +75,7 @@ def write_report(
     summary = {
         "title": title,
         "images": len(sizes),
-        "objects": int(outcome.objects.sum()),
+        "objects": len(outcome.objects),
         "best_threshold": threshold,
         "f1": f1,
         "errors": errors,
@@ -181,7 +182,7 @@ def mistake_sheets(dataset: CocoDataset, outcome: Outcome, threshold: float) -> 
     strong = [item for item in outcome.found if item.score >= threshold]
     wrong = sorted((item for item in strong if item.kind in ERROR_KINDS), key=lambda item: -item.score)
     bad = sorted((item for item in strong if item.kind == "correct"), key=lambda item: item.iou)
-    missed = sorted(outcome.missed, key=lambda item: -item.area)
+    missed = sorted(outcome.missed(threshold), key=lambda item: -float(rle.area(item.segmentation)))
     names = dataset.class_names
     return {
         "missed.jpg": _sheet(
@@ -291,15 +292,13 @@ def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: di
     classes = [
         [
             name,
-            str(int(outcome.objects[names.index(name)])),
+            str(sum(item.label == names.index(name) for item in outcome.objects)),
             _percent(summary["per_class"]["bbox"].get(name, {}).get("AP")),
         ]
         + [_percent(row[key]) for key in ("AP", "AP50", "precision", "recall")]
         for name, row in summary["per_class"].get("segm", {}).items()
     ]
-    errors = [
-        [name, str(summary["errors"][name]), text] for name, text in {**ERROR_KINDS, "missed": "no detection"}.items()
-    ]
+    errors = [[name, str(summary["errors"][name]), text] for name, text in {**ERROR_KINDS, "missed": MISSED}.items()]
     sections = [
         f"<h1>{html.escape(summary['title'])}</h1>",
         f"<p>{summary['images']} images, {summary['objects']} objects.</p>",

@@ -73,7 +73,7 @@ def worst_images(dataset: CocoDataset, results: list[dict[str, Any]], sizes: Siz
     """Return the indices of the images with the most errors (missed objects and false positives), worst first."""
     outcome = match_dataset(dataset, results, sizes, SHOWN_SCORE)
     errors = Counter(item.index for item in outcome.found if item.kind in ERROR_KINDS)
-    errors.update(item.index for item in outcome.missed)
+    errors.update(item.index for item in outcome.missed(SHOWN_SCORE))
     others = [index for index in range(len(dataset)) if index not in errors]
     return [*(index for index, _ in errors.most_common(count)), *others][:count]
 

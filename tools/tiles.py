@@ -98,7 +98,9 @@ class TiledPredictor:
             for window, found in zip(batch, self.predictor(pieces), strict=True):
                 parts += _parts(found, window, (height, width))
         merged = [part for group in _groups(parts) for part in _merge(group, self.tile)]
-        return _to_detections(self.config, merged, (height, width))
+        found = _to_detections(self.config, merged, (height, width))
+        found.image = image
+        return found
 
 
 def tile_windows(height: int, width: int, tile: int, overlap: float) -> list[Window]:

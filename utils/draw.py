@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
-MANY = 30  # with more objects than this, labels wider than their box are omitted
-FONT = cv2.FONT_HERSHEY_SIMPLEX
+# Fonts for characters that Pillow's own font lacks, by the first of these characters. Most systems have one of them.
+FONTS = (
+    (0x2E80, ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc")),
+    (0x80, ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")),
+)
 Place = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
 # BGR colours that are visible on dark images and easy to distinguish.
@@ -35,7 +41,7 @@ def draw_objects(
     """Return a copy of `image` (uint8 BGR [H, W, 3]) with objects drawn on it, the last on top.
 
     Lines and text scale with the size of the image. A label that would overlap an earlier one is moved to a free place
-    at its box, or omitted if there is none. With more than MANY objects, labels wider than their box are omitted, too.
+    at its box, or omitted if there is none.
     Raises ValueError if `image` has another type or shape.
 
     Args:
@@ -57,14 +63,44 @@ def draw_objects(
         cv2.rectangle(out, (x1, y1), (x2, y2), color_of(color), line, cv2.LINE_AA)
     taken: list[Place] = []
     for i in reversed(range(len(texts))):  # the best detection gets the first choice
-        label = _Label.fitting(texts[i], scale)
-        if not texts[i] or (len(texts) > MANY and label.size[0] > boxes[i][2] - boxes[i][0]):
+        if not texts[i]:
             continue
-        place = _free_place(out.shape[:2], label.size, boxes[i], taken)
+        label = draw_label(texts[i], round(max(9, 16 * scale)), color_of(colors[i]))
+        place = _free_place(out.shape[:2], label.shape[1::-1], boxes[i], taken)
         if place is not None:
-            label.draw(out, place, color_of(colors[i]))
+            x1, y1, x2, y2 = place
+            out[y1:y2, x1:x2] = label[: out.shape[0] - y1, : out.shape[1] - x1]
             taken.append(place)
     return out
+
+
+def draw_label(text: str, height: int, color: tuple[int, int, int]) -> np.ndarray:
+    """Return a text on a background of `color`, uint8 BGR [h, w, 3], dark on light colours and light on dark ones.
+
+    `height` is that of the font in pixels. Characters that no font of the system has are drawn as "?".
+    """
+    font = find_font(text, height)
+    if font is None:
+        text, font = text.encode("ascii", "replace").decode(), PIL.ImageFont.load_default(height)
+    left, top, right, bottom = (round(value) for value in font.getbbox(text + "Ag"))
+    right, pad = round(font.getlength(text)), max(2, height // 6)
+    luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
+    ink = (20, 20, 20) if luminance > 140 else (255, 255, 255)
+    label = PIL.Image.new("RGB", (right - left + 2 * pad, bottom - top + 2 * pad), color)
+    PIL.ImageDraw.Draw(label).text((pad - left, pad - top), text, ink, font)
+    return np.asarray(label)  # the colour is BGR, and the ink is grey
+
+
+def find_font(text: str, height: int) -> PIL.ImageFont.ImageFont | PIL.ImageFont.FreeTypeFont | None:
+    """Return a font that has the characters of `text`, or None if the system has none."""
+    largest = max(map(ord, text))
+    for first, names in FONTS:
+        if largest >= first:
+            for name in names:
+                with contextlib.suppress(OSError):
+                    return PIL.ImageFont.truetype(name, height)
+            return None
+    return PIL.ImageFont.load_default(height)
 
 
 def _paint(out: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha: float, line: int) -> None:
@@ -81,35 +117,8 @@ def _paint(out: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha
     cv2.drawContours(out, contours, -1, color, line, cv2.LINE_AA, offset=offset)
 
 
-@dataclass
-class _Label:
-    """A text on a coloured background."""
-
-    text: str
-    size: tuple[int, int]  # width, height
-    font_scale: float
-    thickness: int
-    origin: tuple[int, int]  # of the text in the label
-
-    @classmethod
-    def fitting(cls, text: str, scale: float) -> _Label:
-        """Return a label that is sized to fit `text`."""
-        text = text.encode("ascii", "replace").decode()  # OpenCV's fonts have only ASCII
-        font_scale, thickness, pad = max(0.36, 0.55 * scale), max(1, round(1.3 * scale)), max(2, round(3 * scale))
-        (w, h), below = cv2.getTextSize(text, FONT, font_scale, thickness)
-        return cls(text, (w + 2 * pad, h + below + pad), font_scale, thickness, (pad, h + pad // 2 + 1))
-
-    def draw(self, out: np.ndarray, place: Place, color: tuple[int, int, int]) -> None:
-        """Draw the label on `out`, with dark or light text depending on the brightness of `color`."""
-        cv2.rectangle(out, place[:2], place[2:], color, -1)
-        luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
-        ink = (20, 20, 20) if luminance > 140 else (255, 255, 255)
-        origin = (place[0] + self.origin[0], place[1] + self.origin[1])
-        cv2.putText(out, self.text, origin, FONT, self.font_scale, ink, self.thickness, cv2.LINE_AA)
-
-
 def _free_place(
-    image_size: tuple[int, int], label: tuple[int, int], box: np.ndarray, taken: list[Place]
+    image_size: tuple[int, ...], label: tuple[int, ...], box: np.ndarray, taken: list[Place]
 ) -> Place | None:
     """Return the first free place for a label (width, height): above the box, inside an edge, or below it."""
     (height, width), (w, h) = image_size, label

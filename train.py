@@ -110,7 +110,7 @@ def build_parser() -> ArgumentParser:
     add("--precision", choices=["auto", *PRECISIONS], help="network precision; losses use float32")
     add("--workers", type=integer(0), help="data loading processes (2); 0: load in the main process")
     add("--threads", type=integer(1), help="number of CPU threads (default: one per core)")
-    add("--val_interval", type=integer(1), help="iterations between validations (default: one epoch, at least 500)")
+    add("--val_interval", type=integer(1), help="iterations between validations (default: see docs/training.md)")
     add("--patience", type=integer(1), help="stop after so many validations without a better mask AP (default: never)")
     add("--output_dir", help="folder for checkpoints and logs (default: runs/CONFIG)")
     add("--tensorboard", action="store_true", help="also write TensorBoard event files")
@@ -172,7 +172,8 @@ def fit(
     """Train to the end of the schedule, or until a validation or a signal stops the run; return False for a signal."""
     ranks, table = trainer.ranks, ""
     unusable = UnusableImages(schedule.num_images)
-    val_interval = args["val_interval"] or max(500, schedule.per_epoch)
+    # By default one epoch of at least 500 iterations, but a short run is also validated five times.
+    val_interval = args["val_interval"] or min(max(500, schedule.per_epoch), max(20, schedule.max_iter // 5))
     log = RunLog(trainer.folder, trainer.iteration, trainer.validated, args["tensorboard"], ranks.is_main)
     progress = progress_bar(schedule.max_iter, trainer.iteration, ranks.is_main)
     with StopSignal() as stop_signal, log, progress:
@@ -407,7 +408,9 @@ def describe(trainer: Trainer, schedule: Schedule, train: CocoDataset) -> None:
     config, ranks = trainer.model.config, trainer.ranks
     synchronised = config.training.sync_bn and ranks.size > 1
     mode = "frozen" if config.training.freeze_bn else "synchronised" if synchronised else "trained"
-    size = f"{config.train_size} px" + ("" if config.train_size == config.model.max_size else " input")
+    size = f"{config.train_size} px"
+    if config.train_size != config.model.max_size:
+        size += f" (train_scale {config.training.train_scale:g} of max_size {config.model.max_size})"
     dtype = "tf32" if trainer.tf32 else str(trainer.dtype).removeprefix("torch.")
     print(schedule)
     print(

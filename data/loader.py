@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -23,6 +25,8 @@ from layers.structures import Target
 from utils.distributed import Ranks, one_process
 from utils.errors import UserError
 
+SHARED_MEMORY = Path("/dev/shm")  # through which workers pass batches on Linux; Docker's has 64 MiB
+TIMEOUT = 600  # seconds to wait for a batch
 Item = tuple["Augmented | None", int, list[str]]
 
 
@@ -175,6 +179,8 @@ class TrainingLoader:
 
     def __enter__(self) -> Iterator[Batch]:
         ranks = self.ranks
+        if self.workers and SHARED_MEMORY.is_dir():
+            self._check_shared_memory()
         loader: DataLoader[Any] = DataLoader(
             TrainingSet(self.dataset, self.config, self.seed),
             batch_size=self.config.training.batch_size // ranks.size,
@@ -183,6 +189,7 @@ class TrainingLoader:
             collate_fn=_collate,
             worker_init_fn=_start_worker,
             pin_memory=ranks.device.type == "cuda",
+            timeout=TIMEOUT if self.workers else 0,
         )
         # A process forked while OpenCV's thread pool is active hangs in its first OpenCV call, so the pool is disabled
         # while the workers start.
@@ -191,6 +198,19 @@ class TrainingLoader:
         self._batches: Iterator[Any] = iter(loader)
         cv2.setNumThreads(threads)
         return self._batches
+
+    def _check_shared_memory(self) -> None:
+        """Raise UserError if the batches of the workers do not fit. PyTorch would wait for them for ever."""
+        images = self.config.training.batch_size // self.ranks.size
+        in_flight = 2 * self.workers + 1  # PyTorch reads two batches ahead with each worker
+        # Three float32 planes an image, and a fifth more for masks.
+        needed = int(1.2 * in_flight * images * 3 * 4 * self.config.train_size**2)
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < needed:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free >> 20} MiB free, but {self.workers} workers pass batches of {needed >> 20} "
+                "MiB through it; give Docker --ipc=host or --shm-size, or use --workers 0"
+            )
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         shutdown = getattr(self._batches, "_shutdown_workers", None)  # only PyTorch's multi-process iterator has it
@@ -201,4 +221,9 @@ class TrainingLoader:
             raise UserError(
                 "a worker process was killed by the system, probably because memory ran out; lower --workers or "
                 "max_size"
+            ) from None
+        if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
+            raise UserError(
+                f"no batch arrived for {TIMEOUT} s: the disk does not answer, or {SHARED_MEMORY} is full; "
+                "try --workers 0"
             ) from None

@@ -202,7 +202,8 @@ def test_the_file_alone_is_enough(small):
         assert network.config.class_names == ("disc", "tile")
         assert network.size == (96, 96)
         report = json.loads((small / f"small{suffix}.parity.json").read_text())
-        assert report["detections"] == report["matched"] > 0
+        assert report["pytorch_detections"] == report["pytorch_matched"] > 0
+        assert report["exported_detections"] == report["exported_matched"] == report["pytorch_matched"]
         assert max(report["raw_difference"].values()) < 1e-3
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -427,6 +428,24 @@ def test_a_killed_worker_is_explained(dataset, tmp_path):
     args[args.index("--workers") + 1] = 1
     out = spawn("-c", KILLED, *args[1:], code=2, timeout=120)
     assert "a worker process was killed by the system, probably because memory ran out" in out
+
+
+@pytest.mark.slow
+def test_a_short_run_is_validated_several_times(dataset, tmp_path):
+    run(*train_args(dataset, "--batch_size", "2", "--max_iter", "41", "--output_dir", tmp_path))
+    assert [line["step"] for line in lines(tmp_path) if "segm" in line] == [20, 40, 41]
+
+
+def test_too_little_shared_memory_is_said_at_the_start(dataset, tmp_path, monkeypatch):
+    """As in Docker, where PyTorch would wait for the workers' batches for ever."""
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--output_dir", tmp_path / "run")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    monkeypatch.setattr("data.loader.SHARED_MEMORY", tmp_path)
+    run(*args)  # without workers none is needed
+    args[args.index("--workers") + 1] = 2
+    out = run(*args[:-1], tmp_path / "other", code=2)
+    assert "has 1 MiB free, but 2 workers pass batches of" in out
+    assert "use --workers 0" in out
 
 
 def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeypatch):

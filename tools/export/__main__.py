@@ -168,12 +168,13 @@ def summary(output: Path, report: dict[str, Any]) -> str:
         f"{output}: {report['precision']}, {height}x{width} input; "
         f"raw outputs differ by up to {worst:.1e} of their largest value"
     )
-    if "detections" in report:
+    if "pytorch_detections" in report:
         text += (
-            f"; {report['matched']} of {report['detections']} detections match on {report['images']} images at "
-            f"three sizes, lowest mask IoU {report['lowest_mask_iou']:.3f}"
+            f"; {report['pytorch_matched']} of PyTorch's {report['pytorch_detections']} detections match, of "
+            f"{report['exported_detections']} of the export, on {report['images']} images at three sizes, lowest mask "
+            f"IoU {report['lowest_mask_iou']:.3f}"
         )
-        if not report["detections"]:
+        if not report["pytorch_detections"]:
             text += " (no objects were detected; use --check with images that contain your classes)"
     return text
 

@@ -72,8 +72,10 @@ def check_export(
     for image in _at_sizes(images):
         pairs.add(predictor(image), _run_graph(graph, image))
     report |= pairs.summary()
-    if report["matched"] < tolerance.matched * report["detections"]:
-        problems.append(f"only {report['matched']} of {report['detections']} detections of both models match")
+    for side in ("pytorch", "exported"):
+        matched, total = report[f"{side}_matched"], report[f"{side}_detections"]
+        if matched < tolerance.matched * total:
+            problems.append(f"only {matched} of the {total} detections of the {side} model match one of the other")
     if report["largest_score_difference"] > tolerance.score:
         problems.append(
             f"scores differ by up to {report['largest_score_difference']:.2f}, more than {tolerance.score:g}"
@@ -116,7 +118,9 @@ class _Pairs:
 
     def __init__(self, min_iou: float):
         self.min_iou = min_iou
-        self.total = self.matched = 0
+        self.counts = dict.fromkeys(
+            (f"{side}_{what}" for side in ("pytorch", "exported") for what in ("detections", "matched")), 0
+        )
         self.scores: list[float] = []
         self.boxes: list[float] = []
         self.masks: list[float] = []
@@ -125,9 +129,9 @@ class _Pairs:
         boxes, scores, labels, masks = found
         overlaps = box_iou(expected.boxes, boxes.clone())
         overlaps = overlaps.masked_fill(expected.labels[:, None] != labels, 0.0)
-        # Detections of both models count, so that extra detections are mismatches as well as missing ones.
-        self._count(overlaps, expected.scores)
-        self._count(overlaps.T, scores)
+        # Both models' detections are counted, so that extra ones are noticed as well as missing ones.
+        self._count("pytorch", overlaps, expected.scores)
+        self._count("exported", overlaps.T, scores)
         for i, score in enumerate(expected.scores.tolist()):
             if score < MIN_SCORE or not len(boxes) or overlaps[i].max() < self.min_iou:
                 continue
@@ -137,16 +141,15 @@ class _Pairs:
             a, b = expected.masks[i], masks[j]
             self.masks.append(float((a & b).sum() / (a | b).sum().clamp(min=1)) if (a | b).any() else 1.0)
 
-    def _count(self, overlaps: Tensor, scores: Tensor) -> None:
+    def _count(self, side: str, overlaps: Tensor, scores: Tensor) -> None:
         strong = scores >= MIN_SCORE
-        self.total += int(strong.sum())
+        self.counts[f"{side}_detections"] += int(strong.sum())
         if overlaps.shape[1]:
-            self.matched += int((overlaps[strong].amax(dim=1) >= self.min_iou).sum())
+            self.counts[f"{side}_matched"] += int((overlaps[strong].amax(dim=1) >= self.min_iou).sum())
 
     def summary(self) -> dict[str, Any]:
         return {
-            "detections": self.total,
-            "matched": self.matched,
+            **self.counts,
             "largest_score_difference": max(self.scores, default=0.0),
             "lowest_box_iou": min(self.boxes, default=1.0),
             "lowest_mask_iou": min(self.masks, default=1.0),

@@ -53,7 +53,8 @@ def module_of(path):
 def imports(path):
     """The modules that a file imports from the project, with whether the import is at the top of the file."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    top = set(map(id, tree.body))
+    blocks = (node.body for node in tree.body if isinstance(node, ast.With))  # hubconf.py imports in one
+    top = {id(node) for body in (tree.body, *blocks) for node in body}
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):

@@ -24,12 +24,18 @@ from typing import Any
 # nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+try:
+    import cv2  # noqa: F401
+except ImportError as error:  # libGL, for instance, in a container
+    print(f"error: OpenCV: {error}; without a display, install opencv-python-headless instead", file=sys.stderr)
+    sys.exit(2)
+
 from tqdm import tqdm
 
 from config import DISPLAY, get_config, parse_overrides, with_detection
 from data.image import MAX_PIXELS, read_image
 from evaluation import evaluate
-from evaluation.evaluator import Segmenter, per_class_table, predict_dataset, write_coco_results
+from evaluation.evaluator import Segmenter, check_classes, per_class_table, predict_dataset, write_coco_results
 from inference import Predictor
 from inference.runtime import ExportedNetwork, is_exported
 from layers.nms import NMS
@@ -186,6 +192,9 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
     dataset.check_folder()
     with ranks.main_first():
         predictor = tiled(build_predictor(args, ranks), args.tile)
+    note = check_classes(dataset, predictor.config)
+    if note:
+        print(note)
     if not dataset.has_annotations:
         found = predict_dataset(predictor, dataset, args.max_images, ranks=ranks)
         if ranks.is_main:

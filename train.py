@@ -31,6 +31,12 @@ from typing import Any
 # machine it changes nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+try:
+    import cv2  # noqa: F401
+except ImportError as error:  # libGL, for instance, in a container
+    print(f"error: OpenCV: {error}; without a display, install opencv-python-headless instead", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 from tqdm import tqdm
 
@@ -379,15 +385,17 @@ def load_data(
     from tools.formats.readers import open_coco
 
     train = open_coco(args["train_annotations"], args["train_images"])
-    datasets = [train]
+    datasets, notes = [train], [""]
     if resumed:
-        check_classes(train, config, "in the run")
+        notes.append(check_classes(train, config, "in the run"))
     if args["val_annotations"]:
         datasets.append(open_coco(args["val_annotations"], args["val_images"] or args["train_images"]))
         known = override(config, class_names=train.class_names, category_ids=train.category_ids)
-        check_classes(datasets[-1], known, "in training")
+        notes.append(check_classes(datasets[-1], known, "in training"))
         if datasets[-1].path.resolve() == train.path.resolve():
             print("warning: training and validation use the same annotations, so AP will be too high")
+    for note in filter(None, notes):
+        print(note)
     for dataset in datasets:
         dataset.check_images()
         errors = quick_audit(dataset, config) if ranks.is_main else []

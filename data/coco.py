@@ -7,10 +7,11 @@ sample = dataset[0]                                  # a Sample: the image and i
 from __future__ import annotations
 
 import array
+import itertools
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -115,6 +116,17 @@ class CocoDataset(Dataset[Sample]):
             else:
                 grouped[index].append(kept)
         return grouped
+
+    def adopt_classes(self, names: Sequence[str]) -> None:
+        """Number the classes as in `names`, which include those of the file. Others get ids that the file does not use.
+
+        The same classes are often in another order in the file of the validation set, or only some of them.
+        """
+        ids = dict(zip(self.class_names, self.category_ids, strict=True))
+        unused = (number for number in itertools.count(1) if number not in self._label)
+        self.category_ids = tuple(ids[name] if name in ids else next(unused) for name in names)
+        self.class_names = tuple(names)
+        self._label = {category: label for label, category in enumerate(self.category_ids)}
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.files import write_bytes
 
 ImageLike = np.ndarray | PIL.Image.Image | str | Path  # what `as_image` accepts
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".gif"}
 MARK = b"made by YOLACT"  # a comment in images that are written, by which results are recognised
 MAX_PIXELS = 178_956_970  # 537 MB as 8-bit colour, Pillow's limit; the header of a small file can declare any size
 INPUT_STEP = 32  # pixels; the stride of C5, so that no level of the backbone is rounded up
@@ -63,8 +63,24 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
     except cv2.error:
         image = None
     if image is None:
+        image = _read_with_pillow(data)
+    if image is None:
         raise UserError(f"{path}: cannot be read as an image")
-    return _to_uint8(image, data, path)
+    return _to_uint8(image, data, str(path))
+
+
+def _read_with_pillow(data: bytes) -> np.ndarray | None:
+    """Return an image with one floating-point or 32-bit value per pixel, which OpenCV does not read; else None."""
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        return _repeated(image) if image.mode in ("F", "I") else None
+    except Exception:  # each format's parser has its own
+        return None
+
+
+def _repeated(image: PIL.Image.Image) -> np.ndarray:
+    """Return a grey PIL image of any depth as an array [H, W, 3]."""
+    return np.repeat(np.asarray(PIL.ImageOps.exif_transpose(image))[..., None], 3, axis=2)
 
 
 def _check_file(data: bytes, path: Path, max_pixels: int) -> None:
@@ -115,6 +131,10 @@ def as_image(image: ImageLike, channels: str = "bgr") -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, PIL.Image.Image):
+        name = str(getattr(image, "filename", ""))
+        if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0..255
+            # A file says more than the pixels, such as the bit depth of a camera.
+            return read_image(name) if Path(name).is_file() else _to_uint8(_repeated(image), b"", "PIL image")
         pixels = np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
         return np.ascontiguousarray(pixels[..., ::-1])
     if not isinstance(image, np.ndarray):
@@ -124,7 +144,7 @@ def as_image(image: ImageLike, channels: str = "bgr") -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1]) if channels == "rgb" else image
 
 
-def _to_uint8(image: np.ndarray, data: bytes, path: Path) -> np.ndarray:
+def _to_uint8(image: np.ndarray, data: bytes, path: str) -> np.ndarray:
     if image.dtype == np.uint8:
         return image
     if image.dtype == np.uint16:

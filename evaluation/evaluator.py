@@ -18,7 +18,7 @@ from config import Config
 from data.annotation import Annotation, exact_copies, to_rle
 from data.coco import CocoDataset
 from utils.distributed import Ranks, one_process
-from utils.errors import UserError
+from utils.errors import UserError, join_names
 from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -123,17 +123,25 @@ def evaluate(
     return {**found, **metrics}
 
 
-def check_classes(dataset: CocoDataset, config: Config, where: str = "in the weights") -> None:
-    """Raise UserError, which shows both lists of classes, unless a file has the classes of `config` in that order."""
-    if dataset.class_names == config.class_names:
-        return
+def check_classes(dataset: CocoDataset, config: Config, where: str = "in the weights") -> str:
+    """Give the classes of a data set the labels that they have in `config`; return a note if that changes something.
+
+    Raises UserError, which shows both lists of classes, if the file has a class that `config` does not have.
+    """
+    names = dataset.class_names
+    if names == config.class_names:
+        return ""
+    if set(names) <= set(config.class_names) and len(set(names)) == len(names):
+        dataset.adopt_classes(config.class_names)
+        matched = f"matched by name with the {config.num_classes} {where}"
+        return f"{dataset.path}: its classes ({join_names(names)}) are {matched}"
     rows = [f"{'label':>5}  {'in the file':<24}  {where}"]
     for label in range(max(len(dataset.class_names), config.num_classes)):
         left = dataset.class_names[label] if label < len(dataset.class_names) else "-"
         right = config.class_names[label] if label < config.num_classes else "-"
         rows.append(f"{label:>5}  {left:<24}  {right}{'  <' if left != right else ''}")
     table = "\n".join(rows)
-    advice = "use files with the same categories in the same order"
+    advice = "the names of all of its categories have to be there"
     raise UserError(f"{dataset.path}: its classes differ from those {where}; {advice}\n{table}")
 
 

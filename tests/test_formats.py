@@ -169,8 +169,8 @@ def test_labelme(tmp_path):
     labelme(tmp_path / "other.json", "c.png", [{"label": "pair", "points": SQUARE}], size=(10, 10))
     text = convert(tmp_path, tmp_path / "out/coco.json")
     assert "not used: 1 shapes of the type line without an area: a b.json" in text
-    assert "not used: 1 files whose image was not found: gone.json (gone.jpg)" in text
-    assert "not used: 1 files made for an image of another size: other.json" in text
+    assert "not used: 1 images that were not found: gone.jpg" in text
+    assert "not used: 1 images of another size than their labels were made for: c.png (10x10 in the labels" in text
     found = load(tmp_path / "out/coco.json", tmp_path)
     ring = drawn(SQUARE, holes=[HOLE])
     circle = cv2.circle(np.zeros((HEIGHT, WIDTH), np.uint8), (45, 35), 20, 1, -1) > 0
@@ -343,7 +343,7 @@ def test_coco_exports_of_annotation_tools(tmp_path):
     }
     (tmp_path / "export.json").write_text(json.dumps(content))
     text = convert(tmp_path / "export.json", tmp_path / "coco.json", "--images", tmp_path / "images")
-    assert "1 crowd flags of CVAT" in text
+    assert "note: 1 crowd flags cleared" in text
     assert "not used: 1 annotations without a usable mask" in text
     found = load(tmp_path / "coco.json", tmp_path / "images")
     check(found, "a b.jpg", ("thing", drawn(SQUARE)))

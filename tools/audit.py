@@ -31,7 +31,7 @@ from data.augment import Window, draw_mask
 from data.coco import CocoDataset
 from data.image import input_size, write_image
 from layers.anchors import prototype_size
-from tools.findings import EXAMPLES_PER_FINDING, FINDING_KINDS, Finding
+from tools.findings import EXAMPLES_PER_FINDING, FINDING_KINDS, Finding, too_many_crowds
 from tools.formats.readers import open_coco
 from tools.sheets import truth_sheet
 from utils.device import configure_process
@@ -150,7 +150,10 @@ def _check_index(
     problems["text_id"] = dataset.text_ids + odd_ids
     problems["unused_class"] = [name for label, name in enumerate(dataset.class_names) if label not in used]
     problems["same_name"] = _repeated(list(dataset.class_names))
-    if not used:
+    crowds = [f"annotation {a.get('id')}" for some in listed for a in some if a["iscrowd"]]
+    if too_many_crowds(len(crowds), sum(map(len, listed))):
+        problems["crowds"] = crowds
+    elif not used:
         problems["no_object"] = [dataset.path.name]
     with_masks = any(a.get("segmentation") for some in listed for a in some)
     if any(listed) and not with_masks:
@@ -296,9 +299,8 @@ def _compare(
 
     `reports` are those of all images of `train`, in order.
     """
-    only = set(train.class_names) ^ set(val.class_names)
-    problems["other_classes"] = sorted(only)
-    if not only and train.class_names != val.class_names:
+    problems["other_classes"] = sorted(set(val.class_names) - set(train.class_names))
+    if not problems["other_classes"] and train.class_names != val.class_names:
         problems["class_order"] = [f"{', '.join(train.class_names)} and {', '.join(val.class_names)}"]
     others = _inspect_all(val, range(len(val)), config, progress)
     names = {report.digest: train.file_name(i) for i, report in enumerate(reports) if report.digest}

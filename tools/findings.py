@@ -6,6 +6,12 @@ import math
 from dataclasses import dataclass
 
 EXAMPLES_PER_FINDING = 5  # number of examples in a finding
+MANY_CROWDS = 1 / 3  # of the annotations; COCO itself has 1.2 %
+
+
+def too_many_crowds(crowds: int, annotations: int) -> bool:
+    """Whether so many annotations are crowd regions that a tool must have set the flag, as for each RLE mask."""
+    return crowds > MANY_CROWDS * annotations
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,16 @@ FINDING_KINDS = {
         "classes have no object", "ignore this if another annotation file contains objects of them", of="classes"
     ),
     "same_name": Kind("classes share their name with another", "give each class a unique name", of="classes"),
+    "crowds": Kind(
+        "annotations are crowd regions (iscrowd 1), which training and AP ignore",
+        "supervision and CVAT mark each RLE mask so; if these are objects, python -m tools.formats clears the flag",
+        of="listed annotations",
+    ),
     "no_object": Kind("files have no object in any image", "check image_id and segmentation", 0, "files"),
-    "other_classes": Kind("classes are in one file only", "give both the same categories", 0, "classes of both files"),
-    "class_order": Kind("files list the same classes in another order", "use the same order in both", 0, "files"),
+    "other_classes": Kind(
+        "classes are in the validation set only", "give both the same categories", 0, "classes of both files"
+    ),
+    "class_order": Kind("files list other classes, or in another order", "they are matched by name", of="files"),
     "shared_image": Kind(
         "images of the validation set are also in the training set", "remove them: they inflate AP", 0.01, "val images"
     ),

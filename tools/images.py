@@ -166,7 +166,7 @@ def _unsupported_in(folder: Path) -> list[str]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """List the images in a folder and its subfolders, except results of earlier runs.
+    """List the images in a folder and its subfolders, except hidden ones and results of earlier runs.
 
     Broken links are included, so that they are reported on reading. Raises UserError if there are no images.
     """
@@ -175,7 +175,11 @@ def _images_in(folder: Path) -> list[Path]:
     found = sorted(
         p
         for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES and (p.is_symlink() or p.is_file()) and not p.is_dir() and not is_result(p)
+        if p.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and (p.is_symlink() or p.is_file())
+        and not p.is_dir()
+        and not is_result(p)
     )
     if not found:
         raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(SUFFIXES))})")

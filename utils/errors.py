@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -100,6 +101,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its return value (None: 0), 2 after a UserError, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe with a narrow encoding, such as cp1252, gets escapes instead of an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as error:

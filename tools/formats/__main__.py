@@ -4,10 +4,12 @@ python -m tools.formats data.yaml --output coco.json              # YOLO: coco_t
 python -m tools.formats labelme_folder --output coco.json
 python -m tools.formats via_project.json --images images --output coco.json
 python -m tools.formats VOCdevkit/VOC2012 --output coco.json
+python -m tools.formats labelme_val --like coco_train.json --output coco_val.json    # with the same order of classes
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +19,24 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from data.annotation import to_rle
+from data.coco import read_coco_json
 from tools.formats.readers import find_reader
 from tools.formats.structures import NOT_FOUND, LabelledImage, Problems
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, run_main
+from utils.errors import ArgumentParser, UserError, join_names, run_main
 from utils.files import write_json
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Convert YOLO, LabelMe, VIA, Pascal VOC or COCO exports to COCO JSON.")
-    parser.add_argument(
-        "source", type=Path, help="a data.yaml, a VIA or COCO file, or a folder of YOLO, LabelMe or VOC"
+    parser = ArgumentParser(
+        description="Convert YOLO, LabelMe, ISAT, VIA, CVAT, Pascal VOC, masks or COCO exports to COCO JSON."
     )
+    parser.add_argument("source", type=Path, help="a data.yaml, a JSON or XML file, or the folder of an export")
     parser.add_argument("--images", type=Path, help="folder of the images, if they are not where the source says")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write; splits get names of their own")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--classes", help="the classes in their order, comma-separated; others are an error")
+    order.add_argument("--like", type=Path, help="a COCO file whose classes to use, in their order")
     return parser
 
 
@@ -48,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for split, images in labels.splits.items()
     }
     used = [item.class_name for images in converted.values() for image in images for item in image.objects]
-    names = list(dict.fromkeys([*labels.class_names, *used]))  # those of the source first
+    names = ordered_names(args, [*labels.class_names, *used])
     if not used:
         details = "; ".join(problems.lines()) or "it has no images"
         if not args.images and (NOT_FOUND in problems.counts or not problems.lines()):
@@ -62,9 +68,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = len(content["annotations"])
         print(f"{labels.format}: {len(images)} images, {count} objects, {len(names)} classes -> {output}")
         print(f"  check it: python -m tools.audit --annotations {output} --image_dir {root}")
-    for line in problems.lines():
+    for line in problems.lines() + similar_names(names):
         print(line)
     return 0
+
+
+def ordered_names(args: argparse.Namespace, found: list[str]) -> list[str]:
+    """Return the class names in the order of --classes or --like, or else in that of the source.
+
+    Raises UserError if the source has other classes.
+    """
+    names = list(dict.fromkeys(found))
+    if args.classes is not None:
+        wanted = [name.strip() for name in args.classes.split(",")]
+    elif args.like is not None:
+        wanted = [str(entry.get("name", entry["id"])) for entry in read_coco_json(args.like)["categories"]]
+    else:
+        return names
+    other = [name for name in names if name not in wanted]
+    if other:
+        raise UserError(f"{args.source}: has other classes: {join_names(other)}; wanted: {join_names(wanted)}")
+    return wanted
+
+
+def similar_names(names: list[str]) -> list[str]:
+    """Return lines about class names that differ in case, spaces or punctuation only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault("".join(filter(str.isalnum, name.casefold())), []).append(name)
+    return [f"nearly equal class names: {', '.join(map(repr, group))}" for group in groups.values() if len(group) > 1]
 
 
 def common_folder(images: list[LabelledImage]) -> Path:

@@ -1,99 +1,144 @@
-"""COCO JSON as other tools export it: CVAT, Label Studio, Roboflow.
+"""COCO JSON as other tools export it: CVAT, Label Studio, Roboflow, supervision.
 
-Their paths are those of the server, and CVAT marks every object that was drawn with its brush as a crowd region, which
-training and AP ignore.
+Their paths are those of the server, ids may be text, and CVAT and supervision mark every object that is stored as a
+run-length encoding as a crowd region, which training and AP ignore.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.annotation import is_crowd, normalise_segmentation
-from tools.formats.structures import NOT_FOUND, ImageFinder, LabelledImage, LabelledObject, Labels, Problems, image_size
+from tools.findings import too_many_crowds
+from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, read_text
 from utils.errors import UserError
+
+LISTS = ("images", "annotations", "categories")
 
 
 def recognise(source: Path) -> bool:
-    """Return whether `source` is a COCO file, or a folder with `annotations/*.json` as CVAT and Datumaro export it."""
-    if source.is_dir():
-        return bool(_files_of(source))
-    return _is_coco(source)
+    """Return whether `source` is a COCO file, or a folder with such files as CVAT, Datumaro or Roboflow export it."""
+    return bool(_files_of(source)) if source.is_dir() else _is_coco(source)
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Return the COCO files of an exported folder by their split: "train" for annotations/instances_train.json."""
     files = [path for path in sorted((folder / "annotations").glob("*.json")) if _is_coco(path)]
-    return {path.stem.removeprefix("instances_"): path for path in files}
+    instances = [path for path in files if path.stem.startswith("instances_")]
+    found = {path.stem.removeprefix("instances_"): path for path in instances or files}
+    roboflow = sorted([*folder.glob("*/_annotations.coco.json"), *folder.glob("_annotations.coco.json")])
+    return found or {"" if path.parent == folder else path.parent.name: path for path in roboflow if _is_coco(path)}
+
+
+def _load(source: Path) -> Any:
+    try:
+        return json.loads(read_text(source))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_coco(source: Path) -> bool:
+    """Whether a file has COCO's lists, and masks: not captions, panoptic segments or keypoints alone."""
     if not source.is_file() or source.suffix != ".json":
         return False
     try:
-        content = json.loads(source.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError):
+        content = _load(source)
+    except UserError:
         return False
-    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
+    if not isinstance(content, dict) or not set(LISTS) <= content.keys():
+        return False
+    listed = content["annotations"]
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
+        return True  # `read` says what is wrong
+    return "category_id" in listed[0] and "segments_info" not in listed[0]
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a file or an exported folder. Raises UserError if the lists of a file are not those of COCO."""
-    if source.is_file():
-        names, listed = _read_file(source, ImageFinder([images or source.parent]), problems)
-        return Labels("COCO", names, {"": listed})
-    files = _files_of(source)
-    finder = ImageFinder([images or source])
-    read_files = {split: _read_file(path, finder, problems) for split, path in files.items()}
-    all_names = dict.fromkeys(name for names, _ in read_files.values() for name in names)
-    splits = {"" if len(files) == 1 else split: listed for split, (_, listed) in read_files.items()}
+    files = _files_of(source) if source.is_dir() else {"": source}
+    found = {}
+    for split, path in files.items():
+        # CVAT keeps annotations and images in two folders; Roboflow keeps the images of a split beside its file.
+        folder = source if source.is_dir() and path.parent.name == "annotations" else path.parent
+        found[split] = _read_file(path, ImageFinder(images or folder, problems), problems)
+    all_names = dict.fromkeys(name for names, _ in found.values() for name in names)
+    splits = {"" if len(files) == 1 else split: listed for split, (_, listed) in found.items()}
     return Labels("COCO", list(all_names), splits)
 
 
+def _key(value: Any) -> str:
+    """Return an id as text, so that 1, 1.0 and "1" are one id."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
 def _read_file(source: Path, finder: ImageFinder, problems: Problems) -> tuple[list[str], Iterator[LabelledImage]]:
-    """Return the class names and the images of one file."""
-    content: dict[str, Any] = json.loads(source.read_text(encoding="utf-8-sig"))
+    """Return the class names and the images of one file. Raises UserError if its structure is not COCO's."""
+    content = _load(source)
+    for key in LISTS:
+        if not isinstance(content[key], list) or not all(isinstance(entry, dict) for entry in content[key]):
+            raise UserError(f"{source}: {key!r} must be a list of objects, as COCO has it")
     try:
-        names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in content["categories"]}
-        by_image: dict[Any, list[dict[str, Any]]] = {}
+        names = {_key(entry["id"]): str(entry.get("name", entry["id"])).strip() for entry in content["categories"]}
+        listed = {_key(entry["id"]): entry for entry in content["images"]}
+        files = Counter(str(entry["file_name"]) for entry in content["images"])
+        by_image: dict[str, list[dict[str, Any]]] = {}
         for entry in content["annotations"]:
-            by_image.setdefault(entry["image_id"], []).append(entry)
-        listed = [(entry["id"], str(entry["file_name"])) for entry in content["images"]]
-    except (KeyError, TypeError, AttributeError) as error:
+            by_image.setdefault(_key(entry["image_id"]), []).append(entry)
+    except KeyError as error:
         raise UserError(f"{source}: not a COCO file, an entry has no {error}") from None
+    if len(listed) < len(content["images"]):
+        ids = Counter(_key(entry["id"]) for entry in content["images"])
+        raise UserError(f"{source}: image id {ids.most_common(1)[0][0]} is used more than once")
+    name, count = files.most_common(1)[0] if files else ("", 0)
+    if count > 1:
+        ids = Counter({key: 1 for key, entry in listed.items() if entry["file_name"] == name})
+        raise UserError(
+            f"{source}: {name} is the file_name of {count} image ids ({', '.join(ids)}), perhaps frames of different "
+            "videos; give each image a name of its own"
+        )
+    for key in by_image.keys() - listed.keys():
+        problems.add("annotations of images that are not listed", f"image_id {key}", len(by_image[key]))
+    crowds = sum(entry.get("iscrowd") in (1, "1", True) for entry in content["annotations"])
     # Annotations of CVAT have attributes with "occluded".
-    from_cvat = any("occluded" in (e.get("attributes") or {}) for e in content["annotations"])
-    return list(names.values()), _images(listed, by_image, names, from_cvat, finder, problems)
+    from_cvat = any("occluded" in (entry.get("attributes") or {}) for entry in content["annotations"])
+    clear = from_cvat or too_many_crowds(crowds, len(content["annotations"]))
+    return list(names.values()), _images(listed, by_image, names, clear, finder, problems)
 
 
 def _images(
-    listed: list[tuple[Any, str]],
-    by_image: dict[Any, list[dict[str, Any]]],
-    names: dict[Any, str],
-    from_cvat: bool,
+    listed: dict[str, dict[str, Any]],
+    by_image: dict[str, list[dict[str, Any]]],
+    names: dict[str, str],
+    clear_crowds: bool,
     finder: ImageFinder,
     problems: Problems,
 ) -> Iterator[LabelledImage]:
-    for image_id, file_name in listed:
-        path = finder.find(file_name)
-        if path is None:
-            problems.add(NOT_FOUND, file_name)
+    for key, image in listed.items():
+        file_name = str(image["file_name"])
+        opened = finder.open(file_name, (image.get("height"), image.get("width")))
+        if opened is None:
             continue
-        size = image_size(path, problems)
-        if size is None:
-            continue
+        path, size = opened
         objects = []
-        for entry in by_image.get(image_id, []):
-            segmentation = normalise_segmentation(entry.get("segmentation"), *size)
-            if entry.get("category_id") not in names:
+        for entry in by_image.get(key, []):
+            name = names.get(_key(entry.get("category_id")))
+            if name is None:
                 problems.add("annotations of an unknown category", file_name)
-            elif segmentation is None:
+                continue
+            segmentation = normalise_segmentation(entry.get("segmentation"), *size)
+            if segmentation is None:
                 problems.add("annotations without a usable mask", file_name)
+            elif isinstance(segmentation, list) and max(map(np.max, segmentation)) <= 1.0:
+                problems.add("outlines that are relative (0 to 1) instead of in pixels", file_name)
             else:
                 crowd = is_crowd(entry)
-                if crowd and from_cvat:
-                    problems.add("crowd flags of CVAT (its brush sets them; the objects are kept)", file_name)
-                objects.append(LabelledObject(names[entry["category_id"]], segmentation, crowd and not from_cvat))
+                if crowd and clear_crowds:
+                    problems.note("crowd flags cleared, which CVAT and supervision set for RLE masks", file_name)
+                objects.append(LabelledObject(name, segmentation, crowd and not clear_crowds))
         yield LabelledImage(path, size, objects)

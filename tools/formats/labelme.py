@@ -1,4 +1,4 @@
-"""LabelMe: a folder with a JSON file for each image, as LabelMe, X-AnyLabeling and `--save polygons` write them.
+"""LabelMe and ISAT: a folder with a JSON file for each image, as LabelMe, X-AnyLabeling, ISAT and `--save polygons` do.
 
 Shapes with the same label and group_id are parts of one object. A shape with the flag "hole", which `--save polygons`
 writes, is cut out of its group.
@@ -17,102 +17,118 @@ import cv2
 import numpy as np
 
 from tools.formats.structures import (
+    NOT_UTF8,
     ImageFinder,
     LabelledImage,
     LabelledObject,
     Labels,
     Problems,
+    Size,
+    compose,
     ellipse,
-    encode,
-    image_size,
+    place,
     polygon_from,
+    read_text,
     rectangle,
-    with_holes,
+    visible_files,
 )
+from utils.errors import UserError
+
+RESERVED = ("__ignore__", "_background_", "__background__")  # names of LabelMe and ISAT for regions that are no objects
 
 
 def recognise(source: Path) -> bool:
-    """Return whether `source` is a LabelMe file, or a folder with at least one."""
-    paths = [source] if source.is_file() and source.suffix == ".json" else source.rglob("*.json")
-    return any(_load(path) is not None for _, path in zip(range(200), paths, strict=False))
+    """Return whether `source` is a LabelMe or ISAT file, or a folder with at least one."""
+    return any(_load(path, Problems()) is not None for _, path in zip(range(200), _paths(source), strict=False))
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a file, or all files of a folder."""
-    paths = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    finder = ImageFinder([images or (source.parent if source.is_file() else source)])
-    names: list[str] = []
-    return Labels("LabelMe", names, {"": _images(paths, finder, problems)})
+    finder = ImageFinder(images or (source.parent if source.is_file() else source), problems)
+    return Labels("LabelMe", [], {"": _images(_paths(source), finder, problems)})
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    """Return the content of a LabelMe file, or None for another one."""
+def _paths(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source] if source.suffix == ".json" else []
+    return visible_files(source, {".json"})
+
+
+def _load(path: Path, problems: Problems) -> dict[str, Any] | None:
+    """Return the content of a file in LabelMe's terms, or None for another one, with a problem."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError):
+        content = json.loads(read_text(path))
+    except UserError:
+        problems.add(NOT_UTF8, path.name)
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
+    except (ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict) and isinstance(content.get("shapes"), list):
+        return content
+    if isinstance(content, dict) and isinstance(content.get("objects"), list) and isinstance(content.get("info"), dict):
+        return _from_isat(content)
+    problems.add("JSON files that are not LabelMe's", path.name)
+    return None
+
+
+def _from_isat(content: dict[str, Any]) -> dict[str, Any]:
+    """Return an ISAT file in LabelMe's terms. Objects of one group and category are parts of one object there, too."""
+    info = content["info"]
+    shapes = [
+        {"label": item.get("category"), "points": item.get("segmentation"), "group_id": item.get("group")}
+        for item in content["objects"]
+        if isinstance(item, dict)
+    ]
+    size = {"imageHeight": info.get("height"), "imageWidth": info.get("width")}
+    return {"shapes": shapes, "imagePath": info.get("name"), **size}
 
 
 def _images(paths: list[Path], finder: ImageFinder, problems: Problems) -> Iterator[LabelledImage]:
     for path in paths:
-        content = _load(path)
+        content = _load(path, problems)
         if content is None:
-            problems.add("JSON files that are not LabelMe's", path.name)
             continue
-        name = str(content.get("imagePath") or path.with_suffix(".jpg").name)
+        name = str(content.get("imagePath") or path.stem)
         beside = path.parent / name.replace("\\", "/")
-        image = beside if beside.is_file() else finder.find(name)
-        if image is None:
-            problems.add("files whose image was not found", f"{path.name} ({name})")
-            continue
-        size = image_size(image, problems)
-        if size is None:
-            continue
         stated = content.get("imageHeight"), content.get("imageWidth")
-        if None not in stated and stated != size:
-            if stated != (size[1], size[0]):
-                problems.add("files made for an image of another size", path.name)
-                continue
-            size = size[1], size[0]  # annotated without applying the EXIF orientation
-        yield LabelledImage(image, size, list(_objects(content["shapes"], size, path.name, problems)))
+        if not beside.is_file() and content.get("imageData") and not finder.knows(name):
+            problems.add("images that are stored inside the JSON (imageData); write them to files beside it", path.name)
+            continue
+        opened = finder.settle(beside, stated) if beside.is_file() else finder.open(name, stated)
+        if opened is not None:
+            yield LabelledImage(*opened, list(_objects(content["shapes"], opened[1], path.name, problems)))
 
 
-def _objects(shapes: list[Any], size: tuple[int, int], where: str, problems: Problems) -> Iterator[LabelledObject]:
+def _objects(shapes: list[Any], size: Size, where: str, problems: Problems) -> Iterator[LabelledObject]:
     groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for number, shape in enumerate(shapes):
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+        label = shape.get("label") if isinstance(shape, dict) else None
+        if not isinstance(label, str) or not label.strip():
             problems.add("shapes without a label", where)
-            continue
-        group = shape.get("group_id")
-        groups.setdefault((shape["label"], ("shape", number) if group is None else group), []).append(shape)
+        elif label.strip() in RESERVED:
+            problems.add(f"shapes with the reserved label {label.strip()}", where)
+        else:
+            group = shape.get("group_id")
+            groups.setdefault((label.strip(), ("shape", number) if group is None else group), []).append(shape)
     for (label, _), members in groups.items():
         parts: list[list[float]] = []
         holes: list[list[float]] = []
         masks: list[np.ndarray] = []
         for shape in members:
             kind = shape.get("shape_type") or "polygon"
-            if kind == "mask":
-                mask = _mask(shape, size)
-                masks += [] if mask is None else [mask]
-                usable = mask is not None
+            mask = _mask(shape, size) if kind == "mask" else None
+            polygon = None if kind == "mask" else _polygon(kind, shape.get("points"))
+            if mask is not None:
+                masks.append(mask)
+            elif polygon is not None:
+                (holes if (shape.get("flags") or {}).get("hole") else parts).append(polygon)
             else:
-                polygon = _polygon(kind, shape.get("points"))
-                is_hole = bool((shape.get("flags") or {}).get("hole"))
-                (holes if is_hole else parts).extend([] if polygon is None else [polygon])
-                usable = polygon is not None
-            if not usable:
                 problems.add(f"shapes of the type {kind} without an area", where)
-        if masks:
-            drawn = np.logical_or.reduce(masks)
-            for polygon in parts:
-                cv2.fillPoly(
-                    canvas := drawn.astype(np.uint8), [np.array(polygon).reshape(-1, 2).round().astype(int)], 1
-                )
-                drawn = canvas > 0
-            yield LabelledObject(label, encode(drawn))
-        elif parts:
-            yield LabelledObject(label, with_holes(parts, holes, size))
+        segmentation = compose(parts, holes, masks, size)
+        if segmentation is not None:
+            yield LabelledObject(label, segmentation)
+        elif holes:
+            problems.add("holes without the object that they are in", where)
 
 
 def _polygon(kind: str, points: Any) -> list[float] | None:
@@ -132,7 +148,7 @@ def _polygon(kind: str, points: Any) -> list[float] | None:
     return polygon_from(values) if kind in ("polygon", "rotation") else None
 
 
-def _mask(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
+def _mask(shape: dict[str, Any], size: Size) -> np.ndarray | None:
     """Decode a shape of the type mask: a PNG in base64, placed at the upper left point."""
     try:
         data = np.frombuffer(base64.b64decode(shape["mask"], validate=True), np.uint8)
@@ -140,9 +156,5 @@ def _mask(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
         (x, y), *_ = np.asarray(shape["points"], np.float64).round().astype(int).tolist()
     except (KeyError, ValueError, TypeError, binascii.Error, cv2.error):
         return None
-    if piece is None or x < 0 or y < 0:
-        return None
-    mask = np.zeros(size, bool)
-    target = mask[y : y + piece.shape[0], x : x + piece.shape[1]]
-    target[:] = piece[: target.shape[0], : target.shape[1]] > 0
-    return mask if mask.any() else None
+    mask = None if piece is None else place(piece, x, y, size)
+    return mask if mask is not None and mask.any() else None

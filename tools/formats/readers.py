@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from data.coco import CocoDataset
-from tools.formats import coco, labelme, via, voc, yolo
+from tools.formats import coco, cvat, labelme, masks, via, voc, yolo
+from tools.formats.structures import read_text, visible_files
 from utils.errors import UserError
 
 # In the order in which they are tried: a folder of VOC or YOLO may contain JSON files.
-READERS: dict[str, ModuleType] = {"Pascal VOC": voc, "YOLO": yolo, "COCO": coco, "VIA": via, "LabelMe": labelme}
+READERS: dict[str, ModuleType] = {
+    "Pascal VOC": voc, "YOLO": yolo, "COCO": coco, "VIA": via, "CVAT": cvat, "LabelMe": labelme, "masks": masks,
+}  # fmt: skip
+# What to do about formats that are not read.
+ZIP = "a zip archive; unpack it and give the folder or file inside"
+VIA_CSV = "a CSV file of VIA; export the annotations as JSON instead"
+VIA_3 = "a project of VIA 3; annotate in VIA 2, or convert it with VIA's own tools, to a JSON of VIA 2 or COCO"
+SUPERVISELY = 'in the format of Supervisely; run its app "Export to COCO" instead'
+DATUMARO = "in the format of Datumaro; run: datum convert -i FOLDER -if datumaro -f coco_instances -o coco"
+LABEL_STUDIO = 'the JSON of Label Studio; export as "COCO" or "YOLO" instead'
+LABELME_XML = "the XML of the old LabelMe web tool; convert it to JSON with labelme 5 or newer, or trace it again"
+VOC_BOXES = "a Pascal VOC detection file, which has boxes and no masks"
+YOLO_LABELS = "a YOLO label file; give its data.yaml, or the folder above, to python -m tools.formats"
 
 
 def find_reader(source: Path) -> ModuleType:
@@ -20,9 +35,13 @@ def find_reader(source: Path) -> ModuleType:
     for reader in READERS.values():
         if reader.recognise(source):
             return reader
+    known = describe(source)
+    if known:
+        raise UserError(f"{source}: {known}")
     raise UserError(
-        f"{source}: not a known format; expected a data.yaml, a VIA or COCO JSON file, or a folder of YOLO, LabelMe, "
-        "COCO (with annotations) or Pascal VOC (with SegmentationObject)"
+        f"{source}: not a known format; expected a data.yaml, a COCO, VIA, LabelMe or ISAT JSON, CVAT's "
+        "annotations.xml, or a folder of YOLO, COCO (with annotations), LabelMe, ISAT, Pascal VOC (with "
+        "SegmentationObject) or masks"
     )
 
 
@@ -41,14 +60,49 @@ def conversion_hint(source: Path) -> str:
     for name, reader in READERS.items():
         if reader is not coco and reader.recognise(source):
             return f"; it is in the format of {name}, convert it: python -m tools.formats {source} --output coco.json"
+    known = describe(source)
+    return f"; it is {known}" if known else ""
+
+
+def describe(source: Path) -> str:
+    """Say which format that is not read here a source has, and what to do about it; "" if it is unknown."""
     if source.is_dir():
-        return ""
-    head = source.open("rb").read(4096).decode("utf-8", "replace")
-    if "<annotation" in head:
-        return "; it looks like a Pascal VOC detection file, which has boxes and no masks"
-    lines = [line.split() for line in head.splitlines()[:5] if line.strip()]
-    if lines and all(len(words) >= 5 and all(_is_number(word) for word in words) for words in lines):
-        return "; it looks like a YOLO label file: give its data.yaml or the folder above to python -m tools.formats"
+        if (source / "meta.json").is_file() and any(source.glob("*/ann/*.json")):
+            return SUPERVISELY
+        files = visible_files(source, {".json", ".xml", ".zip", ".csv"})[:20]
+        return next(filter(None, map(describe, files)), "")
+    with source.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"PK\x03\x04"):
+        return ZIP
+    try:
+        text = read_text(source) if source.suffix == ".json" else head.decode("utf-8", "replace")
+    except UserError as error:
+        return str(error).removeprefix(f"{source}: ")
+    if source.suffix == ".json":
+        try:
+            return _describe_json(json.loads(text))
+        except (ValueError, RecursionError):
+            return ""
+    if "region_shape_attributes" in text:
+        return VIA_CSV
+    if "<annotation>" in text:
+        return LABELME_XML if "<polygon>" in text or "<imagesize>" in text else VOC_BOXES
+    lines = [line.split() for line in text.splitlines()[:5] if line.strip()]
+    return YOLO_LABELS if lines and all(len(line) >= 5 and all(map(_is_number, line)) for line in lines) else ""
+
+
+def _describe_json(content: Any) -> str:
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict) and "data" in first and ("annotations" in first or "completions" in first):
+        return LABEL_STUDIO
+    keys = content.keys() if isinstance(content, dict) else set()
+    if {"project", "metadata", "file"} <= keys:
+        return VIA_3
+    if {"items", "categories"} <= keys:
+        return DATUMARO
+    if ("objects" in keys and "size" in keys) or {"classes", "tags"} <= keys:
+        return SUPERVISELY
     return ""
 
 

@@ -1,7 +1,14 @@
-"""What the readers of all formats return."""
+"""What the readers of all formats return, and the rules that hold for all of them: how images and text are found.
+
+Coordinates refer to the image as a tool showed it: upright by its EXIF orientation, or as its pixels are stored. A size
+in the source decides which; without one, as in YOLO, the image is taken as upright.
+"""
 
 from __future__ import annotations
 
+import unicodedata
+import urllib.parse
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from pycocotools import mask as rle
 
 from data.image import SUFFIXES, read_image
 from utils.errors import UserError
 
 NOT_FOUND = "images that were not found"  # a kind of problem that --images can solve
+NOT_UTF8 = "files that are not UTF-8 text; save them as UTF-8"
 EXAMPLES_PER_LINE = 3  # number of examples shown for each kind of problem
+TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
+ORIENTATION = 0x112  # its tag
+Size = tuple[int, int]  # height, width
 
 
 @dataclass
@@ -32,7 +44,7 @@ class LabelledImage:
     """An image with its objects. Their coordinates refer to an image of `size` (height, width)."""
 
     path: Path
-    size: tuple[int, int]
+    size: Size
     objects: list[LabelledObject] = field(default_factory=list)
 
 
@@ -52,65 +64,164 @@ class Labels:
 
 
 class Problems:
-    """Counts what could not be used, by kind, with examples."""
+    """Counts what could not be used, or was used in another way than it says, by kind, with examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.used: set[str] = set()  # kinds of things that were used nevertheless
 
     def add(self, kind: str, example: object, count: int = 1) -> None:
         """Count a problem, such as ("boxes without an outline", "a.txt line 3")."""
         self.counts[kind] += count
         shown = self.examples.setdefault(kind, [])
-        if len(shown) < EXAMPLES_PER_LINE:
+        if len(shown) < EXAMPLES_PER_LINE and str(example) not in shown:
             shown.append(str(example))
+
+    def note(self, kind: str, example: object) -> None:
+        """Count something that was used, but that a person should know of."""
+        self.used.add(kind)
+        self.add(kind, example)
 
     def lines(self) -> list[str]:
         """Return one line for each kind."""
         lines = []
         for kind, count in self.counts.items():
             more = ", ..." if count > len(self.examples[kind]) else ""
-            lines.append(f"not used: {count} {kind}: {', '.join(self.examples[kind])}{more}")
+            level = "note" if kind in self.used else "not used"
+            lines.append(f"{level}: {count} {kind}: {', '.join(self.examples[kind])}{more}")
         return lines
 
 
-def image_size(path: Path, problems: Problems) -> tuple[int, int] | None:
-    """Return (height, width) of an image, upright by its EXIF orientation, or None if it is unreadable."""
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with or without a BOM. Raises UserError if it is not."""
     try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def visible_files(folder: Path, suffixes: set[str]) -> list[Path]:
+    """Return the files with one of `suffixes` in a folder and below, sorted, without hidden files and folders."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+
+
+def image_sizes(path: Path) -> tuple[Size, Size]:
+    """Return the size of an image upright and as its pixels are stored. Raises UserError if it is unreadable.
+
+    Only the header is read, unless Pillow does not know the format.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(path) as image:
+                stored = image.height, image.width
+                turned = image.getexif().get(ORIENTATION) in TURNED
+    except Exception:  # each format's parser has its own
         height, width = read_image(path).shape[:2]
-    except UserError as error:
-        problems.add("images that cannot be read", str(error))
-        return None
-    return height, width
+        return (height, width), (height, width)
+    return stored[::-1] if turned else stored, stored
 
 
 class ImageFinder:
-    """Finds images by the names that annotation tools write: other folders, suffixes and prefixes are tolerated."""
+    """Finds images by the names that annotation tools write, and settles which size their coordinates refer to.
 
-    def __init__(self, folders: list[Path]):
-        self.folders = folders
-        self.by_name: dict[str, Path] = {}
-        self.by_stem: dict[str, Path] = {}
-        for folder in folders:
-            for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-                if path.suffix.lower() in SUFFIXES and path.is_file():
-                    self.by_name.setdefault(path.name, path)
-                    self.by_stem.setdefault(path.stem, path)
+    Names may be paths of another computer or addresses: the image with the longest common end of the path is taken.
+    """
+
+    def __init__(self, folder: Path, problems: Problems):
+        self.folder, self.problems = folder, problems
+        self.by_name: dict[str, list[Path]] = {}  # by the name, and by the name without its suffix
+        for path in visible_files(folder, SUFFIXES) if folder.is_dir() else ():
+            for key in dict.fromkeys((_plain(path.name), _plain(path.stem))):
+                self.by_name.setdefault(key, []).append(path)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is an image of this name, in any folder."""
+        return _plain(Path(name.replace("\\", "/")).name) in self.by_name
 
     def find(self, name: str) -> Path | None:
-        """Return the image called `name`, which may be a path of another computer."""
+        """Return the image called `name`, or add a problem and return None."""
         name = name.replace("\\", "/")
-        for folder in self.folders:
-            if (folder / name).is_file():
-                return folder / name
-        last = name.rsplit("/", 1)[-1]
-        # Label Studio puts a random prefix before uploaded files: 7a0b5f3c-street.jpg.
-        prefix, _, rest = last.partition("-")
-        without_prefix = rest if len(prefix) == 8 and all(c in "0123456789abcdef" for c in prefix) else last
-        for candidate in (last, without_prefix):
-            if candidate in self.by_name:
-                return self.by_name[candidate]
-        return self.by_stem.get(Path(last).stem)
+        # The name as it is, without the query of an address, and with its percent-encoding decoded.
+        for tried in dict.fromkeys((name, name.partition("?")[0], urllib.parse.unquote(name.partition("?")[0]))):
+            last = tried.rpartition("/")[2]
+            # Label Studio puts a random prefix before uploaded files: 7a0b5f3c-street.jpg.
+            prefix, _, rest = last.partition("-")
+            without_prefix = rest if len(prefix) == 8 and all(c in "0123456789abcdef" for c in prefix) else last
+            for key in (last, without_prefix, Path(last).stem, Path(without_prefix).stem):
+                found = self.by_name.get(_plain(key), [])
+                if found:
+                    return self._nearest(tried, found)
+        self.problems.add(NOT_FOUND, name)
+        return None
+
+    def _nearest(self, name: str, found: list[Path]) -> Path | None:
+        """Return the path whose last parts agree with those of `name` the longest."""
+
+        def common(path: Path) -> int:
+            pairs = zip(
+                reversed(name.split("/")[:-1]), reversed(path.relative_to(self.folder).parts[:-1]), strict=False
+            )
+            count = 0
+            for ours, theirs in pairs:
+                if _plain(ours) != _plain(theirs):
+                    break
+                count += 1
+            return count
+
+        longest = max(map(common, found))
+        nearest = [path for path in found if common(path) == longest]
+        if len(nearest) > 1:  # they differ in the suffix or in the case of letters
+            nearest = [path for path in nearest if path.name == name.rpartition("/")[2]] or nearest
+        if len(nearest) > 1:
+            both = " and ".join(str(path.relative_to(self.folder)) for path in nearest[:2])
+            self.problems.add("images whose name fits several files", f"{name} ({both})")
+            return None
+        return nearest[0]
+
+    def open(self, name: str, stated: tuple[Any, Any] | None = None) -> tuple[Path, Size] | None:
+        """Find an image; return its path and the (height, width) that coordinates refer to, or None with a problem.
+
+        Args:
+            name: see `find`.
+            stated: the height and width that the source gives, if any.
+        """
+        path = self.find(name)
+        return None if path is None else self.settle(path, stated)
+
+    def settle(self, path: Path, stated: tuple[Any, Any] | None = None) -> tuple[Path, Size] | None:
+        """Do the second half of `open`."""
+        try:
+            upright, stored = image_sizes(path)
+            size = None if stated is None or None in stated else (int(float(stated[0])), int(float(stated[1])))
+        except UserError as error:
+            self.problems.add("images that cannot be read", error)
+            return None
+        except (TypeError, ValueError, OverflowError):
+            size = None
+        if size in (None, upright):
+            return path, upright
+        if size == stored:
+            self.problems.note("rotated photos whose labels refer to the pixels as they are stored", path.name)
+            return path, stored
+        assert size is not None
+        wrong = f"{path.name} ({size[1]}x{size[0]} in the labels, {upright[1]}x{upright[0]} on disk)"
+        self.problems.add("images of another size than their labels were made for", wrong)
+        return None
+
+
+def _plain(text: str) -> str:
+    """Return a name in one Unicode form, in which macOS and other systems may differ, and in lower case."""
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def polygon_from(points: Any) -> list[float] | None:
@@ -141,9 +252,26 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}
 
 
-def with_holes(parts: list[list[float]], holes: list[list[float]], size: tuple[int, int]) -> Any:
-    """Return the segmentation of polygons minus holes: polygons if there are no holes, otherwise an RLE."""
-    if not holes:
-        return parts
-    solid = rle.decode(rle.merge(rle.frPyObjects(parts, *size))).astype(bool)
-    return encode(solid & ~rle.decode(rle.merge(rle.frPyObjects(holes, *size))).astype(bool))
+def place(piece: np.ndarray, x: int, y: int, size: Size) -> np.ndarray:
+    """Return a bool mask [H, W] of `size` with a smaller one, whose upper left corner is at (x, y), clipped to it."""
+    mask = np.zeros(size, bool)
+    piece = piece[max(0, -y) :, max(0, -x) :]
+    target = mask[max(0, y) :, max(0, x) :][: piece.shape[0], : piece.shape[1]]
+    target[:] = piece[: target.shape[0], : target.shape[1]] > 0
+    return mask
+
+
+def compose(parts: list[Any], holes: list[list[float]], masks: list[np.ndarray], size: Size) -> Any:
+    """Return the segmentation of polygons and masks minus holes: polygons if there is nothing else, otherwise an RLE.
+
+    None if nothing is left.
+    """
+    if not holes and not masks:
+        return parts or None
+    solid = np.logical_or.reduce([*masks, *(_filled([part], size) for part in parts), np.zeros(size, bool)])
+    solid &= ~(_filled(holes, size) if holes else np.zeros(size, bool))
+    return encode(solid) if solid.any() else None
+
+
+def _filled(polygons: list[list[float]], size: Size) -> np.ndarray:
+    return rle.decode(rle.merge(rle.frPyObjects(polygons, *size))).astype(bool)

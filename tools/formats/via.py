@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tools.formats.structures import (
-    NOT_FOUND,
     ImageFinder,
     LabelledImage,
     LabelledObject,
     Labels,
     Problems,
     ellipse,
-    image_size,
     polygon_from,
+    read_text,
     rectangle,
 )
 from utils.errors import UserError
@@ -35,14 +34,14 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a file. The class of a region is the attribute that names one; a file without attributes has one class."""
     files = _load(source) or []
     attribute = _class_attribute(files, source)
-    finder = ImageFinder([images or source.parent])
+    finder = ImageFinder(images or source.parent, problems)
     options = _options(source, attribute)
     return Labels("VIA", [], {"": _images(files, attribute, options, finder, problems)})
 
 
 def _options(source: Path, attribute: str | None) -> dict[str, str]:
     """Return the names of an attribute's options by their ids, which regions store. Only projects contain them."""
-    content = json.loads(source.read_text(encoding="utf-8-sig"))
+    content = json.loads(read_text(source))
     attributes = content.get("_via_attributes") or {}
     definition = (attributes.get("region") or {}).get(attribute) or {}
     options = definition.get("options") if isinstance(definition, dict) else None
@@ -52,8 +51,8 @@ def _options(source: Path, attribute: str | None) -> dict[str, str]:
 def _load(source: Path) -> list[dict[str, Any]] | None:
     """Return the entries of the files, or None if it is another kind of JSON."""
     try:
-        content = json.loads(source.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError):
+        content = json.loads(read_text(source))
+    except (ValueError, UserError, RecursionError):
         return None
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)
@@ -76,7 +75,7 @@ def _class_attribute(files: list[dict[str, Any]], source: Path) -> str | None:
         for entry in files
         for region in _regions(entry)
         for name, value in (region.get("region_attributes") or {}).items()
-        if isinstance(value, (str, dict)) and value
+        if isinstance(value, (str, dict, int, float)) and value not in ("", {})
     )
     if not used:
         return None
@@ -95,12 +94,8 @@ def _images(
     files: list[dict[str, Any]], attribute: str | None, options: dict[str, str], finder: ImageFinder, problems: Problems
 ) -> Iterator[LabelledImage]:
     for entry in files:
-        path = finder.find(str(entry["filename"]))
-        if path is None:
-            problems.add(NOT_FOUND, entry["filename"])
-            continue
-        size = image_size(path, problems)
-        if size is None:
+        opened = finder.open(str(entry["filename"]))  # browsers show images upright
+        if opened is None:
             continue
         objects = []
         for region in _regions(entry):
@@ -116,7 +111,7 @@ def _images(
             else:
                 name = options.get(str(name), str(name))
                 objects.append(LabelledObject(name.strip(), [polygon]))
-        yield LabelledImage(path, size, objects)
+        yield LabelledImage(*opened, objects)
 
 
 def _polygon(shape: dict[str, Any]) -> list[float] | None:

@@ -14,16 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from config import PASCAL_CLASSES
-from tools.formats.structures import (
-    NOT_FOUND,
-    ImageFinder,
-    LabelledImage,
-    LabelledObject,
-    Labels,
-    Problems,
-    encode,
-    image_size,
-)
+from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, encode, read_text
 from utils.errors import UserError
 
 BACKGROUND = "background"
@@ -42,13 +33,13 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
         raise UserError(f"{source}: SegmentationClass is missing, which has the class of each object")
     label_map = _label_map(source / "labelmap.txt")
     names = label_map.classes
-    finder = ImageFinder([images or source / "JPEGImages"])
+    finder = ImageFinder(images or source / "JPEGImages", problems)
     lists = {path.stem: path for path in sorted((source / "ImageSets/Segmentation").glob("*.txt"))}
     splits = {name: path for name, path in lists.items() if name in ("train", "val", "test")}
     masks = sorted(path.stem for path in (source / "SegmentationObject").glob("*.png"))
     if not splits:
         return Labels("Pascal VOC", names, {"": _images(source, masks, label_map, finder, problems)})
-    stems = {name: path.read_text(encoding="utf-8").split("\n") for name, path in splits.items()}
+    stems = {name: read_text(path).split("\n") for name, path in splits.items()}
     return Labels(
         "Pascal VOC",
         names,
@@ -81,7 +72,7 @@ def _label_map(path: Path) -> LabelMap:
         names = [BACKGROUND, *PASCAL_CLASSES]
         return LabelMap(names, {voc_colour(index): name for index, name in enumerate(names)})
     found = LabelMap([], {})
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         name, _, rest = line.partition(":")
         if line.startswith("#") or not line.strip():
             continue
@@ -110,25 +101,19 @@ def _images(
     source: Path, stems: list[str], label_map: LabelMap, finder: ImageFinder, problems: Problems
 ) -> Iterator[LabelledImage]:
     for stem in stems:
-        path = finder.find(f"{stem}.jpg")
-        if path is None:
-            problems.add(NOT_FOUND, stem)
-            continue
-        size = image_size(path, problems)
-        objects, classes = (_read_png(source / f"Segmentation{kind}" / f"{stem}.png") for kind in ("Object", "Class"))
+        objects, classes = (read_png(source / f"Segmentation{kind}" / f"{stem}.png") for kind in ("Object", "Class"))
         if objects is None or classes is None:
             problems.add("masks that are missing or cannot be read", f"{stem}.png")
             continue
-        if size is None:
+        if objects.shape[:2] != classes.shape[:2]:
+            problems.add("pairs of masks that differ in size", stem)
             continue
-        if objects.shape[:2] != classes.shape[:2] or objects.shape[:2] not in (size, size[::-1]):
-            problems.add("masks of another size than their image", stem)
-            continue
-        # Masks may be stored like the pixels of an image whose EXIF orientation was not applied.
-        yield LabelledImage(path, objects.shape[:2], list(_objects(objects, classes, label_map, stem, problems)))
+        opened = finder.open(f"{stem}.jpg", objects.shape[:2])
+        if opened is not None:
+            yield LabelledImage(*opened, list(objects_of(objects, classes, label_map, stem, problems)))
 
 
-def _read_png(path: Path) -> np.ndarray | None:
+def read_png(path: Path) -> np.ndarray | None:
     """Return palette indices [H, W], or colours [H, W, 3] of a file without a palette; None if it is unreadable."""
     try:
         with Image.open(path) as image:
@@ -137,7 +122,7 @@ def _read_png(path: Path) -> np.ndarray | None:
         return None
 
 
-def _objects(
+def objects_of(
     objects: np.ndarray, classes: np.ndarray, label_map: LabelMap, where: str, problems: Problems
 ) -> Iterator[LabelledObject]:
     flat = objects.reshape(*objects.shape[:2], -1)

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from data.image import SUFFIXES
-from tools.formats.structures import LabelledImage, LabelledObject, Labels, Problems, image_size
+from tools.formats.structures import (
+    NOT_UTF8,
+    ImageFinder,
+    LabelledImage,
+    LabelledObject,
+    Labels,
+    Problems,
+    Size,
+    read_text,
+    visible_files,
+)
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -28,10 +38,7 @@ def find_yaml(source: Path) -> Path | None:
 
 def recognise(source: Path) -> bool:
     """Return whether `source` is a data.yaml, or a folder with one or with text labels."""
-    if source.is_file():
-        return find_yaml(source) is not None
-    labels = source / "labels"
-    return find_yaml(source) is not None or (labels.is_dir() and any(labels.rglob("*.txt")))
+    return find_yaml(source) is not None or (source.is_dir() and bool(visible_files(source / "labels", {".txt"})))
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
@@ -40,17 +47,20 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     Raises UserError if the data.yaml is unusable or names a place that does not exist, or if PyYAML is not installed.
     """
     path = find_yaml(source)
+    root = source if source.is_dir() else source.parent
+    finder = ImageFinder(images or root, problems)
     if path is None:
-        names, folders = dict(enumerate(_class_names(source))), {"": [images or source / "images"]}
+        names = dict(enumerate(_class_names(source)))
+        pairs = {"": _from_labels(root / "labels", finder)}
     else:
         content = _load(path)
         names = _names_by_index(content.get("names"), path)
-        folders = {split: _places(content, split, path, images) for split in SPLITS if content.get(split)}
-        if not folders:
+        places = {split: _places(content, split, path, images) for split in SPLITS if content.get(split)}
+        if not places:
             raise UserError(f"{path}: has none of {', '.join(SPLITS)}")
-    return Labels(
-        "YOLO", list(names.values()), {split: _images(places, names, problems) for split, places in folders.items()}
-    )
+        pairs = {split: _pairs(found, finder, root) for split, found in places.items()}
+    splits = {split: _images(found, names, finder, problems) for split, found in pairs.items()}
+    return Labels("YOLO", list(names.values()), splits)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -59,7 +69,8 @@ def _load(path: Path) -> dict[str, Any]:
     except ImportError:
         raise UserError(f"{path}: reading it needs a package: pip install pyyaml") from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Everything stays text: YAML would read the class name `no` as false.
+        content = yaml.load(read_text(path), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
@@ -85,11 +96,11 @@ def _class_names(source: Path) -> list[str]:
     """Return the names in classes.txt, or class_0, class_1, ... for as many as the labels use."""
     for path in (source / "classes.txt", source / "labels" / "classes.txt", source / "obj.names"):
         if path.is_file():
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     used = [
         int(float(line.split()[0]))
-        for path in sorted((source / "labels").rglob("*.txt"))
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for path in visible_files(source / "labels", {".txt"})
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.split() and line.split()[0].replace(".", "").isdecimal()
     ]
     return [f"class_{i}" for i in range(max(used, default=0) + 1)]
@@ -106,24 +117,41 @@ def _places(content: dict[str, Any], split: str, path: Path, images: Path | None
     for entry in entries:
         # Roboflow writes ../train/images, but the folder is train/images beside the file.
         tries = [root / str(entry) for root in roots] + [path.parent / str(entry).removeprefix("../")]
-        found = next((place for place in tries if place.exists()), None)
+        found = next((place for place in tries if place.exists()), images)
         if found is None:
             raise UserError(f"{path}: {split} is {entry}, which does not exist; correct the file or its `path`")
         places.append(found)
     return places
 
 
-def _images(places: list[Path], names: dict[int, str], problems: Problems) -> Iterator[LabelledImage]:
+def _from_labels(folder: Path, finder: ImageFinder) -> Iterator[tuple[Path, Path]]:
+    """Yield the image and the label file of each label, and of each image without one."""
+    seen = set()
+    for label in visible_files(folder, {".txt"}):
+        if label.name != "classes.txt" and (image := finder.find(label.stem)) is not None:
+            seen.add(image)
+            yield image, label
+    for image in visible_files(folder.parent / "images", SUFFIXES):
+        if image not in seen:
+            yield image, _label_path(image)
+
+
+def _pairs(places: list[Path], finder: ImageFinder, root: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the images of a split with the paths of their label files."""
     for place in places:
-        if place.is_file():  # a list of images
-            lines = place.read_text(encoding="utf-8").splitlines()
-            paths = [place.parent / line.strip() for line in lines if line.strip()]
-        else:
-            paths = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
-        for path in paths:
-            size = image_size(path, problems)
-            if size is not None:
-                yield LabelledImage(path, size, list(_objects(_label_path(path), size, names, problems)))
+        if place.is_dir():
+            for path in visible_files(place, SUFFIXES):
+                label = _label_path(path)
+                # Photos of another folder, given with --images, have their labels in the source.
+                elsewhere = next(iter(sorted((root / "labels").rglob(label.name))), label)
+                yield path, label if label.is_file() else elsewhere
+            continue
+        for line in read_text(place).splitlines():  # a list of images
+            if line.strip():
+                path = place.parent / line.strip()
+                found = path if path.is_file() else finder.find(line.strip())
+                if found is not None:
+                    yield found, _label_path(path)
 
 
 def _label_path(image: Path) -> Path:
@@ -136,11 +164,30 @@ def _label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _objects(path: Path, size: tuple[int, int], names: dict[int, str], problems: Problems) -> Iterator[LabelledObject]:
-    if not path.is_file():
-        return  # an image without objects
+def _images(
+    pairs: Iterator[tuple[Path, Path]], names: dict[int, str], finder: ImageFinder, problems: Problems
+) -> Iterator[LabelledImage]:
+    without: list[Path] = []
+    labelled = 0
+    for path, label in pairs:
+        opened = finder.settle(path)
+        if opened is None:
+            continue
+        without += [] if label.is_file() else [label]
+        labelled += label.is_file()
+        yield LabelledImage(*opened, list(_objects(label, opened[1], names, problems)))
+    if without and not labelled:  # an image without objects has no file, but not all images
+        problems.add("images without a label file; looked for", without[0], len(without))
+
+
+def _objects(path: Path, size: Size, names: dict[int, str], problems: Problems) -> Iterator[LabelledObject]:
+    try:
+        lines = read_text(path).splitlines() if path.is_file() else []
+    except UserError:
+        problems.add(NOT_UTF8, path.name)
+        return
     shown = f"0 to {len(names) - 1}" if max(names) == len(names) - 1 else ", ".join(map(str, names))
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         words, where = line.split(), f"{path.name} line {number}"
         if not words:
             continue
@@ -150,10 +197,12 @@ def _objects(path: Path, size: tuple[int, int], names: dict[int, str], problems:
             values = np.array([np.nan])
         if not np.isfinite(values).all() or values[0] != int(values[0]) or int(values[0]) not in names:
             problems.add(f"lines that are not a class index ({shown}) followed by numbers", where)
-        elif len(values) == 5:
+        elif len(values) in (5, 6):
             problems.add("boxes without an outline (a detection label)", where)
-        elif len(values) < 7 or len(values) % 2 == 0:
-            problems.add("outlines with fewer than three points, or half a point", where)
+        elif len(values) % 2 == 0:
+            problems.add("outlines with half a point; if predictions end with a confidence, save them without", where)
+        elif len(values) < 7:
+            problems.add("outlines with fewer than three points", where)
         elif np.abs(values[1:]).max() > 2:
             problems.add("outlines that are not relative to the image (0 to 1)", where)
         else:

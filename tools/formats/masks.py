@@ -1,0 +1,54 @@
+"""Folders `images` and `masks`: for each image a PNG in which every object has a value, or a colour, of its own.
+
+Nothing says what the objects are, so all have the class "object". A mask with one value beside the background is one
+object, unless its parts are apart: masks of a single class are often drawn so, and every part is then an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, encode, visible_files
+from tools.formats.voc import read_png
+
+CLASS = "object"
+SMALLEST = 10  # pixels; smaller parts are noise at edges
+MOST_VALUES = 1000  # a photo has more
+
+
+def recognise(source: Path) -> bool:
+    """Return whether `source` is a folder with `masks`, which has PNG files."""
+    return (source / "masks").is_dir() and bool(visible_files(source / "masks", {".png"}))
+
+
+def read(source: Path, images: Path | None, problems: Problems) -> Labels:
+    """Read a data set."""
+    finder = ImageFinder(images or source / "images", problems)
+    return Labels("masks", [CLASS], {"": _images(source / "masks", finder, problems)})
+
+
+def _images(folder: Path, finder: ImageFinder, problems: Problems) -> Iterator[LabelledImage]:
+    for path in visible_files(folder, {".png"}):
+        pixels = read_png(path)
+        if pixels is None:
+            problems.add("masks that cannot be read", path.name)
+            continue
+        opened = finder.open(path.name, pixels.shape[:2])
+        if opened is None:
+            continue
+        flat = pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1)
+        values, index = np.unique(flat, axis=0, return_inverse=True)
+        if len(values) > MOST_VALUES:
+            problems.add(f"masks with more than {MOST_VALUES} values; save them as PNG without smoothing", path.name)
+            continue
+        numbers = index.reshape(pixels.shape[:2])
+        masks = [numbers == i for i, value in enumerate(values) if value.any()]
+        if len(masks) == 1:
+            count, parts = cv2.connectedComponents(masks[0].astype(np.uint8))
+            masks = [parts == i for i in range(1, count)]
+        objects = [LabelledObject(CLASS, encode(mask)) for mask in masks if mask.sum() >= SMALLEST]
+        yield LabelledImage(*opened, objects)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,26 @@ def test_decode_stays_finite_and_in_float32():
     out = box_ops.decode(offsets, torch.rand(3, 4) + 0.1)
     assert out.dtype == torch.float32
     assert out.isfinite().all()
+
+
+def test_sides_are_limited():
+    """To 1000 / 16 times those of the anchor, and to the inverse, as in MMDetection."""
+    anchors = torch.tensor([[0.5, 0.5, 0.2, 0.1]])
+    for offset, factor in ((100.0, 62.5), (-100.0, 1 / 62.5), (20.0, math.exp(4.0))):
+        x1, y1, x2, y2 = box_ops.decode(torch.tensor([[0.0, 0.0, offset, offset]]), anchors)[0].tolist()
+        assert (x2 - x1, y2 - y1) == (pytest.approx(0.2 * factor, rel=1e-4), pytest.approx(0.1 * factor, rel=1e-4))
+
+
+@pytest.mark.parametrize(("score", "votes"), [(0.045, False), (0.055, True)])
+def test_weak_boxes_do_not_vote(score, votes):
+    """Two anchors with an IoU of 0.8; the second one is suppressed."""
+    anchors = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.4]])
+    logits = torch.tensor([[[0.0, math.log(p / (1 - p))] for p in (0.9, score)]])
+    raw = Predictions(torch.zeros(1, 2, 4), logits, torch.zeros(1, 2, 1), torch.zeros(1, 1, 1, 1), None)
+    found = detect(raw, anchors, DetectionConfig(box_voting=True))
+    y1 = (0.25 * 0.9 + 0.3 * score) / (0.9 + score) if votes else 0.25
+    assert float(found.boxes[0, 0, 1]) == pytest.approx(y1, abs=1e-5)
+    assert int((found.scores > 0).sum()) == 1
 
 
 def test_overlaps():

@@ -9,7 +9,7 @@ import torch
 from config import get_config
 from layers.anchors import make_anchors
 from layers.boxes import box_iou, to_corners
-from layers.loss import TERMS, MultiBoxLoss, mask_cross_entropy, resize_truth
+from layers.loss import TERMS, MultiBoxLoss, _mask_iou_term, mask_cross_entropy, resize_truth
 from layers.masks import crop_window
 from yolact import MaskIoUNet, Predictions
 
@@ -88,20 +88,22 @@ def atss(boxes, sizes=(64, 16)):
     return MultiBoxLoss(config).match(anchors, [some], list(sizes)), anchors
 
 
-def test_atss_follows_the_paper():
+@pytest.mark.parametrize(("box", "count"), [([17.0, 17.0, 33.0, 33.0], 1), ([28.0, 32.0, 41.0, 48.0], 3)])
+def test_atss_follows_the_paper(box, count):
     """Computed by hand: the 9 nearest anchors of each level, their IoUs, mean + standard deviation, centre inside."""
-    box = [17.0, 17.0, 33.0, 33.0]
     matches, anchors = atss([box])
     corners = to_corners(anchors) * 64
     overlaps = box_iou(torch.tensor([box]), corners)[0]
-    distances = (anchors[:, :2] * 64 - 25).norm(dim=1)
+    x1, y1, x2, y2 = box
+    distances = (anchors[:, :2] * 64 - torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2])).norm(dim=1)
     nearest = torch.cat((distances[:64].argsort(stable=True)[:9], 64 + distances[64:].argsort(stable=True)[:9]))
     # Anchors at the same distance may be chosen in any order; here they have the same IoU.
     threshold = overlaps[nearest].mean() + overlaps[nearest].std()
-    inside = ((anchors[:, :2] * 64 > 17) & (anchors[:, :2] * 64 < 33)).all(dim=1)
+    low, high = torch.tensor(box).split(2)
+    inside = ((anchors[:, :2] * 64 > low) & (anchors[:, :2] * 64 < high)).all(dim=1)
     expected = {int(i) for i in nearest if overlaps[i] >= threshold and inside[i]}
     assert set(matches.positive[0].nonzero()[:, 0].tolist()) == expected
-    assert expected == {64 + 5}  # the anchor of 16 pixels at (24, 24)
+    assert len(expected) == count  # one is the anchor that every object gets
     assert (matches.classes >= 0).all()  # none is ignored
 
 
@@ -227,6 +229,24 @@ def test_mask_iou_term():
     raw = raw._replace(prototypes=torch.rand(1, size, size, 32, requires_grad=True))
     losses = loss(raw, ANCHORS, [target(2)], MaskIoUNet(3).train())
     assert losses["mask_iou"] > 0
+
+
+def test_the_target_of_the_mask_iou_is_that_of_the_mask_at_one_half():
+    """Soft masks of 0.6 inside an object and 0.4 elsewhere are the object; the network predicts an IoU of 1."""
+    truth = torch.zeros(2, 20, 20)
+    truth[0, 2:12, 2:12] = 1  # 100 pixels
+    truth[1, :5, :5] = 1  # 25 pixels, which is too small
+
+    def loss(soft, predicted):
+        return float(
+            _mask_iou_term(lambda masks: torch.full((len(masks), 1), predicted), soft, truth, torch.zeros(2).long())
+        )
+
+    assert loss(0.4 + 0.2 * truth, 1.0) == 0
+    assert loss(0.4 + 0.2 * truth, 0.0) == pytest.approx(0.5)  # smooth L1 of 1, of the large object alone
+    half = truth.clone()
+    half[0, 2:7] = 0
+    assert loss(0.4 + 0.2 * half, 0.5) == pytest.approx(0)
 
 
 def test_semantic_needs_training_mode():

@@ -21,6 +21,7 @@ import train
 from config import from_dict, get_config, override
 from data.annotation import to_rle
 from data.coco import CocoDataset
+from data.loader import TrainingLoader
 from tools.advice import unlikely_settings
 from tools.curves import read_log
 from tools.sheets import worst_images
@@ -617,6 +618,22 @@ def test_a_run_that_was_not_in_float16_is_resumed_in_float16(small_config, tmp_p
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
     trainer.load(training)
     assert trainer.iteration == 0
+
+
+def test_a_step_whose_gradient_overflows_leaves_weights_and_ema(small_config, dataset, tmp_path):
+    """As GradScaler's scale of float16 makes it; the step counts, and the next one with a lower scale is taken."""
+    config = override(small_config, ema=0.9, batch_size=2)
+    trainer = Trainer(Yolact(config), tmp_path, one_process(), "fp32")
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1e38, backoff_factor=1e-38)
+    data = CocoDataset(dataset, dataset.parent / "images")
+    states = []
+    with TrainingLoader(data, config) as batches:
+        for _ in range(3):
+            states.append([v.clone() for m in (trainer.model, trainer.ema) for v in m.parameters()])
+            trainer.step(next(batches), 1e-3)
+    assert trainer.iteration == 3
+    assert all(map(torch.equal, states[0], states[1]))
+    assert not all(map(torch.equal, states[1], states[2]))
 
 
 def test_too_little_memory_gets_one_line(dataset, tmp_path, monkeypatch):

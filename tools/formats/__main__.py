@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, images in converted.items():
         output = args.output.with_name(f"{args.output.stem}_{split}.json") if split else args.output
         root = common_folder(images)
-        content = to_coco(images, names, root)
+        content = to_coco(images, names, root, problems)
         write_json(output, content)
         count = len(content["annotations"])
         print(f"{labels.format}: {len(images)} images, {count} objects, {len(names)} classes -> {output}")
@@ -111,8 +111,8 @@ def plain(segmentation: Any) -> Any:
     return segmentation
 
 
-def to_coco(images: list[LabelledImage], names: list[str], root: Path) -> dict[str, Any]:
-    """Return COCO JSON; ids count from 1, and file names are relative to `root`."""
+def to_coco(images: list[LabelledImage], names: list[str], root: Path, problems: Problems) -> dict[str, Any]:
+    """Return COCO JSON; ids count from 1, and file names are relative to `root`. Exact copies are left out."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     ids = {name: number for number, name in enumerate(names, 1)}
@@ -120,8 +120,13 @@ def to_coco(images: list[LabelledImage], names: list[str], root: Path) -> dict[s
         height, width = image.size
         name = image.path.resolve().relative_to(root).as_posix()
         entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        seen = set()
         for item in image.objects:
             code = to_rle(item.segmentation, height, width)
+            if (item.class_name, code["counts"]) in seen:
+                problems.add("exact copies of another object of their image", name)
+                continue
+            seen.add((item.class_name, code["counts"]))
             annotations.append(
                 {
                     "id": len(annotations) + 1,

@@ -66,6 +66,8 @@ def test_every_stage_is_timed(predictor, provide):
     assert all(row["median"] > 0 for row in stages.values() if row is not stages["copy to host"])
     assert result["share_of_peak"] > 0
     assert "image to masks" in format_report(result)
+    assert format_report(result).startswith(f"{result['paper_fps']:.1f} frames/s as the paper counts")
+    assert result["paper_fps"] == pytest.approx(2000 / stages["network to masks"]["median"])
     json.dumps(result)
 
 

@@ -263,6 +263,8 @@ def _sums_around_boxes(logits: Tensor, truth: Tensor, objects: Tensor, boxes: Te
     than the window on each side, and bilinear interpolation reads no further.
     """
     height, width = logits.shape[1:]
+    if not len(logits):
+        return logits.sum(dim=(1, 2))  # [0], and part of the graph: DDP expects a gradient for each parameter
     scale = truth.shape[1] // height
     limits = crop_limits(boxes, height, width, padding=2)
     low, high = limits[:, :2].floor().clamp(min=0), limits[:, 2:].ceil()

@@ -403,9 +403,10 @@ def load_data(
         if errors and not args["ignore_audit"]:
             problem = UserError(f"{errors[0]} (use --ignore_audit to train anyway)".removeprefix("error: "))
         ranks.raise_in_all(problem)
-    copies = train.count_copies()
-    if copies:
-        print(f"{train.path}: {copies} annotations duplicate another one of the same image and are ignored in training")
+    if train.num_copies:
+        print(
+            f"{train.path}: {train.num_copies} annotations repeat another one of the same image; training ignores them"
+        )
     return train, datasets[1] if len(datasets) > 1 else None
 
 

@@ -81,7 +81,11 @@ class CocoDataset(Dataset[Sample]):
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._check_ids()
         self.orphans: list[dict[str, Any]] = []  # annotations of images that are not listed
-        self._annotations = PackedList(self._by_image(content.get("annotations", [])))
+        grouped = self._by_image(content.get("annotations", []))
+        # Counted here, because unpickling all annotations of a large file again takes seconds.
+        self.num_annotations = sum(map(len, grouped))
+        self.num_copies = sum(len(exact_copies(entries)) for entries in grouped)  # that repeat one of their image
+        self._annotations = PackedList(grouped)
 
     def _check_ids(self) -> None:
         if not len(self.image_ids):
@@ -198,10 +202,6 @@ class CocoDataset(Dataset[Sample]):
             for position, entry in enumerate(entries)
             if position not in repeated
         ]
-
-    def count_copies(self) -> int:
-        """Return how many annotations repeat another one of their image."""
-        return sum(len(exact_copies(self._annotations[index])) for index in range(len(self)))
 
     def label_of(self, annotation: dict[str, Any]) -> int:
         """Return the label 0..C-1 of an annotation."""

@@ -9,10 +9,13 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, spawn
+import recipe
+import torch
+from conftest import ROOT, make_dataset, spawn
 
 from benchmarks import compare
 from benchmarks.stages import benchmark, format_report, network_flops
+from config import COCO_CLASSES, COCO_IDS, get_config
 
 
 def figures(name):
@@ -127,3 +130,30 @@ def test_a_slow_stage_shows_where_it_is(predictor, monkeypatch):
     slow = benchmark(predictor, batch_size=2, image_size=(60, 80), repeats=3)["stages_ms"]
     assert slow["resize and normalise"]["p10"] >= 60
     assert slow["image to masks"]["p10"] >= 60
+
+
+@pytest.mark.slow
+def test_the_table_of_the_paper_is_reproduced(tmp_path):
+    """Rehearsed with generated weights in both released layouts, and a set of images with COCO's classes."""
+    shapes = json.loads((ROOT / "tests/fixtures/state_dict_shapes.json").read_text())
+    names = ("dbolya/yolact_resnet50_config", "mmdet/yolact_r50_1xb8-55e_coco")
+    files = [tmp_path / f"{get_config(name.split('/')[1]).name}_54_800000.pth" for name in names]
+    for name, file in zip(names, files, strict=True):
+        state = recipe.state_dict(shapes[name], seed=1, gain=0.7)
+        torch.save(state if name.startswith("dbolya") else {"meta": {}, "state_dict": state}, file)
+    path = make_dataset(tmp_path / "made", 2)
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": i, "name": n} for i, n in zip(COCO_IDS, COCO_CLASSES, strict=True)]
+    for entry in content["annotations"]:
+        entry["category_id"] = 1
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    (tmp_path / "coco/annotations/instances_val2017.json").write_text(json.dumps(content))
+    (path.parent / "images").rename(tmp_path / "coco/val2017")
+    out = tmp_path / "reproduced.json"
+    text = spawn("benchmarks/reproduce.py", "--coco", tmp_path / "coco", "--weights", *files, tmp_path / "gone.pth",
+        "--device", "cpu", "--repeats", 1, "--output", out, code=1)  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["configuration"] for row in rows] == ["yolact_resnet50", "yolact_r50"]
+    assert [row["published_mask_AP"] for row in rows] == ["28.2 (test-dev)", "29.0 (val2017)"]
+    assert all(row["fps"] > 0 and 0 <= row["mask_AP"] <= 1 for row in rows)
+    assert "gone.pth: no such weights file" in text

@@ -163,7 +163,7 @@ def _check_index(
 
 def _totals(dataset: CocoDataset, reports: list[ImageReport], val: CocoDataset | None) -> dict[str, int]:
     """Return the totals that findings are counted out of, see `of` in tools.findings."""
-    annotations = sum(len(dataset.annotations(i)) for i in range(len(dataset))) + len(dataset.orphans)
+    annotations = dataset.num_annotations + len(dataset.orphans)
     return {
         "images": len(reports),
         "listed images": len(dataset),

@@ -41,7 +41,7 @@ from inference.runtime import ExportedNetwork, is_exported
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, process_group
-from utils.errors import ArgumentParser, UserError, fraction_or_best, integer, parse_size, run_main
+from utils.errors import ArgumentParser, UserError, count, fraction_or_best, integer, parse_size, run_main
 from utils.files import write_json
 from weights import load_model
 from weights.load import store_threshold
@@ -172,9 +172,10 @@ def segment_images(args: argparse.Namespace) -> int:
             written = write_results(image, detections, source.output, kinds, origin, source.suffix)
             if merged is not None:
                 merged.add(number + 1, source.path, detections)
-            tqdm.write(f"{source.path}: {len(detections)} detections -> {', '.join(map(str, written))}")
+            tqdm.write(f"{source.path}: {count(len(detections), 'detection')} -> {', '.join(map(str, written))}")
     if merged is not None:
-        print(f"{merged.count} detections of {len(merged.images)} images -> {merged.path}")
+        images_text = count(len(merged.images), "image")
+        print(f"{count(merged.count, 'detection')} of {images_text} -> {merged.path}")
     if unreadable:
         print(f"{unreadable} of {len(sources)} images could not be read", file=sys.stderr)
     return 1 if unreadable or problems else 0

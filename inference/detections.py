@@ -112,7 +112,8 @@ class Detections:
         image = self._own(image)
         named = zip(self.labels.tolist(), self.mask_scores.tolist(), strict=True)
         texts = [f"{self.class_names[label]} {score:.2f}" for label, score in named]
-        colors = list(range(len(self)))
+        # By class if there are several, otherwise by object.
+        colors = self.labels.tolist() if len(set(self.labels.tolist())) > 1 else list(range(len(self)))
         if self.track_ids is not None:
             for i, number in enumerate(self.track_ids.tolist()):
                 if number >= 0:  # a track keeps its colour

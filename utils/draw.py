@@ -40,9 +40,10 @@ def draw_objects(
 ) -> np.ndarray:
     """Return a copy of `image` (uint8 BGR [H, W, 3]) with objects drawn on it, the last on top.
 
-    Lines and text scale with the size of the image. A label that would overlap an earlier one is moved to a free place
-    at its box, or omitted if there is none.
-    Raises ValueError if `image` has another type or shape.
+    Where masks overlap, a pixel has the tint of the topmost one. Outlines have a dark rim, so that they are visible on
+    any ground. Lines and text scale with the root of the image's area. A label that would overlap an earlier one is
+    moved to a free place at its box, or omitted if there is none. Raises ValueError if `image` has another type or
+    shape.
 
     Args:
         masks: n bool arrays [H, W].
@@ -54,10 +55,10 @@ def draw_objects(
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
     out = image.copy()
-    scale = max(image.shape[:2]) / 900
+    scale = (image.shape[0] * image.shape[1]) ** 0.5 / 750
     line = max(1, round(1.6 * scale))
     for mask, color in zip(masks, colors, strict=True):
-        _paint(out, mask, color_of(color), alpha, line)
+        _paint(out, image, mask, color_of(color), alpha, line)
     for box, color in zip(boxes, colors, strict=True):
         x1, y1, x2, y2 = (round(float(v)) for v in box)
         cv2.rectangle(out, (x1, y1), (x2, y2), color_of(color), line, cv2.LINE_AA)
@@ -103,18 +104,24 @@ def find_font(text: str, height: int) -> PIL.ImageFont.ImageFont | PIL.ImageFont
     return PIL.ImageFont.load_default(height)
 
 
-def _paint(out: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha: float, line: int) -> None:
-    """Tint the pixels of `mask` in `out` and draw its outline. Only the bounding box of the mask is processed."""
+def _paint(
+    out: np.ndarray, image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha: float, line: int
+) -> None:
+    """Draw the pixels of `mask` in `out`, as those of `image` with a tint, and its outline.
+
+    Only the bounding box of the mask is processed.
+    """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return
     window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    part, inside = out[window], mask[window]
-    tinted = cv2.addWeighted(part, 1 - alpha, np.full_like(part, color), alpha, 0)
-    part[inside] = tinted[inside]
+    original, inside = image[window], mask[window]
+    tinted = cv2.addWeighted(original, 1 - alpha, np.full_like(original, color), alpha, 0)
+    out[window][inside] = tinted[inside]
     contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     offset = (int(columns[0]), int(rows[0]))
-    cv2.drawContours(out, contours, -1, color, line, cv2.LINE_AA, offset=offset)
+    for ink, width in (((20, 20, 20), 2 * line + 1), (color, line)):
+        cv2.drawContours(out, contours, -1, ink, width, cv2.LINE_AA, offset=offset)
 
 
 def _free_place(

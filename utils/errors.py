@@ -48,6 +48,11 @@ def join_names(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def count(number: int, noun: str) -> str:
+    """Return for example "1 image" or "2 images"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def integer(minimum: int) -> Callable[[str], int]:
     """Return an argparse type for integers of at least `minimum`."""
 

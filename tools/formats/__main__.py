@@ -23,7 +23,7 @@ from data.coco import read_coco_json
 from tools.formats.readers import find_reader
 from tools.formats.structures import NOT_FOUND, LabelledImage, Problems
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, join_names, run_main
+from utils.errors import ArgumentParser, UserError, count, join_names, run_main
 from utils.files import write_json
 
 
@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = common_folder(images)
         content = to_coco(images, names, root, problems)
         write_json(output, content)
-        count = len(content["annotations"])
-        print(f"{labels.format}: {len(images)} images, {count} objects, {len(names)} classes -> {output}")
+        objects = count(len(content["annotations"]), "object")
+        classes = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
+        print(f"{labels.format}: {count(len(images), 'image')}, {objects}, {classes} -> {output}")
         print(f"  check it: python -m tools.audit --annotations {output} --image_dir {root}")
     for line in problems.lines() + similar_names(names):
         print(line)

@@ -50,7 +50,9 @@ def coco(path, images, annotations=None, categories=None):
 
 
 def annotation(number, image, **others):
-    return {"id": number, "image_id": image, "category_id": 1, "segmentation": [SQUARE], "iscrowd": 0} | others
+    """The square, moved a little for every further annotation."""
+    moved = (np.array(SQUARE) + max(0, number - 1)).tolist()
+    return {"id": number, "image_id": image, "category_id": 1, "segmentation": [moved], "iscrowd": 0} | others
 
 
 def convert(source, *args, code=0):
@@ -148,6 +150,14 @@ def test_crowd_flags_that_a_tool_has_set(tmp_path):
     source = coco(tmp_path / "x.json", image, [annotation(i, 1, iscrowd=int(i == 0)) for i in range(8)])
     _, found = convert(source, "--images", tmp_path / "images")
     assert sum(a["iscrowd"] for a in found["annotations"]) == 1
+
+
+def test_exact_copies_are_dropped_and_counted(tmp_path):
+    photo(tmp_path / "a.jpg")
+    listed = [annotation(1, 1), annotation(1, 1), annotation(1, 1, category_id=2), annotation(2, 1)]
+    text, found = convert(coco(tmp_path / "x.json", [(1, "a.jpg", 240, 320)], listed))
+    assert [a["category_id"] for a in found["annotations"]] == [1, 2, 1]
+    assert "not used: 1 exact copies of another object of their image: a.jpg" in text
 
 
 def test_folders_of_coco_files(tmp_path):

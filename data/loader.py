@@ -94,9 +94,12 @@ class Batch:
     problems: list[str]  # about images that could not be used and were replaced
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device."""
+        """Copy the tensors to a device, except the seeds, which the loss reads on the host."""
         images = self.images.to(device, non_blocking=True)
-        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
+        targets = [
+            {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in target.items()}
+            for target in self.targets
+        ]
         return Batch(images, targets, self.image_ids, self.problems)
 
     def split(self, parts: int) -> list[Batch]:

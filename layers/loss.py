@@ -97,7 +97,7 @@ class MultiBoxLoss:
         grid = Grid(anchors, to_corners(anchors), positions or [len(anchors)])
         boxes, labels = (_padded([target[key] for target in targets]) for key in ("boxes", "labels"))
         counts = torch.tensor([len(target["boxes"]) for target in targets])
-        valid = (torch.arange(boxes.shape[1]) < counts[:, None]).to(anchors.device, non_blocking=True)
+        valid = to_device(torch.arange(boxes.shape[1]) < counts[:, None], anchors.device)
         objects, used = self.assign(boxes, valid, grid)
         classes = torch.where(used > 0, labels.gather(1, objects) + 1, used)
         if self.config.crowd_iou < 1 and any(len(target["crowds"]) for target in targets):

@@ -176,6 +176,11 @@ def test_folders_of_coco_files(tmp_path):
     coco(tmp_path / "coco/annotations/captions_val.json", [(1, "a.jpg", 240, 320)], [caption])
     run("tools.formats", tmp_path / "coco", "--output", tmp_path / "one.json")
     assert sorted(path.name for path in tmp_path.glob("one*.json")) == ["one.json"]
+    for name in ("train", "val"):  # files beside the folder of images
+        photo(tmp_path / f"plain/images/{name}.jpg")
+        coco(tmp_path / f"plain/{name}.json", [(1, f"{name}.jpg", 240, 320)])
+    run("tools.formats", tmp_path / "plain", "--output", tmp_path / "p.json")
+    assert sorted(path.name for path in tmp_path.glob("p_*.json")) == ["p_train.json", "p_val.json"]
 
 
 def yolo(folder, names="[cat]", label="0 0.1 0.1 0.5 0.1 0.5 0.5\n", image="images/a.jpg", target="labels/a.txt"):

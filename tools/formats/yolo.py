@@ -138,20 +138,21 @@ def _from_labels(folder: Path, finder: ImageFinder) -> Iterator[tuple[Path, Path
 
 def _pairs(places: list[Path], finder: ImageFinder, root: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a split with the paths of their label files."""
+    # Photos of another folder, given with --images, have their labels in the source.
+    labels = {path.name: path for path in visible_files(root / "labels", {".txt"})}
     for place in places:
         if place.is_dir():
             for path in visible_files(place, SUFFIXES):
                 label = _label_path(path)
-                # Photos of another folder, given with --images, have their labels in the source.
-                elsewhere = next(iter(sorted((root / "labels").rglob(label.name))), label)
-                yield path, label if label.is_file() else elsewhere
+                yield path, label if label.is_file() else labels.get(label.name, label)
             continue
         for line in read_text(place).splitlines():  # a list of images
             if line.strip():
                 path = place.parent / line.strip()
                 found = path if path.is_file() else finder.find(line.strip())
                 if found is not None:
-                    yield found, _label_path(path)
+                    label = _label_path(path)
+                    yield found, label if label.is_file() else labels.get(label.name, label)
 
 
 def _label_path(image: Path) -> Path:

@@ -264,6 +264,8 @@ def test_labels_that_are_nearly_equal_or_reserved(tmp_path):
     names = ("cat", "cat ", "Cat", "__ignore__", "_background_")
     labelme(tmp_path / "x/a.json", [SHAPES[0] | {"label": name} for name in names])
     text, found = convert(tmp_path / "x")
+    run("tools.formats", tmp_path / "x", "--output", tmp_path / "x/coco.json")
+    assert convert(tmp_path / "x")[0].startswith("LabelMe: 1 image, 2 objects")  # not the file in the folder
     assert [entry["name"] for entry in found["categories"]] == ["cat", "Cat"]
     assert "nearly equal class names: 'cat', 'Cat'" in text
     assert "reserved label __ignore__" in text

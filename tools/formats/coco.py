@@ -29,8 +29,11 @@ def recognise(source: Path) -> bool:
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Return the COCO files of an exported folder by their split: "train" for annotations/instances_train.json."""
-    listed = sorted([*(folder / "annotations").glob("*.json")] or [*folder.glob("*.json")])
-    files = [path for path in listed if _is_coco(path) and not path.name.startswith((".", "_annotations"))]
+    files = [path for path in sorted((folder / "annotations").glob("*.json")) if _is_coco(path)]
+    if not files:
+        beside = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith((".", "_annotations"))]
+        # A folder of LabelMe may contain the COCO file that it was converted to.
+        files = beside if all(map(_is_coco, beside)) else []
     instances = [path for path in files if path.stem.startswith("instances_")]
     found = {path.stem.removeprefix("instances_"): path for path in instances or files}
     roboflow = sorted([*folder.glob("*/_annotations.coco.json"), *folder.glob("_annotations.coco.json")])

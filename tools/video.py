@@ -77,6 +77,7 @@ class VideoSource:
         camera = source.isdecimal()
         if not (self.file or camera or "://" in source):
             raise UserError(f"{source}: {'a folder, not a video' if Path(source).is_dir() else 'no such video'}")
+        self.error: Exception | None = None  # of the thread
         self.length: int | None = None  # number of frames, if the container declares it
         self.start = 0.0  # timestamp of the beginning, in seconds
         if camera:
@@ -103,7 +104,13 @@ class VideoSource:
     def _decoded(self, av: Any, stream: Any) -> Iterator[Frame]:
         seconds = 0.0
         packets = self.container.demux(stream)
-        while (packet := next(packets, None)) is not None:
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError:  # a damaged file, or a broken connection; the missing frames are counted
+                return
+            if packet is None:
+                return
             try:
                 decoded = packet.decode()
             except av.FFmpegError:  # a damaged part of the file
@@ -115,7 +122,7 @@ class VideoSource:
                 yield Frame(seconds, np.ascontiguousarray(image), time.perf_counter())
 
     def _read(self) -> None:
-        with contextlib.suppress(Exception):  # a damaged file: the missing frames are counted
+        try:
             for frame in self.frames:
                 if self.live:
                     with contextlib.suppress(queue.Empty):
@@ -123,6 +130,8 @@ class VideoSource:
                 self._put(frame)
                 if self.closed.is_set():
                     return
+        except Exception as error:  # raised again in the main thread
+            self.error = error
         self._put(None)
 
     def _put(self, frame: Frame | None) -> None:
@@ -137,6 +146,8 @@ class VideoSource:
             except queue.Empty:
                 continue
             if frame is None:
+                if self.error is not None:
+                    raise self.error
                 return
             yield frame
 

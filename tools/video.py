@@ -70,13 +70,13 @@ class VideoSource:
     """
 
     def __init__(self, source: str, stop: Callable[[], bool]):
-        with require("av", install=TOOLS):
-            import av
         self.name, self.stop, self.closed = source, stop, threading.Event()
         self.file = Path(source) if Path(source).is_file() else None
         camera = source.isdecimal()
         if not (self.file or camera or "://" in source):
             raise UserError(f"{source}: {'a folder, not a video' if Path(source).is_dir() else 'no such video'}")
+        with require("av", install=TOOLS):
+            import av
         self.error: Exception | None = None  # of the thread
         self.length: int | None = None  # number of frames, if the container declares it
         self.start = 0.0  # timestamp of the beginning, in seconds

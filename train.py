@@ -178,7 +178,7 @@ def fit(
     """Train to the end of the schedule, or until a validation or a signal stops the run; return False for a signal."""
     ranks, table = trainer.ranks, ""
     unusable = UnusableImages(schedule.num_images)
-    # By default one epoch of at least 500 iterations, but a short run is also validated five times.
+    # By default one epoch of at least 500 iterations, or a fifth of a shorter run, but at least 20 iterations.
     val_interval = args["val_interval"] or min(max(500, schedule.per_epoch), max(20, schedule.max_iter // 5))
     log = RunLog(trainer.folder, trainer.iteration, trainer.validated, args["tensorboard"], ranks.is_main)
     progress = progress_bar(schedule.max_iter, trainer.iteration, ranks.is_main)

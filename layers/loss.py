@@ -168,7 +168,7 @@ class MultiBoxLoss:
     def _sample(self, positive: Tensor, targets: list[Target]) -> tuple[Tensor, list[int]]:
         """Choose at most `masks_to_train` random positive anchors per image, for a bool mask [B, A].
 
-        This is the one place of the loss that waits for the device.
+        This is the one place where the loss synchronises with the device.
 
         Returns:
             For each chosen anchor, the index of its image, its own, and the number of objects in the images before

@@ -282,8 +282,9 @@ def validate(trainer: Trainer, val: CocoDataset | None, log: RunLog) -> str:
         table = metrics["table"] + (per_class_table(metrics) if len(val.class_names) > 1 else "")
         per_class = {name: row["AP"] for name, row in metrics["per_class"]["segm"].items()}
         log.line(trainer.iteration, {"time": round(time.time(), 1), "bbox": box, "segm": mask, "class_AP": per_class})
-        improved = mask["AP"] > trainer.best
-        trainer.best = max(trainer.best, mask["AP"])
+        score = mask["AP"] if mask["AP"] >= 0 else box["AP"]  # -1: the validation set has no masks
+        improved = score > trainer.best
+        trainer.best = max(trainer.best, score)
         draw_curves(log.folder / "log.jsonl", log.folder / "curves.png")
     if ranks.any(improved):
         trainer.stale = 0

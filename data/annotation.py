@@ -63,7 +63,7 @@ class Sample:
     image: np.ndarray  # uint8 [H, W, 3], BGR
     boxes: np.ndarray  # float32 [n, 4]
     labels: np.ndarray  # int64 [n], 0..C-1
-    segmentations: list[Any] = field(default_factory=list)  # n, each a list of polygons or an RLE
+    segmentations: list[Any] = field(default_factory=list)  # n, each a list of polygons, an RLE, or None: only a box
     crowds: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # [m, 4]
 
 
@@ -160,7 +160,9 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return a segmentation from `normalise_segmentation` as a bool mask [H, W]."""
+    """Return a segmentation from `normalise_segmentation` as a bool mask [H, W]; an empty one for None."""
+    if segmentation is None:
+        return np.zeros((height, width), bool)
     return rle.decode(to_rle(segmentation, height, width)).astype(bool)
 
 

@@ -32,6 +32,7 @@ class Augmented:
     boxes: np.ndarray  # float32 [n, 4], (x1, y1, x2, y2) relative to the input, 0..1
     labels: np.ndarray  # int64 [n], 0..C-1
     masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the resolution of the mask loss
+    has_mask: np.ndarray  # bool [n], false for objects of which only the box is known
     crowds: np.ndarray  # float32 [m, 4], (x1, y1, x2, y2) relative to the input, 0..1
     seed: np.ndarray  # int64 [], seeds the sampling of masks in the loss
 
@@ -82,12 +83,14 @@ class Augment:
         window = self.choose_window(sample, rng)
         boxes, kept = self._boxes(sample.boxes, window)
         crowds, _ = self._boxes(sample.crowds, window)
-        masks = [draw_mask(sample.segmentations[i], window, self.mask_size) for i in np.flatnonzero(kept)]
+        segmentations = [sample.segmentations[i] for i in np.flatnonzero(kept)]
+        masks = [draw_mask(segmentation, window, self.mask_size) for segmentation in segmentations]
         return Augmented(
             self._image(sample.image, window, rng),
             boxes,
             sample.labels[kept],
             np.stack(masks) if masks else np.zeros((0, *self.mask_size), np.uint8),
+            np.array([segmentation is not None for segmentation in segmentations], bool),
             crowds,
             np.array(rng.integers(2**62)),
         )
@@ -213,8 +216,11 @@ def draw_mask(segmentation: Any, window: Window, size: tuple[int, int]) -> np.nd
     """Rasterise the part of an object inside the window: uint8 [h, w] with values 0 and 1, for `size` (h, w).
 
     Polygons are mapped to `size` before they are rasterised, so that they stay sharp; an RLE is decoded and resized.
+    The mask of an object that has none is empty.
     """
     height, width = size
+    if segmentation is None:
+        return np.zeros(size, np.uint8)
     if isinstance(segmentation, list):
         polygons = [window.points(np.asarray(p, np.float64).reshape(-1, 2), width, height) for p in segmentation]
         return to_mask([p.ravel().tolist() for p in polygons], height, width).view(np.uint8)
@@ -231,12 +237,13 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
     One transform is applied to all pasted objects, so they keep their arrangement: a scale drawn log-uniformly from
     `smallest` to 1 / `smallest`, mirroring with probability 0.5, and a translation that puts the centre of one of them
     inside the image. Masks and boxes of partly covered objects are reduced to their visible part. Crowd regions of
-    `source` are not pasted.
+    `source`, and its objects without a mask, are not pasted.
     """
-    if not len(source.boxes):
+    candidates = np.array([i for i, segmentation in enumerate(source.segmentations) if segmentation is not None])
+    if not len(candidates):
         return sample
-    count = int(rng.integers(1, len(source.boxes) + 1))
-    chosen = rng.permutation(len(source.boxes))[:count]
+    count = int(rng.integers(1, len(candidates) + 1))
+    chosen = candidates[rng.permutation(len(candidates))[:count]]
     height, width = sample.image.shape[:2]
     matrix = _placement(source.boxes[chosen[0]], (height, width), rng, smallest)
     present = []
@@ -257,11 +264,15 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, smalles
         x1, y1, x2, y2 = np.array((*np.floor(box[:2]), *np.ceil(box[2:])), int)
         # Objects whose box is not touched keep their polygons and their annotated box.
         if cover[y1:y2, x1:x2].any():
-            mask = to_mask(segmentation, height, width)
+            mask = np.zeros_like(cover)
+            mask[y1:y2, x1:x2] = True  # of an object without a mask, its box
+            if segmentation is not None:
+                mask = to_mask(segmentation, height, width)
             visible = mask & ~cover
             if visible.sum() < MIN_VISIBLE * mask.sum() or not visible.any():
                 continue
-            box, segmentation = _outline(visible)
+            if segmentation is not None:
+                box, segmentation = _outline(visible)
         objects.append((box, label, segmentation))
     for mask, label in present:
         box, segmentation = _outline(mask)

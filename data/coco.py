@@ -214,8 +214,7 @@ class CocoDataset(Dataset[Sample]):
         for annotation in self.parsed(index, image.shape[:2], drop_duplicates=True):
             if annotation.box is None:
                 continue
-            if annotation.crowd or annotation.segmentation is None:
-                # An object without a mask cannot supervise the mask branch, but must not count as background either.
+            if annotation.crowd:
                 crowds.append(annotation.box)
             else:
                 boxes.append(annotation.box)

@@ -124,7 +124,7 @@ def _collate(samples: list[Item]) -> Batch:
         return Batch(torch.empty(0), [], [], messages)
     images = torch.stack([torch.from_numpy(a.image) for a in augmented])
     targets = [
-        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "crowds", "seed")}
+        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "has_mask", "crowds", "seed")}
         for a in augmented
     ]
     return Batch(images, targets, list(image_ids), messages)

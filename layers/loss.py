@@ -35,7 +35,8 @@ class MultiBoxLoss:
 
     All terms are computed in float32, and none is ever missing. The class term is a sum over positive and mined
     negative anchors, the box, mask and mask IoU terms are sums over positive anchors; all four are divided by the
-    number of positive anchors in the batch. The semantic term is a mean over the images.
+    number of positive anchors in the batch. The semantic term is a mean over the images. An object without a mask
+    contributes to the box and class terms only.
 
     Raises UserError if the configuration's assigner is unknown.
     """
@@ -139,7 +140,7 @@ class MultiBoxLoss:
         targets: list[Target],
         mask_iou_net: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the mask and mask IoU terms, summed over the positive anchors (paper, section 3.3).
+        """Return the mask and mask IoU terms, summed over the positive anchors of objects with a mask (section 3.3).
 
         The mask term is the binary cross-entropy inside the ground truth box, divided by the area of the box, so that
         small objects have the same weight as large ones. Pixels outside the box are ignored, so the term stays bounded
@@ -147,7 +148,10 @@ class MultiBoxLoss:
         """
         prototypes = predictions.prototypes
         size = tuple(prototypes.shape[1:3])
-        picked, counts = self._sample(matches.positive, targets)
+        positive = matches.positive
+        if "has_mask" in targets[0]:
+            positive = positive & _padded([target["has_mask"] for target in targets]).gather(1, matches.objects)
+        picked, counts = self._sample(positive, targets)
         image, anchor, first_object = picked.unbind(dim=1)
         objects, boxes = matches.objects[image, anchor] + first_object, matches.boxes[image, anchor]
         # One product per image, as the numbers of masks differ; what follows handles the masks of all images at once.
@@ -156,7 +160,7 @@ class MultiBoxLoss:
         scale = self.config.mask_supersample
         masks = true_masks(targets, (size[0] * scale, size[1] * scale))
         # Scale the sum over each image's sample to all of its positive anchors.
-        positives = matches.positive.sum(dim=1)
+        positives = positive.sum(dim=1)
         weight = (positives / positives.clamp(min=1, max=self.config.masks_to_train))[image]
         mask_loss = (mask_cross_entropy(logits, masks, objects, boxes, scale) * weight).sum()
         if mask_iou_net is None:
@@ -187,17 +191,25 @@ class MultiBoxLoss:
     def semantic_term(self, semantic: Tensor | None, targets: list[Target]) -> Tensor:
         """Binary cross-entropy of class maps [B, C, h, w] (paper, section 5).
 
-        It is averaged over pixels, and summed over classes and images.
+        It is averaged over pixels, and summed over classes and images. In the box of an object without a mask, pixels
+        that belong to no mask of its class may belong to the object, so they contribute nothing.
         """
         if semantic is None:
             raise ValueError("predictions.semantic is None; the model must be in training mode")
-        classes = semantic.shape[1]
+        classes, (height, width) = semantic.shape[1], semantic.shape[2:]
         rows = torch.cat([target["labels"] + b * classes for b, target in enumerate(targets)])
+        # The union of the masks of each class: a sum, clamped to 1.
         truth = torch.zeros_like(semantic, dtype=torch.float32)
-        # The union of the masks of each class: a sum, clamped to 1 below.
-        truth.flatten(0, 1).index_add_(0, rows, true_masks(targets, tuple(semantic.shape[2:])))
-        loss = F.binary_cross_entropy_with_logits(semantic.float(), truth.clamp(max=1), reduction="sum")
-        return loss / (semantic.shape[2] * semantic.shape[3])
+        truth.flatten(0, 1).index_add_(0, rows, true_masks(targets, (height, width)))
+        truth = truth.clamp(max=1)
+        loss = F.binary_cross_entropy_with_logits(semantic.float(), truth, reduction="none")
+        if "has_mask" in targets[0]:
+            boxes, has_mask = (torch.cat([target[key] for target in targets]) for key in ("boxes", "has_mask"))
+            regions = crop_window(boxes, height, width) * ~has_mask[:, None, None]
+            unknown = torch.zeros_like(truth)
+            unknown.flatten(0, 1).index_add_(0, rows, regions.to(unknown.dtype))
+            loss = loss.masked_fill((unknown > 0) & (truth == 0), 0)
+        return loss.sum() / (height * width)
 
 
 def _padded(values: list[Tensor]) -> Tensor:

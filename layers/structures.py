@@ -18,8 +18,9 @@ class Predictions(NamedTuple):
 
 
 # The ground truth of one image: boxes [n, 4] (x1, y1, x2, y2, relative to the image), labels [n] (0..C-1), masks
-# [n, H, W] (0 or 1, any size), crowds [m, 4] (boxes of regions to ignore), and optionally seed [] (int64), the seed for
-# sampling masks, so that the sample is the same in every process and in a resumed run.
+# [n, H, W] (0 or 1, any size), crowds [m, 4] (boxes of regions to ignore), and optionally
+#   has_mask [n] (bool), false for objects of which only the box is known; their masks are empty (default: all true);
+#   seed [] (int64), the seed for sampling masks, so that the sample is the same in every process and a resumed run.
 Target = dict[str, Tensor]
 
 

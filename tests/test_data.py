@@ -72,10 +72,10 @@ def test_odd_annotations(dataset):
         ]
 
     sample = CocoDataset(edit(dataset, change), dataset.parent / "images")[0]
-    assert len(sample.crowds) == 2  # the crowd, and the object without a mask
-    assert len(sample.boxes) == 3
+    assert len(sample.crowds) == 1
+    assert [segmentation is None for segmentation in sample.segmentations] == [False, False, True, False]
     assert rle.decode(sample.segmentations[1]).sum() == 96 * 5
-    assert sample.boxes[2].tolist() == [0, 0, 15, 15]
+    assert sample.boxes[3].tolist() == [0, 0, 15, 15]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,36 @@ def test_copy_paste_moves_pixels_masks_boxes_and_labels_together(tmp_path):
     assert copy_paste(sample, nothing, np.random.default_rng(0)) is sample
 
 
+def test_objects_without_a_mask_keep_their_boxes(dataset, small_config):
+    """They train boxes and classes; copy-paste does not take them, and covers them as it covers others."""
+
+    def change(content):
+        for annotation in content["annotations"][::2]:
+            del annotation["segmentation"]
+
+    whole = CocoDataset(dataset, dataset.parent / "images")[0]
+    data = CocoDataset(edit(dataset, change), dataset.parent / "images")
+    sample, source = data[0], data[1]
+    assert np.array_equal(sample.boxes, whole.boxes)
+    assert [segmentation is None for segmentation in sample.segmentations] == [True, False]
+    config = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
+    augmented = TrainingSet(data, config, seed=0)[(0, 0)][0]
+    assert augmented.has_mask.tolist() == [False, True]
+    assert [mask.any() for mask in augmented.masks] == [False, True]
+    height, width = source.image.shape[:2]
+    everything = [[0, 0, width, 0, width, height, 0, height]]
+    source = replace(source, segmentations=[None, everything])
+    counts = set()
+    for seed in range(40):
+        out = copy_paste(sample, source, np.random.default_rng(seed))
+        boxes_only = [box for box, mask in zip(out.boxes, out.segmentations, strict=True) if mask is None]
+        assert all(np.array_equal(box, sample.boxes[0]) for box in boxes_only)
+        counts.add(len(boxes_only))
+    assert counts == {0, 1}  # in some images a pasted object covers it
+    nothing = replace(source, segmentations=[None] * len(source.boxes))
+    assert copy_paste(sample, nothing, np.random.default_rng(0)) is sample
+
+
 def test_copy_paste_gives_the_photos_without_objects_some(dataset, small_config):
     data = CocoDataset(dataset, dataset.parent / "images")
     plain = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
@@ -335,7 +365,7 @@ def test_batches(dataset, small_config, workers):
     assert not multiprocessing.active_children()
     assert batch.images.shape == (3, 3, 96, 96)
     assert len(batch.targets) == len(batch.image_ids) == 3
-    assert set(batch.targets[0]) == {"boxes", "labels", "masks", "crowds", "seed"}
+    assert set(batch.targets[0]) == {"boxes", "labels", "masks", "has_mask", "crowds", "seed"}
 
 
 def test_training_and_prediction_read_an_image_alike(dataset):

@@ -153,3 +153,23 @@ def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
 def test_sync_batch_norm_is_for_gpus(dataset, tmp_path):
     args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path)
     assert "sync_bn=true needs GPUs" in spawn(*TORCHRUN, *args, "--set", "sync_bn=true", code=1)
+
+
+@pytest.mark.slow
+def test_no_process_group_is_left_when_the_interpreter_ends(dataset, tmp_path):
+    # Gloo's threads abort a process (SIGABRT, once in dozens of runs) that ends before its process group does.
+    probe = (
+        "import sys, weakref, torch.distributed as dist\n"
+        "destroy, groups = dist.destroy_process_group, []\n"
+        "dist.destroy_process_group = lambda: (groups.append(weakref.ref(dist.group.WORLD)), destroy())\n"
+        "import train\n"
+        "from utils.errors import run_main\n"
+        "try:\n"
+        "    run_main(train.main)\n"
+        "finally:\n"
+        "    print('groups left:', [group() for group in groups], file=sys.stderr)\n"
+    )
+    (tmp_path / "probe.py").write_text(probe)
+    _, *args = train_args(dataset, "--batch_size", "4", *EXACT)
+    out = spawn(*TORCHRUN, tmp_path / "probe.py", *args, "--output_dir", tmp_path / "two")
+    assert out.count("groups left: [None]") == 2

@@ -249,6 +249,36 @@ def test_the_target_of_the_mask_iou_is_that_of_the_mask_at_one_half():
     assert loss(0.4 + 0.2 * half, 0.5) == pytest.approx(0)
 
 
+def test_an_object_without_a_mask_trains_its_box_and_class_only():
+    torch.manual_seed(0)
+    raw, targets = predictions(2), [target(3), target(2)]
+    loss = MultiBoxLoss(CONFIG.loss)
+    complete = loss(raw, ANCHORS, targets)
+    known = [value | {"has_mask": torch.ones(len(value["labels"]), dtype=torch.bool)} for value in targets]
+    torch.testing.assert_close(loss(raw, ANCHORS, known), complete)
+    known[0]["has_mask"][1] = False
+    known[0]["masks"] = known[0]["masks"].clone()
+    known[0]["masks"][1] = 0
+    partial = loss(raw, ANCHORS, known)
+    for term in ("box", "class"):
+        torch.testing.assert_close(partial[term], complete[term])
+    # The gradient says which outputs the mask and semantic terms read.
+    (partial["mask"] + partial["semantic"]).backward()
+    matches = loss.match(ANCHORS, targets)
+    touched = raw.coefficients.grad.abs().sum(dim=2) > 0
+    without = matches.positive & (matches.objects == 1) & torch.tensor([[True], [False]])
+    assert without.any()
+    assert torch.equal(touched, matches.positive & ~without)
+    # The box of that object, as the semantic map sees it, without what lies in a mask of the same class.
+    label, box = int(targets[0]["labels"][1]), targets[0]["boxes"][1:2]
+    others = [m for m, same in zip(known[0]["masks"], targets[0]["labels"] == label, strict=True) if same]
+    truth = resize_truth(torch.stack(others), (16, 16)).amax(dim=0) > 0
+    silent = (crop_window(box, 16, 16)[0] > 0) & ~truth
+    assert silent.any()
+    assert torch.equal(raw.semantic.grad[0, label] == 0, silent)
+    assert (raw.semantic.grad[0, [c for c in range(3) if c != label]] != 0).all()
+
+
 def test_semantic_needs_training_mode():
     with pytest.raises(ValueError, match="training mode"):
         MultiBoxLoss(CONFIG.loss)(predictions(1)._replace(semantic=None), ANCHORS, [EMPTY])

@@ -157,7 +157,7 @@ def _check_index(
         problems["no_object"] = [dataset.path.name]
     with_masks = any(a.get("segmentation") for some in listed for a in some)
     if any(listed) and not with_masks:
-        # One error for a detection data set, instead of one about masks that are missing or damaged.
+        # A detection data set, whose masks are not damaged: it never had any.
         problems["detection_only"] = problems.pop("no_mask", [])
 
 
@@ -232,17 +232,19 @@ def _inspect_annotation(
     if annotation.crowd:
         report.crowds += 1
         return
-    if annotation.segmentation is None:
-        if annotation.stated_box is not None and _looks_like_corners(annotation.stated_box, size):
-            yield "corner_box"
-        yield "no_mask"
-        return
     x1, y1, x2, y2 = annotation.box
     side = config.model.max_size
     network = input_size((height, width), side) if config.model.preserve_aspect_ratio else (side, side)
     sides = (x2 - x1) * network[1] / width, (y2 - y1) * network[0] / height
     report.labels.append(annotation.label)
     report.sides.append(sides)
+    if min(sides) < 4:
+        yield "tiny"
+    if annotation.segmentation is None:
+        if annotation.stated_box is not None and _looks_like_corners(annotation.stated_box, size):
+            yield "corner_box"
+        yield "no_mask"
+        return
     code = to_rle(annotation.segmentation, height, width)
     if rle.area(code) == 0:
         yield "empty_mask"
@@ -254,8 +256,6 @@ def _inspect_annotation(
     if _iou([x1, y1, x2 - x1, y2 - y1], drawn) < 0.5:
         a, b, c, d = annotation.stated_box or (0, 0, 0, 0)
         yield "corner_box" if _iou([a, b, c - a, d - b], drawn) > 0.7 else "box_and_mask"
-    if min(sides) < 4:
-        yield "tiny"
     if not draw_mask(annotation.segmentation, Window(0, 0, width, height), prototype_size(*network)).any():
         yield "vanishing_mask"
 

@@ -48,10 +48,11 @@ FINDING_KINDS = {
     ),
     "no_mask": Kind(
         "annotations have a box and no usable mask",
-        "training and mask AP ignore their regions; box AP counts them", 0.5, "annotations",
+        "they train boxes and classes only; mask AP ignores their regions, and box AP counts them", of="annotations",
     ),
     "detection_only": Kind(
-        "annotations have no segmentation at all", "YOLACT needs masks, not only boxes", 0, "annotations"
+        "annotations have no segmentation at all",
+        "training can teach boxes and classes, but no masks", of="annotations",
     ),
     "bad_box": Kind("boxes are not four finite numbers", "the box of the mask is used instead", of="annotations"),
     "corner_box": Kind(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import gc
 import importlib
 import io
 import math
@@ -118,4 +119,6 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    # A reference cycle can keep Gloo's process group alive. If the interpreter ends first, Gloo's threads abort.
+    gc.collect()
     sys.exit(code)

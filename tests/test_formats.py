@@ -396,3 +396,17 @@ def test_scripts_name_the_command_that_converts(tmp_path, script):
         }[script]
         text = run(*words, code=2)
         assert f"python -m tools.formats {source}" in text, text
+
+
+def test_boxes_without_masks_are_kept_and_said(dataset, tmp_path):
+    content = json.loads(dataset.read_text())
+    del content["annotations"][0]["segmentation"]
+    content["annotations"].append(content["annotations"][0] | {"id": 99})
+    dataset.write_text(json.dumps(content))
+    out = run("tools.formats", dataset, "--images", dataset.parent / "images", "--output", tmp_path / "coco.json")
+    assert "2 objects without a mask, of which only the box is kept" in out
+    assert "not used: 1 exact copies" in out
+    first, *rest = json.loads((tmp_path / "coco.json").read_text())["annotations"]
+    assert first["bbox"] == pytest.approx(content["annotations"][0]["bbox"])
+    assert "segmentation" not in first
+    assert all("segmentation" in other for other in rest)

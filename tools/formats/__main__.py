@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data.annotation import to_rle
 from data.coco import read_coco_json
 from tools.formats.readers import find_reader
-from tools.formats.structures import NOT_FOUND, LabelledImage, Problems
+from tools.formats.structures import NOT_FOUND, LabelledImage, LabelledObject, Problems
 from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, count, join_names, run_main
 from utils.files import write_json
@@ -105,11 +105,16 @@ def common_folder(images: list[LabelledImage]) -> Path:
     return Path(os.path.commonpath([image.path.resolve().parent for image in images])) if images else Path(".")
 
 
-def plain(segmentation: Any) -> Any:
-    """Return a segmentation as JSON has it: the run lengths of an RLE as text."""
+def geometry(item: LabelledObject, height: int, width: int) -> dict[str, Any]:
+    """Return the fields "bbox", "area" and, unless only the box is known, "segmentation" of an annotation."""
+    if item.box is not None:
+        x1, y1, x2, y2 = item.box
+        return {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+    segmentation, code = item.segmentation, to_rle(item.segmentation, height, width)
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], bytes):
-        return {**segmentation, "counts": segmentation["counts"].decode()}
-    return segmentation
+        segmentation = {**segmentation, "counts": segmentation["counts"].decode()}  # JSON has no bytes
+    box = [float(value) for value in rle.toBbox(code)]
+    return {"bbox": box, "area": float(rle.area(code)), "segmentation": segmentation}
 
 
 def to_coco(images: list[LabelledImage], names: list[str], root: Path, problems: Problems) -> dict[str, Any]:
@@ -123,22 +128,13 @@ def to_coco(images: list[LabelledImage], names: list[str], root: Path, problems:
         entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
         seen = set()
         for item in image.objects:
-            code = to_rle(item.segmentation, height, width)
-            if (item.class_name, code["counts"]) in seen:
+            key = item.class_name, item.box or to_rle(item.segmentation, height, width)["counts"]
+            if key in seen:
                 problems.add("exact copies of another object of their image", name)
                 continue
-            seen.add((item.class_name, code["counts"]))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": ids[item.class_name],
-                    "segmentation": plain(item.segmentation),
-                    "bbox": [float(value) for value in rle.toBbox(code)],
-                    "area": float(rle.area(code)),
-                    "iscrowd": int(item.crowd),
-                }
-            )
+            seen.add(key)
+            common = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[item.class_name]}
+            annotations.append(common | geometry(item, height, width) | {"iscrowd": int(item.crowd)})
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": entries, "annotations": annotations, "categories": categories}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.annotation import is_crowd, normalise_segmentation
+from data.annotation import is_crowd, normalise_segmentation, parse_annotation
 from tools.findings import too_many_crowds
 from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, read_text
 from utils.errors import UserError
@@ -137,7 +137,12 @@ def _images(
                 continue
             segmentation = normalise_segmentation(entry.get("segmentation"), *size)
             if segmentation is None:
-                problems.add("annotations without a usable mask", file_name)
+                box = parse_annotation(entry, 0, *size).box
+                if box is None:
+                    problems.add("annotations without a usable mask or box", file_name)
+                else:
+                    problems.note("objects without a mask, of which only the box is kept", file_name)
+                    objects.append(LabelledObject(name, None, is_crowd(entry), box))
             elif isinstance(segmentation, list) and max(map(np.max, segmentation)) <= 1.0:
                 problems.add("outlines that are relative (0 to 1) instead of in pixels", file_name)
             else:

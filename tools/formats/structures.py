@@ -32,11 +32,12 @@ Size = tuple[int, int]  # height, width
 
 @dataclass
 class LabelledObject:
-    """One object: its class, and its mask as polygons [[x, y, ...], ...] in pixels or as a COCO RLE."""
+    """One object: its class, and its mask as polygons [[x, y, ...], ...] in pixels or as a COCO RLE, or its box."""
 
     class_name: str
     segmentation: Any
     crowd: bool = False
+    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels, of an object without a mask
 
 
 @dataclass

@@ -4,6 +4,7 @@ python -m tools.formats data.yaml --output coco.json              # YOLO: coco_t
 python -m tools.formats labelme_folder --output coco.json
 python -m tools.formats via_project.json --images images --output coco.json
 python -m tools.formats VOCdevkit/VOC2012 --output coco.json
+python -m tools.formats labelme_folder --split 0.2 --output coco.json    # coco_train.json; a fifth in coco_val.json
 python -m tools.formats labelme_val --like coco_train.json --output coco_val.json    # with the same order of classes
 """
 
@@ -21,9 +22,10 @@ from tqdm import tqdm
 from data.annotation import to_rle
 from data.coco import read_coco_json
 from tools.formats.readers import find_reader
+from tools.formats.split import split_images
 from tools.formats.structures import NOT_FOUND, LabelledImage, LabelledObject, Problems
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, count, join_names, run_main
+from utils.errors import ArgumentParser, UserError, count, fraction, join_names, run_main
 from utils.files import write_json
 
 
@@ -34,6 +36,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("source", type=Path, help="a data.yaml, a JSON or XML file, or the folder of an export")
     parser.add_argument("--images", type=Path, help="folder of the images, if they are not where the source says")
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write; splits get names of their own")
+    parser.add_argument(
+        "--split", type=fraction, metavar="SHARE", help="put this share of the images in a file for val"
+    )
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--classes", help="the classes in their order, comma-separated; others are an error")
     order.add_argument("--like", type=Path, help="a COCO file whose classes to use, in their order")
@@ -53,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         split: list(tqdm(images, f"reading {split or labels.format}", disable=None))
         for split, images in labels.splits.items()
     }
+    if args.split:
+        if len(converted) > 1:
+            raise UserError(f"--split {args.split:g}: the source has splits of its own: {', '.join(converted)}")
+        (images,) = converted.values()
+        converted = split_images(images, args.split)
     used = [item.class_name for images in converted.values() for image in images for item in image.objects]
     names = ordered_names(args, [*labels.class_names, *used])
     if not used:

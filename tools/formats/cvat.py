@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,30 +23,32 @@ from tools.formats.structures import (
     rectangle,
 )
 
+SPLITS = ("train", "val", "test")  # Datumaro writes a file for each
+
 
 def recognise(source: Path) -> bool:
-    """Return whether `source` is such a file, or a folder with one called annotations.xml."""
-    return _load(source) is not None
+    """Return whether `source` is such a file, or a folder with annotations.xml, or with train.xml and the like."""
+    return bool(_load(source))
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
-    """Read a file."""
-    root = _load(source)
-    assert root is not None
-    names = [(name.text or "").strip() for name in root.findall("meta//label/name")]
-    folder = source if source.is_dir() else source.parent
-    return Labels("CVAT", names, {"": _images(root, ImageFinder(images or folder, problems), problems)})
+    """Read a file, or those of a folder."""
+    finder = ImageFinder(images or (source if source.is_dir() else source.parent), problems)
+    files = _load(source)
+    names = [(name.text or "").strip() for root in files.values() for name in root.findall("meta//label/name")]
+    splits = {name if len(files) > 1 else "": _images(root, finder, problems) for name, root in files.items()}
+    return Labels("CVAT", list(dict.fromkeys(names)), splits)
 
 
-def _load(source: Path) -> ET.Element | None:
-    path = source / "annotations.xml" if source.is_dir() else source
-    if path.suffix != ".xml" or not path.is_file():
-        return None
-    try:
-        root = ET.parse(path).getroot()
-    except (ET.ParseError, OSError, UnicodeError):
-        return None
-    return root if root.tag == "annotations" and root.find("image") is not None else None
+def _load(source: Path) -> dict[str, ET.Element]:
+    """Return the roots of the files by their names without suffix."""
+    paths = [source / f"{name}.xml" for name in ("annotations", *SPLITS)] if source.is_dir() else [source]
+    found = {}
+    for path in paths:
+        if path.suffix == ".xml" and path.is_file():
+            with contextlib.suppress(ET.ParseError, OSError, UnicodeError):
+                found[path.stem] = ET.parse(path).getroot()
+    return {name: root for name, root in found.items() if root.tag == "annotations" and root.find("image") is not None}
 
 
 def _images(root: ET.Element, finder: ImageFinder, problems: Problems) -> Iterator[LabelledImage]:
@@ -62,7 +65,10 @@ def _images(root: ET.Element, finder: ImageFinder, problems: Problems) -> Iterat
         objects = []
         for (label, _), members in groups.items():
             polygons, masks = [], []
-            for shape in members:
+            outlines = [shape for shape in members if shape.tag != "box"]
+            if 0 < len(outlines) < len(members):  # Datumaro writes the bounding box beside the outline
+                problems.note("boxes in a group with outlines left out", name)
+            for shape in outlines or members:
                 polygon, mask = _polygon(shape), _mask(shape, opened[1])
                 polygons += [] if polygon is None else [polygon]
                 masks += [] if mask is None else [mask]

@@ -49,16 +49,14 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     path = find_yaml(source)
     root = source if source.is_dir() else source.parent
     finder = ImageFinder(images or root, problems)
-    if path is None:
-        names = dict(enumerate(_class_names(source)))
-        pairs = {"": _from_labels(root / "labels", finder)}
-    else:
-        content = _load(path)
-        names = _names_by_index(content.get("names"), path)
-        places = {split: _places(content, split, path, images) for split in SPLITS if content.get(split)}
-        if not places:
-            raise UserError(f"{path}: has none of {', '.join(SPLITS)}")
-        pairs = {split: _pairs(found, finder, root) for split, found in places.items()}
+    content = {} if path is None else _load(path)
+    names = dict(enumerate(_class_names(source))) if path is None else _names_by_index(content.get("names"), path)
+    places = {split: _places(content, split, path, images) for split in SPLITS if path and content.get(split)}
+    pairs = {split: _pairs(found, finder, root) for split, found in places.items()}
+    if not places:  # without a data.yaml, or with that of supervision, which only names the classes
+        if not visible_files(root / "labels", {".txt"}):
+            raise UserError(f"{path}: has none of {', '.join(SPLITS)}, and there is no folder labels beside it")
+        pairs[""] = _from_labels(root / "labels", finder)
     splits = {split: _images(found, names, finder, problems) for split, found in pairs.items()}
     return Labels("YOLO", list(names.values()), splits)
 

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import inspect
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from conftest import random_image
 
-from config import DetectionConfig, LossConfig
+from config import DetectionConfig, LossConfig, override
+from data.annotation import Sample
+from data.augment import Augment, Distortion, Window, _placement, sample_crop
+from data.image import _to_uint8, input_size, read_image
 from layers.boxes import box_iou, to_centres
 from layers.loss import MultiBoxLoss
 from layers.matching import IGNORED
 from layers.nms import NMS, cluster_nms, standard_nms
+from utils.errors import UserError
 
 METHODS = sorted(set(NMS) - {"cluster_penalty"})  # which removes no box
 
@@ -74,17 +81,81 @@ def test_atss_takes_candidates_at_its_threshold():
     assert matched(box, anchors, "atss", [9]) == [1] * 9
 
 
-@pytest.mark.parametrize(
-    "box", [(0.3, 0.1, 0.5, 0.9), (0.1, 0.3, 0.9, 0.5), (0.5, 0.1, 0.7, 0.9), (0.1, 0.5, 0.9, 0.7)]
-)
-def test_atss_takes_anchors_with_their_centres_inside(box):
-    """Strictly inside, on all four sides; the box is moved so that one side passes through centres of anchors."""
-    centres = torch.cartesian_prod(torch.arange(1, 8), torch.arange(1, 8)).flip(1) / 8
-    anchors = torch.cat((centres - 0.125, centres + 0.125), dim=1)
-    exact = torch.tensor([box])
-    inside = ((centres > exact[:, :2]) & (centres < exact[:, 2:])).all(dim=1)
-    on_a_side = ((centres >= exact[:, :2]) & (centres <= exact[:, 2:])).all(dim=1) & ~inside
-    assert on_a_side.any()
-    classes = torch.tensor(matched(exact, anchors, "atss", [49]))
-    assert (classes > 0).any()
-    assert not (classes[~inside] > 0).any()
+@pytest.mark.parametrize("swap", [False, True])
+def test_atss_takes_anchors_with_their_centres_strictly_inside(swap):
+    """All anchors contain the box and are of one size, so their IoU is the same: their centres alone decide."""
+    box = torch.tensor([[0.375, 0.25, 0.5, 0.75]])
+    inside, outside = [(0.4375, 0.5)], [(0.375, 0.5), (0.5, 0.5), (0.5625, 0.5), (0.4375, 0.25), (0.4375, 0.75)]
+    centres = torch.tensor([*inside, *outside, (0.3125, 0.5), (0.4375, 0.1875), (0.4375, 0.8125)])
+    if swap:
+        box, centres = box[:, [1, 0, 3, 2]], centres.flip(1)
+    anchors = torch.cat((centres - 1, centres + 1), dim=1)
+    assert len(set(box_iou(box, anchors)[0].tolist())) == 1
+    assert matched(box, anchors, "atss", [9]) == [1] + [0] * 8
+
+
+def test_objects_belong_to_a_window_that_holds_their_centres(small_config):
+    """SSD: the centre has to lie in the crop; on its edge it does not."""
+    augment = Augment(override(small_config, min_box_size=0))
+    boxes = [[0, 10, 20, 30], [0, 10, 20.5, 30], [40, 10, 60, 30], [39.5, 10, 60, 30], [20, -5, 30, 5]]
+    _, kept = augment._boxes(np.array(boxes, np.float32), Window(10, 0, 50, 50))
+    assert kept.tolist() == [False, True, False, True, False]
+
+
+def test_every_pixel_of_the_image_is_distorted(small_config):
+    config = override(small_config, augment_crop=False, augment_expand=1.0, augment_mirror=False)
+    augment, side = Augment(config), config.train_size
+    grey = Sample(np.full((side, side, 3), 128, np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    images = [augment(grey, np.random.default_rng(seed)).image for seed in range(8)]
+    assert len({image[:, 0, 0].tobytes() for image in images}) > 4
+    assert max(np.ptp(image.reshape(3, -1), axis=1).max() for image in images) < 1e-5
+
+
+def test_a_crop_needs_one_centre_only():
+    boxes = np.array([[0, 0, 10, 10], [90, 90, 100, 100]], np.float32)
+    seen = set()
+    for seed in range(200):
+        x1, y1, x2, y2 = sample_crop((0, 0, 100, 100), boxes, np.random.default_rng(seed))
+        seen.add((x1 < 5 and y1 < 5, x2 > 95 and y2 > 95))
+    assert {(True, False), (False, True)} <= seen
+    assert (False, False) not in seen
+
+
+def test_pasted_objects_have_their_centres_in_the_image():
+    box, size = np.array([30.0, 50.0, 70.0, 60.0]), (80, 120)
+    centres = np.array([_placement(box, size, np.random.default_rng(seed), 0.5) @ (50, 55, 1) for seed in range(300)])
+    assert centres.min() >= 0
+    assert (centres <= (120, 80)).all()
+    assert centres.mean(axis=0) == pytest.approx((60, 40), abs=5)
+
+
+def test_distortions_have_the_ranges_of_the_released_code():
+    """SSD: each of the four with probability 1/2; brightness and hue are symmetrical."""
+    drawn = [Distortion.draw(np.random.default_rng(seed)) for seed in range(2000)]
+    limits = {"brightness": (-32, 32, 0), "contrast": (0.5, 1.5, 1), "saturation": (0.5, 1.5, 1), "hue": (-18, 18, 0)}
+    for name, (low, high, neutral) in limits.items():
+        values = np.array([getattr(distortion, name) for distortion in drawn])
+        assert np.mean(values == neutral) == pytest.approx(0.5, abs=0.05), name
+        assert [values.min(), values.max()] == pytest.approx([low, high], abs=0.02 * (high - low)), name
+        assert low <= values.min() <= values.max() <= high, name
+    assert np.mean([distortion.contrast_first for distortion in drawn]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_thinnest_inputs():
+    assert input_size((1, 10**4), 640) == (32, 20 * 640)
+    assert input_size((10**4, 1), 640) == (20 * 640, 32)
+    assert input_size((480, 640), 640) == (544, 736)
+
+
+def test_a_white_image_of_floats_is_white():
+    assert (_to_uint8(np.ones((2, 2, 3), np.float32), b"", "a.tif") == 255).all()
+    with pytest.raises(UserError, match="values of 0 to 1"):
+        _to_uint8(np.full((2, 2, 3), 1.001, np.float32), b"", "a.tif")
+
+
+def test_a_webp_without_its_last_bytes_is_truncated(tmp_path):
+    path = tmp_path / "a.webp"
+    cv2.imwrite(str(path), random_image())
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="the end of the file is missing"):
+        read_image(path)

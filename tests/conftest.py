@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,19 @@ def random_image(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarra
 def dataset(tmp_path: Path) -> Path:
     """The JSON of eight images, the last one without objects; they lie beside it in `images`."""
     return make_dataset(tmp_path / "data", 8, negatives=1)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> list[str]:
+    """The command of a Chromium that starts on this machine, with the arguments that a container needs."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium (chromium and chromium-driver in Debian)")
+    command = [path, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    started = subprocess.run([*command, "--dump-dom", "about:blank"], capture_output=True, timeout=120, check=False)
+    if started.returncode:
+        pytest.skip(f"{path} does not start here: {started.stderr.decode(errors='replace')[-200:]}")
+    return command
 
 
 @pytest.fixture(scope="session")

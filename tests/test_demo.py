@@ -18,7 +18,6 @@ from conftest import ROOT, run
 
 from tools import demo
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 
 
@@ -75,16 +74,16 @@ def address():
 
 
 @pytest.fixture
-def browser(tmp_path):
+def browser(tmp_path, chromium):
     """Chromium, with a webcam that always shows the astronaut."""
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("needs Chromium and its driver (chromium and chromium-driver in Debian)")
+    if DRIVER is None:
+        pytest.skip("needs the driver of Chromium (chromium-driver in Debian)")
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
+    options.binary_location = chromium[0]
     webcam = tmp_path / "webcam.mjpeg"
     webcam.write_bytes((ROOT / "data/demo/astronaut.jpg").read_bytes() * 30)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000"):
+    for argument in (*chromium[1:], "--window-size=1300,1000"):
         options.add_argument(argument)
     for argument in ("device-for-media-stream", "ui-for-media-stream"):
         options.add_argument(f"--use-fake-{argument}")

@@ -190,14 +190,10 @@ def test_mistakes_of_reports_get_one_line(weights, dataset, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_page(report, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium is installed")
+def test_a_browser_shows_the_page(report, tmp_path, chromium):
     shot = tmp_path / "shot.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,3000"]
-    page = f"file://{report[0] / 'index.html'}"
-    subprocess.run([*command, f"--screenshot={shot}", page], check=True, timeout=120, capture_output=True)
+    page = ["--window-size=1200,3000", f"--screenshot={shot}", f"file://{report[0] / 'index.html'}"]
+    subprocess.run([*chromium, *page], check=True, timeout=120, capture_output=True)
     image = cv2.imread(str(shot))
     assert image.shape == (3000, 1200, 3)
     rows = (image != image[0, 0]).any(axis=(1, 2))

@@ -6,6 +6,7 @@ Faults that were seeded one at a time into layers/, data/ and training/ showed w
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from conftest import random_image
 from config import DetectionConfig, LossConfig, override
 from data.annotation import Sample
 from data.augment import Augment, Distortion, Window, _placement, sample_crop
-from data.image import _to_uint8, input_size, read_image
+from data.image import _to_uint8, input_size, read_image, resize, resize_like_opencv
 from layers.boxes import box_iou, to_centres
 from layers.loss import MultiBoxLoss
 from layers.matching import IGNORED
@@ -159,3 +160,30 @@ def test_a_webp_without_its_last_bytes_is_truncated(tmp_path):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match="the end of the file is missing"):
         read_image(path)
+
+
+@pytest.mark.parametrize("size", [(37, 91), (150, 40), (60, 80), (1, 1)])
+def test_resizing_as_opencv_does(size):
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    ours = resize_like_opencv(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
+    difference = np.abs(ours - cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.005
+
+
+def test_resizing_floats_has_half_pixel_centres():
+    """The definition: output pixel i lies at (i + 1/2) * n / m - 1/2 of the input, and edges are repeated."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    out = resize(image, (9, 5), uint8=False)
+    for (row, n, m), (column, k, j) in itertools.product([(i, 6, 9) for i in range(9)], [(i, 8, 5) for i in range(5)]):
+        y, x = (np.clip((i + 0.5) * a / b - 0.5, 0, a - 1) for i, a, b in ((row, n, m), (column, k, j)))
+        (top, left), (v, u) = (int(y), int(x)), (y - int(y), x - int(x))
+        bottom, right = min(top + 1, 5), min(left + 1, 7)
+        upper = image[top, left] * (1 - u) + image[top, right] * u
+        lower = image[bottom, left] * (1 - u) + image[bottom, right] * u
+        assert out[row, column] == pytest.approx(upper * (1 - v) + lower * v, abs=1e-3)
+
+
+def test_values_of_floats_that_are_no_numbers():
+    image = np.array([[[np.nan, np.inf, -np.inf], [-0.5, 0.5, 1.5]]], np.float32)
+    assert _to_uint8(image, b"", "a.tif").tolist() == [[[0, 255, 0], [0, 128, 255]]]

@@ -168,7 +168,7 @@ def test_resizing_as_opencv_does(size):
     ours = resize_like_opencv(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
     difference = np.abs(ours - cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR))
     assert difference.max() <= 1
-    assert (difference > 0).mean() < 0.005
+    assert (difference > 0).mean() < 0.01  # of noise; rounding in floating point would give 0.1
 
 
 def test_resizing_floats_has_half_pixel_centres():

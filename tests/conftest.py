@@ -25,6 +25,7 @@ from config import Config, get_config
 from inference import Predictor
 from tools import audit as audit_script
 from tools import demo as demo_script
+from tools import pseudo_masks as pseudo_masks_script
 from tools.export import __main__ as export_script
 from tools.formats import __main__ as formats_script
 from utils.errors import run_main
@@ -40,6 +41,7 @@ SCRIPTS = {
     "tools.export": export_script.main,
     "tools.demo": demo_script.main,
     "tools.audit": audit_script.main,
+    "tools.pseudo_masks": pseudo_masks_script.main,
     "tools.formats": formats_script.main,
 }
 SMALL = [

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,9 +18,11 @@ import torch
 from conftest import random_image
 
 from config import DetectionConfig, LossConfig, override
-from data.annotation import Sample
+from data.annotation import Sample, parse_annotation
 from data.augment import Augment, Distortion, Window, _placement, sample_crop
-from data.image import _to_uint8, input_size, read_image, resize, resize_like_opencv
+from data.coco import CocoDataset
+from data.image import PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv
+from data.loader import TrainingLoader
 from layers.boxes import box_iou, to_centres
 from layers.loss import MultiBoxLoss
 from layers.matching import IGNORED
@@ -187,3 +192,33 @@ def test_resizing_floats_has_half_pixel_centres():
 def test_values_of_floats_that_are_no_numbers():
     image = np.array([[[np.nan, np.inf, -np.inf], [-0.5, 0.5, 1.5]]], np.float32)
     assert _to_uint8(image, b"", "a.tif").tolist() == [[[0, 255, 0], [0, 128, 255]]]
+
+
+@pytest.mark.parametrize(("side", "stated", "used"), [(10, 199, True), (10, 250, False), (4, 79, True), (4, 85, False)])
+def test_stated_areas_agree_within_a_factor_of_two_or_64_pixels(side, stated, used):
+    entry = {"segmentation": [[5, 5, 5 + side, 5, 5 + side, 5 + side, 5, 5 + side]], "area": stated}
+    area, rejected = parse_annotation(entry, 0, 50, 50).area(50, 50)
+    assert (area, rejected) == ((stated, False) if used else (side**2, True))
+
+
+def test_a_box_that_is_missing_is_that_of_all_polygons():
+    entry = {"segmentation": [[1, 2, 11, 2, 11, 22], [30, 5, 40, 5, 40, 45, 30, 45]]}
+    assert parse_annotation(entry, 0, 50, 50).box == (1, 2, 40, 45)
+
+
+def test_the_bit_depth_that_a_png_states():
+    data = PNG_SIGNATURE + b"\0\0\0\1sBIT" + bytes([8]) + b"\0\0\0\0\0\0\0\1IDAT"
+    assert (_to_uint8(np.full((1, 1, 3), 255, np.uint16), data, "a.png") == 255).all()
+    assert (_to_uint8(np.full((1, 1, 3), 65535, np.uint16), b"", "a.png") == 255).all()
+
+
+@pytest.mark.parametrize(("share", "enough"), [(1.1, False), (1.3, True)])
+def test_the_shared_memory_that_workers_need(dataset, small_config, monkeypatch, share, enough):
+    """PyTorch reads two batches ahead with each worker: with two workers, five batches of float32 planes."""
+    data = CocoDataset(dataset, dataset.parent / "images")
+    config = override(small_config, batch_size=4)
+    free = int(share * 5 * 4 * 3 * 4 * config.train_size**2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    loader = TrainingLoader(data, config, workers=2)
+    with nullcontext() if enough else pytest.raises(UserError, match="MiB free"):
+        loader._check_shared_memory()

@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# As in train.py and eval.py, and for the same reason: beside another process, a step would take seconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import cv2
 import numpy as np
 import pytest

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import eval as eval_script
 import train
-from tools import audit, demo
+from tools import audit, demo, pseudo_masks
 from tools.export import __main__ as export
 from tools.formats import __main__ as formats
 
@@ -32,6 +32,7 @@ PARSERS = {
     "-m tools.export": export.build_parser(),
     "-m tools.demo": demo.build_parser(),
     "-m tools.audit": audit.build_parser(),
+    "-m tools.pseudo_masks": pseudo_masks.build_parser(),
     "-m tools.formats": formats.build_parser(),
 }
 

@@ -70,7 +70,7 @@ def add_masks(predictor: Predictor, dataset: CocoDataset, content: dict[str, Any
     An image that cannot be read is reported and left out.
     """
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for entry in content["annotations"]:
+    for entry in content.get("annotations", []):
         if not is_crowd(entry):
             by_image[as_id(entry["image_id"], "image_id")].append(entry)
     kept = total = 0

@@ -142,7 +142,7 @@ def _images(
                     problems.add("annotations without a usable mask or box", file_name)
                 else:
                     problems.note("objects without a mask, of which only the box is kept", file_name)
-                    objects.append(LabelledObject(name, None, is_crowd(entry), box))
+                    objects.append(LabelledObject(name, None, is_crowd(entry) and not clear_crowds, box))
             elif isinstance(segmentation, list) and max(map(np.max, segmentation)) <= 1.0:
                 problems.add("outlines that are relative (0 to 1) instead of in pixels", file_name)
             else:

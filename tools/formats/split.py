@@ -18,8 +18,8 @@ def split_images(images: list[LabelledImage], share: float) -> dict[str, list[La
     """Return "train" and "val" with about `share` (0..1) of the images in "val".
 
     A hash of the name of a file decides, so that an image keeps its side when others are added, unless these are near
-    copies of it. Near copies, such as the frames of a video, form a group, and the first name of a group decides for all
-    of it: on both sides, they would make AP too high. Raises UserError if no image would be left for training.
+    copies of it. Near copies, such as the frames of a video, form a group, and the first name of a group decides for
+    all of it: on both sides, they would make AP too high. Raises UserError if no image would be left for training.
     """
     images = sorted(images, key=lambda image: image.path.name)
     first = groups_of_copies([image.path for image in images])

@@ -14,7 +14,7 @@ fi
 if [ -n "${QUICK:-}" ]; then
     batches=(1) small=(--rounds 1 --repeats 1 --no_compile --batch_size 1) gpu=(--configs yolact_lite --batches 1 --repeats 1)
 else
-    batches=(1 32) small=(--rounds 3 --repeats 10 --limit 25) gpu=(--batches 1 32 --repeats 30)
+    batches=(1 32) small=(--rounds 3 --repeats 10 --limit 14) gpu=(--batches 1 32 --repeats 30)
 fi
 
 part() { # name, limit in seconds, command
@@ -34,9 +34,9 @@ compare() { # name, limit in seconds, configuration, options
         --device "$device" "$@" "${small[@]}" --output "$out/$name.json"
 }
 
-part tests 120 python3 -m pytest -q tests/test_cuda.py -p no:cacheprovider
-compare compare_yolact_resnet50 80 yolact_resnet50 --batches "${batches[@]}"
-compare training_yolact_resnet50 60 yolact_resnet50 --batches --training
+part tests 130 python3 -m pytest -q tests/test_cuda.py -p no:cacheprovider
+compare compare_yolact_resnet50 105 yolact_resnet50 --batches "${batches[@]}"
+compare compare_yolact_base 60 yolact_base --batches 1
+part gpu 55 python3 benchmarks/gpu.py --device "$device" "${gpu[@]}" --output "$out/gpu.json"
+compare training_yolact_resnet50 65 yolact_resnet50 --batches --training
 compare training_yolact_base 65 yolact_base --batches --training
-part gpu 75 python3 benchmarks/gpu.py --device "$device" "${gpu[@]}" --output "$out/gpu.json"
-compare compare_yolact_base 80 yolact_base --batches "${batches[@]}"

@@ -1,9 +1,11 @@
 """Optimise a model for inference. All optimisations are applied here, and none changes the function it computes.
 
 Batch norm is folded into convolutions, tensors are channels_last, weights are cast once, and the network is optionally
-compiled with `torch.compile`. An earlier version also had Winograd convolutions, 1x1 convolutions as matrix products
-and a merged head. They helped on a processor with AVX2, but not with AVX-512: ResNet-50 at 550 px in float32, from an
-image of 480x640 to masks on two cores of an AMD EPYC, takes 275 ms without them and 325 ms with them (in one run).
+compiled with `torch.compile`. If it is not, ReLU becomes a part of convolutions on a GPU, see `inference.fusion`.
+
+An earlier version also had Winograd convolutions, 1x1 convolutions as matrix products and a merged head. They helped on
+a processor with AVX2, but not with AVX-512: ResNet-50 at 550 px in float32, from an image of 480x640 to masks on two
+cores of an AMD EPYC, takes 275 ms without them and 325 ms with them (in one run).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from inference.fusion import fuse
 from layers.detect import detect
 from layers.structures import Predictions, Selected
 from utils.device import choose_device, choose_precision
@@ -62,8 +65,9 @@ def pytorch_backend(
         raise UserError(f"size {sides[0]}x{sides[1]}: the network needs at least 32 pixels a side")
     follows_image = isinstance(size, int) and model.config.model.preserve_aspect_ratio and not compile
     prepared = optimize(model, device, dtype) if optimized else copy.deepcopy(model).eval().to(device)
+    uses_cudnn = device.type == "cuda" and torch.version.cuda is not None and torch.backends.cudnn.is_available()
     backend = Backend(
-        network=prepared,
+        network=fuse(prepared) if uses_cudnn and optimized and not compile else prepared,
         mask_iou=prepared.mask_iou,
         anchors=prepared.anchors,
         size=sides[0] if follows_image else sides,

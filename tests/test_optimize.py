@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 import platform
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import random_image, spawn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from backbone import DeformConv2d
 from config import CONFIGS, get_config
 from inference import Predictor
 from inference import optimize as optimize_module
+from inference.fusion import fuse
 from inference.optimize import fold_batch_norm, optimize
 from layers.detect import detect
 from utils.errors import UserError
@@ -48,6 +52,42 @@ def test_optimized_is_the_same_function(name):
             assert wanted.shape == found.shape
             assert float((wanted - found).abs().max() / wanted.abs().max()) < 1e-4
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def reference_relu(x, weight, bias, stride, padding, dilation, groups):
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+
+def reference_add_relu(x, weight, added, alpha, bias, stride, padding, dilation, groups):
+    return (F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * added).relu()
+
+
+# ResNet-50: 33 in the backbone, of which 13 are deformable in YOLACT++; 5 of prototypes, 3 of the FPN, 5 of the head.
+@pytest.mark.parametrize(
+    ("name", "relus", "sums"), [("yolact_resnet50", 46, 16), ("yolact_plus_resnet50", 33, 16), ("yolact_lite", 13, 0)]
+)
+def test_relus_become_a_part_of_convolutions(name, relus, sums, monkeypatch):
+    """The operations of cuDNN are replaced by what they compute, since they exist for CUDA only."""
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", Mock(side_effect=reference_relu))
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", Mock(side_effect=reference_add_relu))
+    model = optimize(with_statistics(get_config(name)), CPU, torch.float32)
+    fused = pickle.loads(pickle.dumps(fuse(model)))
+    for height, width in ((150, 190), (96, 128)):
+        images = torch.randn(2, 3, height, width)
+        with torch.inference_mode():
+            for wanted, found in zip(model(images)[:4], fused(images)[:4], strict=True):
+                assert torch.equal(wanted, found)
+    assert torch.cudnn_convolution_relu.call_count == 2 * relus
+    assert torch.cudnn_convolution_add_relu.call_count == 2 * sums
+
+
+def test_a_network_that_decides_by_values_is_not_fused():
+    class Deciding(nn.Module):
+        def forward(self, x):
+            return x.relu() if x.mean() > 0 else x
+
+    model = Deciding()
+    assert fuse(model) is model
 
 
 def test_deformable_convolutions_keep_float32_weights():

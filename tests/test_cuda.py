@@ -80,7 +80,6 @@ def test_every_nms(people, nms):
         ({"precision": "bf16"}, 0.1),
         ({"precision": "fp16"}, 0.02),
         ({"precision": "fp32", "compile": True, "size": (640, 640)}, 1e-3),
-        ({"precision": "bf16", "compile": True, "size": (640, 640)}, 0.1),
     ],
 )
 def test_precisions_and_compiled(people, options, score):
@@ -129,8 +128,7 @@ def test_training_resuming_and_evaluation(tmp_path):
     args[args.index("cpu")] = "cuda"
     assert "on 1 x cuda" in run(*args, "--max_iter", "4")
     run("train.py", "--resume", tmp_path / "run", "--max_iter", "6")
-    for precision in ("fp16", "fp32"):
-        run(*args, "--max_iter", "2", "--precision", precision, "--output_dir", tmp_path / precision)
+    run(*args, "--max_iter", "2", "--precision", "fp16", "--output_dir", tmp_path / "fp16")
     images = path.parent / "images"
     found = run("eval.py", "--weights", tmp_path / "run", "--annotations", path, "--image_dir", images)
     assert "segm" in found or "mask" in found

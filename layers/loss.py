@@ -282,14 +282,17 @@ def _sums_around_boxes(logits: Tensor, truth: Tensor, objects: Tensor, boxes: Te
     low, high = limits[:, :2].floor().clamp(min=0), limits[:, 2:].ceil()
     regions = torch.cat((low, high), dim=1).long().tolist()
     rows = [(objects == n).nonzero()[:, 0] for n in objects.unique().tolist()]
+    order = torch.cat(rows)
+    # Split first: the gradient of a slice has the size of what was sliced, all masks or those of one object.
+    parts = logits[order].split([len(same) for same in rows])
     sums = []
-    for same in rows:
+    for same, part in zip(rows, parts, strict=True):
         x1, y1, x2, y2 = regions[same[0]]
         region = (..., slice(y1 * scale, y2 * scale), slice(x1 * scale, x2 * scale))
         target = truth[objects[same[0]]][region].expand(len(same), -1, -1)
-        loss = _upsampled_cross_entropy(logits[same, y1:y2, x1:x2], target)
+        loss = _upsampled_cross_entropy(part[:, y1:y2, x1:x2], target)
         sums.append((loss * window[same[0]][region]).sum(dim=(1, 2)))
-    return torch.cat(sums)[torch.cat(rows).argsort()]
+    return torch.cat(sums)[order.argsort()]
 
 
 def true_masks(targets: list[Target], size: tuple[int, ...]) -> Tensor:

@@ -118,8 +118,7 @@ def _one_pass(
     def postprocess(candidates: Selected, prototypes: Tensor) -> list[Detections]:
         if provided is not None:
             candidates = Selected(*(field.expand(batch_size, *field.shape[1:]) for field in provided))
-        counts = (candidates.scores > 0).sum(dim=1).tolist()
-        return [predictor.postprocess(candidates, prototypes, i, n, image.shape[:2]) for i, n in enumerate(counts)]
+        return predictor.postprocess(candidates, prototypes, [image.shape[:2]] * batch_size)
 
     def network_to_masks() -> list[Tensor]:
         return [d.masks for d in postprocess(*predictor.run(batch))]

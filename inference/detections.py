@@ -19,7 +19,7 @@ from config import DetectionConfig
 from data.image import write_image
 from inference.polygons import POLYGON_TOLERANCE, polygon_iou, rings
 from layers.masks import MASK_BUDGET, assemble_masks
-from utils.device import to_host
+from utils.device import to_device, to_host
 from utils.draw import draw_objects
 from utils.errors import require
 
@@ -36,10 +36,11 @@ Index = int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]
 class Detections:
     """The detections of one image, best first. Indexing with an integer, slice, list or mask returns a subset.
 
-    Masks are computed from prototypes and coefficients on access. `Predictor` clones the tensors, so they can be
-    modified in place and do not keep the rest of the batch in memory.
+    Masks are computed from prototypes and coefficients on access, on the device of the network. `Predictor` clones the
+    tensors, so they can be modified in place and do not keep the rest of the batch in memory.
     """
 
+    # Boxes, scores and labels are on the CPU, because they are read one by one.
     boxes: Tensor  # [N, 4] x1, y1, x2, y2 in pixels, clipped to the image
     scores: Tensor  # [N] of the class, 0..1
     mask_scores: Tensor  # [N] the same, or re-scored by the mask's quality (YOLACT++, maskness); ranks the detections
@@ -65,7 +66,9 @@ class Detections:
 
     def __getitem__(self, index: Index) -> Detections:
         chosen = self._selection(index)
-        return self._map(PER_DETECTION, lambda value: value[chosen])
+        if isinstance(chosen, slice):
+            return self._map(PER_DETECTION, lambda value: value[chosen])
+        return self._map(PER_DETECTION, lambda value: value[to_device(chosen, value.device)])
 
     def cpu(self) -> Detections:
         """Return the detections with all tensors on the CPU."""
@@ -75,14 +78,17 @@ class Detections:
         return replace(self, **{name: function(value) for name in names if (value := getattr(self, name)) is not None})
 
     def _selection(self, index: Index) -> slice | Tensor:
-        """Return the index as a slice or a tensor of one dimension. Raises IndexError for an integer out of range."""
+        """Return the index as a slice or as positions [n]. Raises IndexError for an integer out of range."""
         if isinstance(index, slice):
             return index
-        index = torch.as_tensor(index, device=self.scores.device)
+        index = torch.as_tensor(index).cpu()
         if index.ndim == 0 and not -len(self) <= int(index) < len(self):
             raise IndexError(f"index {int(index)} is out of range for {len(self)} detections")
+        if index.dtype == torch.bool and index.shape != (len(self),):
+            raise IndexError(f"{list(index.shape)} booleans cannot select from {len(self)} detections")
         # as_tensor([]) is a float tensor, which cannot index; an integer is kept as a dimension of size 1.
-        return (index if index.numel() else index.long()).reshape(-1)
+        index = index if index.numel() else index.long()
+        return index.nonzero()[:, 0] if index.dtype == torch.bool else index.reshape(-1)
 
     @cached_property
     def masks(self) -> Tensor:

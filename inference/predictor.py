@@ -11,7 +11,7 @@ detections.save("out.jpg")
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +24,7 @@ from data.image import ImageLike, as_image, input_size, to_network
 from inference.detections import Detections
 from inference.optimize import Backend, GraphedCall, pytorch_backend
 from inference.runtime import ExportedNetwork, exported_backend, is_exported
-from layers.detect import detect
+from layers.detect import detect, take
 from layers.masks import mask_scores, soft_masks
 from layers.nms import find_nms
 from layers.structures import Predictions, Selected
@@ -173,11 +173,9 @@ class Predictor:
         return self._detections(selected, predictions.prototypes, images)
 
     def _detections(self, selected: Selected, prototypes: Tensor, images: list[np.ndarray]) -> list[Detections]:
-        counts = (selected.scores > 0).sum(dim=1).tolist()  # synchronises with the device
-        found = []
-        for i, image in enumerate(images):
-            found.append(self.postprocess(selected, prototypes, i, counts[i], image.shape[:2]))
-            found[-1].image = image
+        found = self.postprocess(selected, prototypes, [image.shape[:2] for image in images])
+        for detections, image in zip(found, images, strict=True):
+            detections.image = image
         return found
 
     def run(self, batch: Tensor) -> tuple[Selected, Tensor]:
@@ -222,50 +220,59 @@ class Predictor:
             predictions, self._anchors[size], self.config.detection, drop_weak_anchors=self.device.type == "cpu"
         )
 
-    def postprocess(
-        self, selected: Selected, prototypes: Tensor, i: int, count: int, size: tuple[int, ...]
-    ) -> Detections:
-        """Return the detections in the first `count` slots of image `i` of the batch.
+    @torch.no_grad()
+    def postprocess(self, selected: Selected, prototypes: Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Detections]:
+        """Return the detections in the used slots of each image.
 
         Args:
-            selected: the output of `detect`.
+            selected: the output of `detect` for B images.
             prototypes: [B, h, w, K].
-            i: index of the image in the batch.
-            count: number of used slots of the image.
-            size: (H, W) of the image in pixels, to which the boxes are scaled.
+            sizes: (H, W) of each image in pixels, to which its boxes are scaled.
         """
-        # Cloned, because inference tensors cannot be modified in place, and views would keep the batch in memory.
-        boxes, scores, labels, coefficients = (field[i, :count].clone() for field in selected)
-        height, width = size
-        x1, y1, x2, y2 = boxes.clamp(0, 1).unbind(-1)
-        found = Detections(
-            boxes=torch.stack((x1 * width, y1 * height, x2 * width, y2 * height), dim=-1),
-            scores=scores,
-            mask_scores=scores.clone(),
-            labels=labels,
-            class_names=self.config.class_names,
-            category_ids=self.config.category_ids,
-            size=(height, width),
-            coefficients=coefficients,
-            prototypes=prototypes[i].clone(),
-            relative_boxes=boxes,
-            config=self.config.detection,
-        )
-        return self._rescore(found) if len(found) else found
+        selected, mask_scores = self._rescore(selected, prototypes)
+        # What is read one by one moves to the host in one copy, for which alone the host waits for a GPU.
+        scored = torch.stack((selected.scores, mask_scores, selected.labels), dim=2)
+        values = torch.cat((selected.boxes, scored), dim=2).cpu()
+        detections = []
+        for i, (count, (height, width)) in enumerate(zip((values[..., 4] > 0).sum(dim=1).tolist(), sizes, strict=True)):
+            corners, class_scores, ranks, labels = values[i, :count].split((4, 1, 1, 1), dim=1)
+            detections.append(
+                Detections(
+                    boxes=corners.clamp(0, 1) * torch.tensor([width, height, width, height]),
+                    scores=class_scores[:, 0].clone(),  # a view would keep the whole batch in memory
+                    mask_scores=ranks[:, 0].clone(),
+                    labels=labels[:, 0].long(),
+                    class_names=self.config.class_names,
+                    category_ids=self.config.category_ids,
+                    size=(height, width),
+                    coefficients=selected.coefficients[i, :count].clone(),
+                    prototypes=prototypes[i].clone(),
+                    relative_boxes=selected.boxes[i, :count].clone(),
+                    config=self.config.detection,
+                )
+            )
+        return detections
 
-    @torch.no_grad()
-    def _rescore(self, found: Detections) -> Detections:
-        """Set `mask_scores` to the class scores times the mask IoU that YOLACT++ predicts and maskness, where enabled.
+    def _rescore(self, selected: Selected, prototypes: Tensor) -> tuple[Selected, Tensor]:
+        """Return the detections and their mask scores [B, M]: class scores times the mask IoU and maskness, if enabled.
 
         With `strict_threshold`, the threshold then also applies to the mask scores, as in the authors' code for images,
         and detections are sorted by them.
         """
         detection, mask_iou = self.config.detection, self.backend.mask_iou
         if mask_iou is None and not detection.maskness:
-            return found
-        soft = soft_masks(found.prototypes, found.coefficients, found.relative_boxes if detection.crop else None)
-        found.mask_scores = mask_scores(found.scores, found.labels, soft, detection, mask_iou)
-        if detection.strict_threshold:
-            found = found[found.mask_scores.argsort(descending=True)]
-            found = found[found.mask_scores >= detection.score_threshold]
-        return found
+            return selected, selected.scores
+        if self.device.type == "cpu":  # on a GPU, reading how many slots are used would be a wait
+            used = max(1, int((selected.scores > 0).sum(dim=1).amax()))
+            selected = Selected(*(field[:, :used] for field in selected))
+        ranks = []
+        for boxes, scores, labels, coefficients, planes in zip(*selected, prototypes, strict=True):
+            soft = soft_masks(planes, coefficients, boxes if detection.crop else None)
+            ranks.append(mask_scores(scores, labels, soft, detection, mask_iou))
+        ranked = torch.stack(ranks)
+        if not detection.strict_threshold:
+            return selected, ranked
+        weak = (ranked < detection.score_threshold) | (selected.scores <= 0)
+        order = ranked.masked_fill(weak, -1.0).argsort(dim=1, descending=True)
+        selected = selected._replace(scores=selected.scores.masked_fill(weak, -1.0))
+        return Selected(*(take(field, order) for field in selected)), ranked.gather(1, order)

@@ -37,7 +37,7 @@ def detect(
     if config.pre_nms_top_k:
         # MMDetection keeps the best anchors of each level. From here on, `anchors` is [B, M, 4] instead of [A, 4].
         chosen = _best_per_level(scores.amax(dim=-1), level_sizes(predictions), config.pre_nms_top_k)
-        scores, offsets, coefficients = (_take(x, chosen) for x in (scores, offsets, coefficients))
+        scores, offsets, coefficients = (take(x, chosen) for x in (scores, offsets, coefficients))
         anchors = anchors[chosen]
     # Boxes above a fixed threshold vote, so that the score of a detection does not depend on the configured one.
     lowest = min(config.score_threshold, VOTER_SCORE) if config.box_voting else config.score_threshold
@@ -62,7 +62,7 @@ def detect(
         # 0.3 and 1000 boxes of each class, this changes the time from 0.85 s to 7 ms.
         top_k = min(top_k, int((~weak.all(dim=2)).sum(dim=1).amax().clamp(min=1)))
     kept = find_nms(config.nms)(boxes, candidates, config.nms_threshold, top_k, config.top_k)
-    selected = Selected(_take(boxes, kept.indices), kept.scores, kept.labels, _take(coefficients, kept.indices))
+    selected = Selected(take(boxes, kept.indices), kept.scores, kept.labels, take(coefficients, kept.indices))
     if config.box_voting:
         selected = _vote(selected, boxes, scores.masked_fill(best <= VOTER_SCORE, 0.0), config.nms_top_k)
     # Voting and Cluster-NMS with the score penalty lower scores, so the threshold is applied again.
@@ -73,13 +73,15 @@ def detect(
 def _vote(selected: Selected, boxes: Tensor, scores: Tensor, max_voters: int) -> Selected:
     """Refine detections by the `max_voters` best of the boxes [B, A, 4] with scores [B, A, C], see layers.voting."""
     voters = scores.amax(dim=-1).topk(min(max_voters, scores.shape[1]), dim=1).indices
-    voter_scores = _take(scores, voters).transpose(1, 2)
-    voted, rescored, order = vote(selected.boxes, selected.scores, selected.labels, _take(boxes, voters), voter_scores)
-    return Selected(voted, rescored, selected.labels.gather(1, order), _take(selected.coefficients, order))
+    voter_scores = take(scores, voters).transpose(1, 2)
+    voted, rescored, order = vote(selected.boxes, selected.scores, selected.labels, take(boxes, voters), voter_scores)
+    return Selected(voted, rescored, selected.labels.gather(1, order), take(selected.coefficients, order))
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Select values [B, A, D] at index [B, M] -> [B, M, D]."""
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Select values [B, A] or [B, A, D] at index [B, M] -> [B, M] or [B, M, D]."""
+    if values.ndim == 2:
+        return values.gather(1, index)
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 

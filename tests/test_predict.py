@@ -296,7 +296,7 @@ def test_detections_are_ordinary_objects(predictor):
 def test_boxes_outside_of_the_image_are_empty_and_not_inverted(predictor):
     boxes = torch.tensor([[[1.2, 0.2, 1.5, 0.4], [-0.5, -0.5, -0.1, 1.4], [0.2, 0.2, 0.4, 0.4]]])
     candidates = Selected(boxes, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 3, 32))
-    found = predictor.postprocess(candidates, torch.rand(1, 24, 24, 32), 0, 3, (100, 200))
+    found = predictor.postprocess(candidates, torch.rand(1, 24, 24, 32), [(100, 200)])[0]
     assert found.boxes.tolist() == [[200, 20, 200, 40], [0, 0, 0, 100], pytest.approx([40, 20, 80, 40])]
     assert all(min(result["bbox"]) >= 0 for result in found.to_coco())
 

@@ -1,0 +1,176 @@
+"""On a GPU the host waits once per batch and twice per training step, and no operation mixes devices.
+
+The device is pretended, see pretended.py; tests/test_cuda.py checks the numbers of a real one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import recipe
+import torch
+from conftest import ROOT
+
+from config import get_config
+from data.image import read_image
+from data.loader import Batch
+from inference import Predictor
+from layers.nms import NMS
+from tools.tiles import TiledPredictor
+from training.trainer import Trainer
+from utils.distributed import Ranks
+from weights import load_model
+from weights.released import BUNDLED
+from yolact import Yolact
+
+if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+    pytest.skip("needs a newer PyTorch", allow_module_level=True)
+from pretended import CUDA, Pretended, pretended_cuda
+
+
+def test_the_device_refuses_what_cuda_refuses_and_counts_waits():
+    with pretended_cuda() as device:
+        values = torch.arange(4.0).pin_memory().to("cuda", non_blocking=True)
+        assert not device.waits
+        with pytest.raises(RuntimeError, match="same device"):
+            values + torch.ones(4)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.ones(4)[values.long()]
+        with pytest.raises(TypeError, match="numpy"):
+            values.numpy()
+        for waiting in (
+            lambda: values[values > 1],
+            lambda: values.nonzero(),
+            lambda: values.sum().item(),
+            lambda: bool(values[0] < 1),
+            lambda: values.tolist(),
+            lambda: values.cpu(),
+            lambda: torch.ones(4).to("cuda"),
+            lambda: torch.tensor([1.0, 2.0], device="cuda"),
+            lambda: torch.equal(values, values),
+        ):
+            device.waits.clear()
+            waiting()
+            assert device.waits.total() == 1
+        assert (values * 2 + 1).cpu().tolist() == [1, 3, 5, 7]
+
+
+def noisy(name, **overrides):
+    model = Yolact(get_config(name, **overrides)).eval()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=0.7))
+    with torch.no_grad():
+        model.head.cls.bias.view(-1, model.config.num_classes + 1)[:, 0] -= 1
+    return model
+
+
+@pytest.fixture(scope="module")
+def person():
+    return load_model(BUNDLED), read_image(ROOT / "data/demo/camera.jpg")
+
+
+def check_one_wait(model, image, **options):
+    """The detections of the CPU, with one wait for a batch, and one for the masks of an image."""
+    wanted = Predictor(model, "cpu", "fp32", **options)([image, image])
+    with pretended_cuda() as device:
+        predictor = Predictor(model, "cuda", "fp32", **options)
+        predictor([image, image])  # the anchors of a new input size are copied once
+        device.waits.clear()
+        found = predictor([image, image])
+        assert sum(device.waits.values()) == 1, device.waits
+        device.waits.clear()
+        coco = found[0].to_coco()
+        assert sum(device.waits.values()) <= 1, device.waits
+        assert isinstance(found[0].prototypes, Pretended)
+        assert isinstance(found[0].masks, Pretended)
+        masks = found[0].masks.cpu()
+        assert found[0].draw().shape == image.shape
+    assert len(wanted[0]) > 0
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert torch.allclose(ours.boxes, theirs.boxes, atol=0.05)
+        assert torch.allclose(ours.mask_scores, theirs.mask_scores, atol=1e-3)
+    assert len(coco) == len(wanted[0])
+    assert float((masks != wanted[0].masks).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("nms", [name for name in NMS if name != "standard"])  # whose decisions are the host's
+def test_one_wait_for_each_nms(person, nms):
+    check_one_wait(*person, nms=nms)
+
+
+@pytest.mark.parametrize("name", ["yolact_resnet50", "yolact_plus_resnet50", "yolact_r50", "yolact_darknet53"])
+def test_one_wait_for_each_kind_of_network(name):
+    check_one_wait(noisy(name, max_size=160), recipe.image(120, 160, 1), score_threshold=0.1)
+
+
+def test_standard_nms_sizes_tiles_and_subsets(person):
+    model, image = person
+    small = image[:200, :150].copy()
+    with pretended_cuda():
+        predictor = Predictor(model, "cuda", "fp32")
+        assert len(predictor.with_detection(nms="standard")(image)) > 0
+        found = predictor([image, small, image])[2]
+        assert len(found[found.scores > 0.9]) + len(found[found.scores <= 0.9]) == len(found)
+        assert len(found[[0]].to_dicts()) == 1
+        assert len(TiledPredictor(predictor, 320)(image).encode_masks()) > 0
+
+
+def test_tracking_on_the_device(person):
+    pytest.importorskip("trackers")
+    from tools.track import Tracker
+
+    model, image = person
+    with pretended_cuda():
+        predictor, tracker = Predictor(model, "cuda", "fp32"), Tracker(25)
+        for _ in range(3):
+            found = tracker(predictor(image), image)
+            assert found.draw(image).shape == image.shape
+    assert int(found.track_ids.max()) >= 0
+
+
+def make_batch(config, objects, images):
+    """Random targets with `objects` objects in each image, in pinned memory as a DataLoader gives them."""
+    targets = []
+    for seed in range(images):
+        generator = torch.Generator().manual_seed(seed)
+        low = torch.rand(objects, 2, generator=generator) * 0.6
+        targets.append(
+            {
+                "boxes": torch.cat((low, low + 0.3), dim=1),
+                "labels": torch.arange(objects) % config.num_classes,
+                "masks": torch.ones(objects, 16, 16, dtype=torch.uint8),
+                "has_mask": torch.ones(objects, dtype=torch.bool),
+                "crowds": torch.tensor([[0.0, 0.0, 0.2, 0.2]]),
+                "seed": torch.tensor(seed),
+            }
+        )
+    size = config.train_size
+    return Batch(torch.randn(images, 3, size, size), targets, list(range(images)), []).pin_memory()
+
+
+@pytest.mark.parametrize("name", ["yolact_resnet50", "yolact_plus_resnet50", "yolact_lite"])
+def test_a_training_step_waits_twice_whatever_its_objects(name, tmp_path, monkeypatch):
+    """Once to sample the masks, and once for the losses and the norm of the gradient together."""
+    config = get_config(name, max_size=128)
+    with pretended_cuda() as device:
+        trainer = Trainer(Yolact(config), tmp_path, Ranks(CUDA), "fp32")
+
+        def backward(_: torch.Tensor) -> None:
+            for parameter in trainer.model.parameters():
+                parameter.grad = torch.zeros_like(parameter.detach()) if parameter.requires_grad else None
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        operations: Counter[tuple[int, int]] = Counter()
+        for objects, images in ((2, 2), (2, 2), (8, 2), (8, 4)):
+            batch = make_batch(config, objects, images)
+            device.waits.clear()
+            device.operations = 0
+            assert np.isfinite(trainer.step(batch, 1e-4)["total"])
+            assert sum(device.waits.values()) == 2, device.waits
+            operations[objects, images] = device.operations
+    # Only the forced matches follow one another, for the objects of all images at once; a few copies are per image.
+    assert operations[8, 2] - operations[2, 2] <= 6 * 21
+    assert operations[8, 4] - operations[8, 2] <= 2 * 40

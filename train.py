@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from config import Config, override
 from data.coco import CocoDataset
-from data.loader import Batch, TrainingLoader, UnusableImages
+from data.loader import Batch, TrainingLoader, UnusableImages, default_workers
 from evaluation import evaluate
 from evaluation.evaluator import check_classes, per_class_table
 from inference import Predictor
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ranks.is_main:
                 write_record(trainer.folder, args, config, resumed=stored is not None)
             start_at = trainer.iteration * config.training.batch_size  # images that the run has already used
-            loader = TrainingLoader(train, config, args["seed"], start_at, args["workers"], ranks)
+            workers = default_workers(ranks) if args["workers"] is None else args["workers"]
+            loader = TrainingLoader(train, config, args["seed"], start_at, workers, ranks)
             with loader as batches:
                 finished = fit(trainer, batches, schedule, val, args)
     return 0 if finished else 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import signal
 import sys
@@ -140,6 +141,17 @@ def _start_worker(_worker: int) -> None:
     # then ends the workers; they must not end before it. TrainingLoader.__exit__ ends them without a signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def default_workers(ranks: Ranks) -> int:
+    """Return 2 on a CPU, and on a GPU one worker for each core of this process, at most 8.
+
+    A worker prepares about 60 images of 550 px a second, and an H200 trains YOLACT with ResNet-50 on 180 of them.
+    """
+    if ranks.device.type != "cuda":
+        return 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class UnusableImages:

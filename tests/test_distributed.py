@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from conftest import make_dataset, run, spawn, train_args
 
 from config import from_dict, override
 from data.coco import CocoDataset
-from data.loader import EndlessShuffle, TrainingLoader
+from data.loader import EndlessShuffle, TrainingLoader, default_workers
 from tools.audit import SAMPLE
 from training.trainer import NetworkAndLoss
+from utils.distributed import Ranks
 from weights.checkpoint import save_checkpoint
 from yolact import Yolact
 
@@ -173,3 +175,13 @@ def test_no_process_group_is_left_when_the_interpreter_ends(dataset, tmp_path):
     _, *args = train_args(dataset, "--batch_size", "4", *EXACT)
     out = spawn(*TORCHRUN, tmp_path / "probe.py", *args, "--output_dir", tmp_path / "two")
     assert out.count("groups left: [None]") == 2
+
+
+def test_gpus_share_the_cores_among_their_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert default_workers(Ranks(torch.device("cpu"))) == 2
+    assert default_workers(Ranks(torch.device("cuda:0"))) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert default_workers(Ranks(torch.device("cuda:1"), 1, 4)) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert default_workers(Ranks(torch.device("cuda:1"), 1, 16)) == 1

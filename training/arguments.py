@@ -23,8 +23,8 @@ from weights.transfer import Start, read_start
 CONFIG_FLAGS = ("batch_size", "lr", "epochs", "max_iter")
 # Arguments that a resumed run cannot change: the result would not be that of one run.
 FIXED = ("config", "set", "batch_size", "lr", "init", "seed")
-# Values of arguments that are neither given nor stored. None means: without validation, the configuration's own length,
-# one thread per core, never; see the help.
+# Values of arguments that are neither given nor stored. None means: without validation, one worker per core of a GPU's
+# process, one thread per core, never; see the help.
 DEFAULTS: dict[str, Any] = {
     "val_annotations": None,
     "val_images": None,
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "accumulate": 1,
     "device": "auto",
     "precision": "auto",
-    "workers": 2,
+    "workers": None,
     "threads": None,
     "val_interval": None,
     "patience": None,
@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
     add("--accumulate", type=integer(1), help="gradient accumulation: micro-batches per step (1)")
     add("--device", help="auto (default), cpu, cuda, cuda:1 or mps")
     add("--precision", choices=["auto", *PRECISIONS], help="network precision; losses use float32")
-    add("--workers", type=integer(0), help="data loading processes (2); 0: load in the main process")
+    add("--workers", type=integer(0), help="data loading processes (default: 2, or more for a GPU); 0: none")
     add("--threads", type=integer(1), help="number of CPU threads (default: one per core)")
     add("--val_interval", type=integer(1), help="iterations between validations (default: see docs/training.md)")
     add("--patience", type=integer(1), help="stop after so many validations without a better mask AP (default: never)")

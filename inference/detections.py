@@ -12,16 +12,16 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from pycocotools import mask as rle
 from torch import Tensor
 
 from config import DetectionConfig
 from data.image import write_image
 from inference.polygons import POLYGON_TOLERANCE, polygon_iou, rings
-from layers.masks import MASK_BUDGET, assemble_masks
+from layers.masks import MASK_BUDGET, assemble_masks, mask_windows
 from utils.device import to_device, to_host
 from utils.draw import draw_objects
 from utils.errors import require
+from utils.windows import MaskWindow
 
 TOOLS = "requirements-tools.txt"  # the optional packages of this module
 # The keys of `to_dicts`, except that of tracking.
@@ -106,6 +106,14 @@ class Detections:
         for chunk in self._chunks(budget):
             yield from to_host(chunk).numpy()
 
+    def windows(self) -> Iterator[MaskWindow]:
+        """Yield each mask, in order, as the part of it around the object: for large images the fastest form."""
+        if self.config.crop and self.prototypes.device.type == "cpu":
+            fields = self.prototypes.detach(), self.coefficients.detach(), self.relative_boxes
+            yield from mask_windows(*fields, self.size, self.config)
+        else:
+            yield from map(MaskWindow.around, self.iter_masks())
+
     def _chunks(self, budget: int) -> Iterator[Tensor]:
         prototypes, coefficients = self.prototypes.detach(), self.coefficients.detach()
         return assemble_masks(prototypes, coefficients, self.relative_boxes, self.size, self.config, budget)
@@ -126,7 +134,7 @@ class Detections:
                     colors[i], texts[i] = number, f"#{number} {texts[i]}"
         worst_first = list(range(len(self)))[::-1]  # the best detection is drawn last, on top
         boxes = self.boxes.cpu().numpy()[worst_first]
-        return draw_objects(image, self[worst_first].iter_masks(), boxes, texts[::-1], colors[::-1], alpha)
+        return draw_objects(image, self[worst_first].windows(), boxes, texts[::-1], colors[::-1], alpha)
 
     def save(self, path: str | Path, image: np.ndarray | None = None) -> None:
         """Draw the detections, see `draw`, and write the result in the format of the path's suffix.
@@ -138,8 +146,8 @@ class Detections:
     def encode_masks(self) -> list[dict[str, Any]]:
         """Return each mask as a COCO run-length encoding, {"size": [H, W], "counts": text}."""
         encoded = []
-        for mask in self.iter_masks():
-            code = rle.encode(np.asfortranarray(mask.view(np.uint8)))
+        for window in self.windows():
+            code = window.encode(self.size)
             encoded.append({"size": list(code["size"]), "counts": code["counts"].decode()})
         return encoded
 
@@ -171,10 +179,12 @@ class Detections:
         the centre of its box.
         """
         rows = []
-        for i, mask in enumerate(self.iter_masks()):
+        for i, window in enumerate(self.windows()):
             x1, y1, x2, y2 = self.boxes[i].tolist()
-            ys, xs = np.nonzero(mask)
-            x, y = (xs.mean() + 0.5, ys.mean() + 0.5) if len(xs) else ((x1 + x2) / 2, (y1 + y2) / 2)
+            ys, xs = np.nonzero(window.pixels)
+            x, y = (x1 + x2) / 2, (y1 + y2) / 2
+            if len(xs):
+                x, y = window.x + xs.mean() + 0.5, window.y + ys.mean() + 0.5
             label = int(self.labels[i])
             scores = float(self.scores[i]), float(self.mask_scores[i])
             values = (self.class_names[label], self.category_ids[label], *scores, x1, y1, x2, y2)
@@ -216,12 +226,13 @@ class Detections:
         """
         shapes = []
         labels, scores = self.labels.tolist(), self.mask_scores.tolist()
-        for index, mask in enumerate(self.iter_masks()):
-            found = rings(mask, tolerance)
-            quality = f"score {scores[index]:.4f}, IoU with the mask {polygon_iou(mask, found):.3f}"
+        for index, window in enumerate(self.windows()):
+            found = rings(window.pixels, tolerance)
+            quality = f"score {scores[index]:.4f}, IoU with the mask {polygon_iou(window.pixels, found):.3f}"
             common = {"label": self.class_names[labels[index]], "group_id": index + 1, "shape_type": "polygon"}
             for points, hole in found:
-                shape = {"points": points.astype(float).tolist(), "flags": {"hole": bool(hole)}}
+                placed = (points + np.array((window.x, window.y))).astype(float).tolist()
+                shape = {"points": placed, "flags": {"hole": bool(hole)}}
                 shapes.append(common | shape | {"description": quality})
         height, width = self.size
         header: dict[str, Any] = {"version": "5.0.1", "flags": {}, "imagePath": image_path, "imageData": None}
@@ -238,10 +249,10 @@ class Detections:
         """
         image = self._own(image)
         found = []
-        for mask in self.iter_masks():
-            window = _window(mask)
-            alpha = mask[window][..., None].astype(np.uint8) * 255
-            found.append(np.concatenate((image[window], alpha), axis=2))
+        for window in self.windows():
+            _, _, pixels = tight = window.tight()
+            alpha = pixels[..., None].astype(np.uint8) * 255
+            found.append(np.concatenate((image[tight.place], alpha), axis=2))
         return found
 
     def blur(self, image: np.ndarray | None = None) -> np.ndarray:
@@ -252,15 +263,15 @@ class Detections:
         """
         image = self._own(image)
         out = image.copy()
-        for mask in self.iter_masks():
-            window = _window(mask)
-            part = image[window]
+        for window in self.windows():
+            tight = window.tight()
+            part = image[tight.place]
             if part.size:
                 scale = min(1, BLUR_CELLS / max(part.shape[:2]))
                 size = max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale))
                 small = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
                 smooth = cv2.resize(small, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-                out[window] = np.where(mask[window][..., None], smooth, out[window])
+                out[tight.place] = np.where(tight.pixels[..., None], smooth, out[tight.place])
         return out
 
     def _track(self, i: int) -> dict[str, int]:
@@ -276,11 +287,3 @@ class Detections:
         if image.shape[:2] != tuple(self.size):
             raise ValueError(f"the detections are of an image of {self.size}, not {image.shape[:2]}")
         return image
-
-
-def _window(mask: np.ndarray) -> tuple[slice, slice]:
-    """Return the smallest window that contains all pixels of a bool mask [H, W]; an empty one for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return slice(0), slice(0)
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from utils.windows import MaskWindow
+
 POLYGON_TOLERANCE = 1.0  # pixels; people edit the outlines, and a mask has a corner at almost every pixel of its edge
 # Steps (x, y) along the edges of a pixel, with the inside to the right, and the corner of the pixel where each starts.
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
@@ -32,11 +34,8 @@ def rings(mask: np.ndarray, tolerance: float = 0.0) -> list[tuple[np.ndarray, bo
 
 def _trace(mask: np.ndarray) -> list[np.ndarray]:
     """Return the closed outlines of a mask as corners, int32 [n, 2]. Pixels that only touch diagonally are separate."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return []
-    left, top = int(columns[0]), int(rows[0])
-    padded = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)
+    left, top, pixels = MaskWindow.around(mask)
+    padded = np.pad(pixels, 1)
     steps: dict[tuple[int, int], list[int]] = defaultdict(list)  # directions that start at a point
     for direction, (dx, dy) in enumerate(STEPS):
         # The neighbour outside lies to the left of the step.

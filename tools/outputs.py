@@ -137,8 +137,9 @@ def merged_coco(images: Sequence[Path], outputs: Sequence[Path], config: Config)
 def instance_map(detections: Detections) -> np.ndarray:
     """Return a uint16 map [H, W] with the number (from 1) of the best detection at each pixel; 0 is background."""
     out = np.zeros(detections.size, np.uint16)
-    for number, mask in enumerate(detections.iter_masks(), start=1):
-        out[mask & (out == 0)] = number
+    for number, window in enumerate(detections.windows(), start=1):
+        part = out[window.place]
+        part[window.pixels & (part == 0)] = number
     return out
 
 

@@ -20,6 +20,7 @@ from config import Config
 from inference.detections import Detections
 from inference.predictor import MAX_BATCH, Predictor
 from utils.errors import UserError
+from utils.windows import MaskWindow
 
 MERGE_IOU = 0.5  # of two masks in the region that both tiles cover
 # On the whole image masks are coarser: thin ones come out thinner, or thicker. There the smaller of two masks must have
@@ -42,6 +43,9 @@ class TiledDetections(Detections):
         chosen = super().__getitem__(order)
         assert isinstance(chosen, TiledDetections)
         return replace(chosen, codes=tuple(self.codes[i] for i in order.tolist()))
+
+    def windows(self) -> Iterator[MaskWindow]:
+        return map(MaskWindow.around, self.iter_masks())
 
     def _chunks(self, budget: int) -> Iterator[Tensor]:
         """Decode the masks, about `budget` bytes at a time."""

@@ -11,6 +11,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from utils.windows import MaskWindow
+
 # Fonts for characters that Pillow's own font lacks, by the first of these characters. Most systems have one of them.
 FONTS = (
     (0x2E80, ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc")),
@@ -32,7 +34,7 @@ def color_of(index: int) -> tuple[int, int, int]:
 
 def draw_objects(
     image: np.ndarray,
-    masks: Iterable[np.ndarray],
+    masks: Iterable[np.ndarray | MaskWindow],
     boxes: np.ndarray,
     texts: Sequence[str],
     colors: Sequence[int],
@@ -46,7 +48,7 @@ def draw_objects(
     shape.
 
     Args:
-        masks: n bool arrays [H, W].
+        masks: n bool arrays [H, W], or windows of such masks.
         boxes: [n, 4] in corner form, in pixels.
         texts: n labels; an empty one is not drawn.
         colors: n indices for `color_of`.
@@ -58,7 +60,8 @@ def draw_objects(
     scale = (image.shape[0] * image.shape[1]) ** 0.5 / 750
     line = max(1, round(1.6 * scale))
     for mask, color in zip(masks, colors, strict=True):
-        _paint(out, image, mask, color_of(color), alpha, line)
+        window = mask.tight() if isinstance(mask, MaskWindow) else MaskWindow.around(mask)
+        _paint(out, image, window, color_of(color), alpha, line)
     for box, color in zip(boxes, colors, strict=True):
         x1, y1, x2, y2 = (round(float(v)) for v in box)
         cv2.rectangle(out, (x1, y1), (x2, y2), color_of(color), line, cv2.LINE_AA)
@@ -105,23 +108,26 @@ def find_font(text: str, height: int) -> PIL.ImageFont.ImageFont | PIL.ImageFont
 
 
 def _paint(
-    out: np.ndarray, image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], alpha: float, line: int
+    out: np.ndarray,
+    image: np.ndarray,
+    mask: np.ndarray | MaskWindow,
+    color: tuple[int, int, int],
+    alpha: float,
+    line: int,
 ) -> None:
     """Draw the pixels of `mask` in `out`, as those of `image` with a tint, and its outline.
 
     Only the bounding box of the mask is processed.
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    window = mask.tight() if isinstance(mask, MaskWindow) else MaskWindow.around(mask)
+    if not window.pixels.size:
         return
-    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    original, inside = image[window], mask[window]
+    original, inside = image[window.place], window.pixels
     tinted = cv2.addWeighted(original, 1 - alpha, np.full_like(original, color), alpha, 0)
-    out[window][inside] = tinted[inside]
+    out[window.place][inside] = tinted[inside]
     contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    offset = (int(columns[0]), int(rows[0]))
     for ink, width in (((20, 20, 20), 2 * line + 1), (color, line)):
-        cv2.drawContours(out, contours, -1, ink, width, cv2.LINE_AA, offset=offset)
+        cv2.drawContours(out, contours, -1, ink, width, cv2.LINE_AA, offset=(window.x, window.y))
 
 
 def _free_place(

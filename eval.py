@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from inference.runtime import ExportedNetwork, is_exported
 from layers.nms import NMS
 from utils.device import PRECISIONS, configure_process
 from utils.distributed import Ranks, process_group
-from utils.errors import ArgumentParser, UserError, count, fraction_or_best, integer, parse_size, run_main
+from utils.errors import ArgumentParser, UserError, count, fraction_or_best, integer, join_names, parse_size, run_main
 from utils.files import write_json
 from weights import load_model
 from weights.load import store_threshold
@@ -167,12 +168,17 @@ def segment_images(args: argparse.Namespace) -> int:
                 tqdm.write(f"{error}, skipped", file=sys.stderr)
                 unreadable += 1
                 continue
+            started = time.perf_counter()
             detections = predictor(image)
+            elapsed = 1000 * (time.perf_counter() - started)
             origin = {"image_id": number + 1, "file_name": str(source.path)}
             written = write_results(image, detections, source.output, kinds, origin, source.suffix)
             if merged is not None:
                 merged.add(number + 1, source.path, detections)
-            tqdm.write(f"{source.path}: {count(len(detections), 'detection')} -> {', '.join(map(str, written))}")
+            files = join_names([*map(str, written)])
+            if len(written) > 3:
+                files = f"{source.output.parent} ({count(len(written), 'file')})"
+            tqdm.write(f"{source.path}: {detections.summary()}, {elapsed:.0f} ms -> {files}")
     if merged is not None:
         images_text = count(len(merged.images), "image")
         print(f"{count(merged.count, 'detection')} of {images_text} -> {merged.path}")

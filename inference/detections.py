@@ -20,7 +20,7 @@ from inference.polygons import POLYGON_TOLERANCE, polygon_iou, rings
 from layers.masks import MASK_BUDGET, assemble_masks, mask_windows
 from utils.device import to_device, to_host
 from utils.draw import draw_objects
-from utils.errors import require
+from utils.errors import count, require
 from utils.windows import MaskWindow
 
 TOOLS = "requirements-tools.txt"  # the optional packages of this module
@@ -59,10 +59,13 @@ class Detections:
         return len(self.scores)
 
     def __repr__(self) -> str:
-        """Return for example "Detections(3: 2 person, 1 dog; 640x480)"."""
+        """Return for example "Detections(3: 2 persons, 1 dog; 640x480)"."""
+        return f"Detections({len(self)}{f': {self.summary()}' if len(self) else ''}; {self.size[1]}x{self.size[0]})"
+
+    def summary(self) -> str:
+        """Return how many there are of each class, for example "2 persons, 1 dog"; "nothing" for none."""
         names = Counter(self.class_names[label] for label in self.labels.tolist())
-        counts = ": " + ", ".join(f"{count} {name}" for name, count in names.most_common()) if names else ""
-        return f"Detections({len(self)}{counts}; {self.size[1]}x{self.size[0]})"
+        return ", ".join(count(number, name) for name, number in names.most_common()) or "nothing"
 
     def __getitem__(self, index: Index) -> Detections:
         chosen = self._selection(index)

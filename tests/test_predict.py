@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from pycocotools import mask as rle
 import eval as eval_script
 from config import get_config, override
 from data.coco import CocoDataset
-from data.image import input_size
+from data.image import input_size, write_image
 from inference import Detections, Predictor
 from inference.polygons import polygon_iou, rings
 from layers.masks import soft_masks
@@ -660,3 +661,21 @@ def test_unsupported_images_of_a_folder_are_named(weights, tmp_path):
     text = run("eval.py", "--weights", weights, "--images", tmp_path, "--output", tmp_path / "out", code=1)
     assert "1 images in an unsupported format such as b.HEIC; convert them to JPEG or PNG" in text
     assert (tmp_path / "out/a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"), [((0, 0, 1), "2 persons, 1 bus"), ((1, 1), "2 bus"), ((2, 2, 2), "3 \u4eba"), ((), "nothing")]
+)
+def test_the_classes_are_counted(labels, text):
+    found = replace(disc_detections(count=2), class_names=("person", "bus", "\u4eba"))
+    found.labels = torch.tensor(labels, dtype=torch.long)
+    assert found.summary() == text
+
+
+def test_a_line_says_what_an_image_shows_and_where_it_is(weights, tmp_path):
+    write_image(tmp_path / "a.png", random_image())
+    args = ["eval.py", "--weights", weights, "--device", "cpu", "--image", tmp_path / "a.png"]
+    args += ["--output", tmp_path / "o"]
+    pattern = r"a\.png: \d+ (disc|tile)s?, .*\d+ ms -> "
+    assert re.search(pattern + r".*a\.png, .*a\.json", run(*args))
+    assert re.search(pattern + r".*o \(5 files\)", run(*args, "--save", "overlay,json,masks,polygons"))

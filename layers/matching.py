@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layers.boxes import box_iou
@@ -117,15 +118,18 @@ def force_matches(overlaps: Tensor, best: Tensor, objects: Tensor) -> None:
     anchors = (overlaps.clamp(min=0).view(torch.int32).long() * 2**32 + order).topk(count, dim=2).indices
     values = overlaps.gather(2, anchors)  # [B, n, count]
     rows = torch.arange(number, device=overlaps.device)[:, None]
+    chosen = []
     for _ in range(count):
         # The best remaining pair of each image, as an index into the flattened [n, count].
-        pair = values.flatten(1).argmax(dim=1, keepdim=True)
-        found = values.flatten(1).gather(1, pair) >= 0  # false once only padding remains
+        value, pair = values.flatten(1).max(dim=1, keepdim=True)
         row, anchor = torch.div(pair, count, rounding_mode="floor"), anchors.flatten(1).gather(1, pair)
-        best.scatter_(1, anchor, torch.where(found, 2.0, best.gather(1, anchor)))
-        objects.scatter_(1, anchor, torch.where(found, row, objects.gather(1, anchor)))
         # Neither the anchor nor the object can be chosen again.
         values = values.masked_fill((anchors == anchor[..., None]) | (rows == row[..., None]), -1.0)
+        # Once only padding remains, its value is negative and its pairs go to a column that is cut off.
+        chosen.append((anchor.masked_fill(value < 0, num_anchors), row))
+    anchor, row = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
+    best.copy_(F.pad(best, (0, 1)).scatter(1, anchor, 2.0)[:, :-1])
+    objects.copy_(F.pad(objects, (0, 1)).scatter(1, anchor, row)[:, :-1])
 
 
 Assigner = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]

@@ -177,7 +177,7 @@ def test_a_training_step_waits_twice_whatever_its_objects(name, tmp_path, monkey
             assert sum(device.waits.values()) == 2, device.waits
             operations[objects, images] = device.operations
     # Only the forced matches follow one another, for the objects of all images at once; a few copies are per image.
-    assert operations[8, 2] - operations[2, 2] <= 6 * 21
+    assert operations[8, 2] - operations[2, 2] <= 6 * 13
     assert operations[8, 4] - operations[8, 2] <= 2 * 40
 
 

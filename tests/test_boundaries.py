@@ -17,16 +17,18 @@ import pytest
 import torch
 from conftest import random_image
 
-from config import DetectionConfig, LossConfig, override
+from config import DetectionConfig, LossConfig, get_config, override
 from data.annotation import Sample, parse_annotation
-from data.augment import Augment, Distortion, Window, _placement, sample_crop
+from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, sample_crop
 from data.coco import CocoDataset
 from data.image import PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv
 from data.loader import TrainingLoader
 from layers.boxes import box_iou, to_centres
+from layers.detect import detect
 from layers.loss import MultiBoxLoss
 from layers.matching import IGNORED
 from layers.nms import NMS, cluster_nms, standard_nms
+from layers.structures import Predictions
 from utils.errors import UserError
 
 METHODS = sorted(set(NMS) - {"cluster_penalty"})  # which removes no box
@@ -222,3 +224,38 @@ def test_the_shared_memory_that_workers_need(dataset, small_config, monkeypatch,
     loader = TrainingLoader(data, config, workers=2)
     with nullcontext() if enough else pytest.raises(UserError, match="MiB free"):
         loader._check_shared_memory()
+
+
+def test_the_canvas_around_an_expanded_image_is_the_mean_of_coco():
+    """So that it is 0 for the network of the published configurations."""
+    assert get_config("yolact_base").model.mean[::-1] == CANVAS_BGR
+
+
+@pytest.mark.parametrize(("least", "kept"), [(4.0, [True, False]), (0.0, [True, True])])
+def test_boxes_below_the_least_size_are_dropped(small_config, least, kept):
+    """The sides are those in the network's input, here of 96 pixels: 5 and 3 of them."""
+    augment = Augment(override(small_config, min_box_size=least))
+    boxes = np.array([[10, 10, 15, 40], [50, 10, 53, 40]], np.float32)
+    assert augment._boxes(boxes, Window(0, 0, 96, 96))[1].tolist() == kept
+
+
+def test_a_single_negative_run_length_is_damage():
+    """The sum is right, and pycocotools would read 2^32 - 2 pixels."""
+    entry = {"category_id": 1, "segmentation": {"size": [4, 4], "counts": [4, 8, -2, 6]}}
+    assert parse_annotation(entry, 0, 4, 4).segmentation is None
+
+
+def test_the_area_of_an_object_without_a_mask_is_that_of_its_box():
+    for width, area in ((5.0, 15.0), (0.1, 0.3), (-5.0, 0.0)):
+        entry = {"category_id": 1, "bbox": [1.0, 1.0, width, 3.0]}
+        assert parse_annotation(entry, 0, 20, 20).area(20, 20)[0] == pytest.approx(area)
+
+
+@pytest.mark.parametrize(("clip", "found"), [(True, 1), (False, 2)])
+def test_boxes_are_clipped_before_they_suppress_each_other(clip, found):
+    """MMDetection's order. Two boxes that reach beyond the image by different lengths are the same box inside of it."""
+    anchors = torch.tensor([[0.5, 0.5, 1.0, 0.5], [1.0, 0.5, 2.0, 0.5]])
+    outputs = torch.zeros(1, 2, 4), torch.tensor([[[-9.0, 9.0], [-9.0, 8.0]]]), torch.zeros(1, 2, 1)
+    config = DetectionConfig(clip_boxes=clip)
+    selected = detect(Predictions(*outputs, torch.zeros(1, 2, 2, 1), None), anchors, config)
+    assert int((selected.scores > 0).sum()) == found

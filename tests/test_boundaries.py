@@ -29,6 +29,7 @@ from layers.loss import MultiBoxLoss
 from layers.matching import IGNORED
 from layers.nms import NMS, cluster_nms, standard_nms
 from layers.structures import Predictions
+from layers.voting import VOTING_IOU, vote
 from utils.errors import UserError
 
 METHODS = sorted(set(NMS) - {"cluster_penalty"})  # which removes no box
@@ -259,3 +260,14 @@ def test_boxes_are_clipped_before_they_suppress_each_other(clip, found):
     config = DetectionConfig(clip_boxes=clip)
     selected = detect(Predictions(*outputs, torch.zeros(1, 2, 2, 1), None), anchors, config)
     assert int((selected.scores > 0).sum()) == found
+
+
+def test_only_an_iou_above_the_threshold_votes():
+    """Two boxes with an IoU of exactly VOTING_IOU, then slightly above it."""
+    whole = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    scores, labels = torch.tensor([[0.5]]), torch.tensor([[0]])
+    for side, votes in ((VOTING_IOU, False), (VOTING_IOU + 1e-3, True)):
+        part = torch.tensor([[[0.0, 0.0, 1.0, side]]])
+        assert (float(box_iou(whole, part)) > VOTING_IOU) == votes
+        boxes, _, _ = vote(whole, scores, labels, torch.cat((whole, part), dim=1), torch.tensor([[[0.5, 0.5]]]))
+        assert (float(boxes[0, 0, 3]) < 1) == votes

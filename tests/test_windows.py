@@ -9,8 +9,10 @@ import pytest
 import torch
 from pycocotools import mask as rle
 from test_predict import disc_detections
+from torch.nn import functional as F
 
 from inference.polygons import polygon_iou, rings
+from layers.masks import crop_window, soft_masks
 from utils.windows import MaskWindow
 
 
@@ -45,10 +47,16 @@ def test_windows_are_the_masks(options, size):
     found = disc_detections(*size)
     found.config = replace(found.config, **options)
     found.relative_boxes = torch.tensor([[-0.2, 0.1, 0.6, 0.7], [0.9, 0.3, 0.3, 1.4]])  # beyond the image, and swapped
-    windows = list(found.windows())
+    found.prototypes = torch.rand_like(found.prototypes) - 0.3  # so that the masks reach every border
+    windows = [window.whole(size) for window in found.windows()]
     assert len(windows) == 2
-    for window, mask in zip(windows, found.masks.numpy(), strict=True):
-        assert np.array_equal(window.whole(size), mask)
+    assert all(np.array_equal(window, mask) for window, mask in zip(windows, found.masks.numpy(), strict=True))
+    config, boxes = found.config, found.relative_boxes
+    soft = soft_masks(found.prototypes, found.coefficients, boxes if config.crop else None)
+    wanted = F.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > config.mask_threshold
+    if config.crop_after_resize:
+        wanted &= crop_window(boxes, *size, padding=0)
+    assert (np.array(windows) != wanted.numpy()).mean() < 1e-4  # rounding, at pixels of the threshold
     assert [code["counts"].encode() for code in found.encode_masks()] == [
         encoded(mask)["counts"] for mask in found.masks.numpy()
     ]

@@ -18,7 +18,7 @@ import torch
 from conftest import random_image
 
 from config import DetectionConfig, LossConfig, get_config, override
-from data.annotation import Sample, parse_annotation
+from data.annotation import Sample, is_crowd, parse_annotation
 from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, sample_crop
 from data.coco import CocoDataset
 from data.image import PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv
@@ -271,3 +271,32 @@ def test_only_an_iou_above_the_threshold_votes():
         assert (float(box_iou(whole, part)) > VOTING_IOU) == votes
         boxes, _, _ = vote(whole, scores, labels, torch.cat((whole, part), dim=1), torch.tensor([[[0.5, 0.5]]]))
         assert (float(boxes[0, 0, 3]) < 1) == votes
+
+
+@pytest.mark.parametrize("part", ["end", "byte"])
+def test_every_part_of_a_png_is_checked(tmp_path, part):
+    """OpenCV fills what it cannot read, without an error."""
+    data = bytearray(cv2.imencode(".png", random_image(60, 80))[1])
+    if part == "end":
+        del data[len(data) * 6 // 10 :]
+    else:
+        data[len(data) // 2] ^= 255
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.png: the end of the file is missing"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "crowd"),
+    [(1, True), (0, False), (None, False), ("", False), ("1", True), ("0", False), (True, True), (False, False)]
+    + [("true", True), ("False", False)],
+)
+def test_spellings_of_iscrowd(value, crowd):
+    assert is_crowd({"iscrowd": value}) is crowd
+
+
+@pytest.mark.parametrize("value", [2, "yes", [1]])
+def test_other_values_of_iscrowd_are_refused(value):
+    with pytest.raises(ValueError, match="must be 0 or 1"):
+        is_crowd({"iscrowd": value})

@@ -287,12 +287,13 @@ def test_every_part_of_a_png_is_checked(tmp_path, part):
         read_image(path)
 
 
+SPELLINGS = {True: [1, "1", True, "true"], False: [0, "0", False, "False", None, ""]}
+
+
 @pytest.mark.parametrize(
-    ("value", "crowd"),
-    [(1, True), (0, False), (None, False), ("", False), ("1", True), ("0", False), (True, True), (False, False)]
-    + [("true", True), ("False", False)],
+    ("crowd", "value"), [(crowd, value) for crowd, values in SPELLINGS.items() for value in values]
 )
-def test_spellings_of_iscrowd(value, crowd):
+def test_spellings_of_iscrowd(crowd, value):
     assert is_crowd({"iscrowd": value}) is crowd
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import random_image
@@ -21,8 +22,18 @@ from config import DetectionConfig, LossConfig, get_config, override
 from data.annotation import Sample, is_crowd, parse_annotation
 from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, sample_crop
 from data.coco import CocoDataset
-from data.image import PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv
-from data.loader import TrainingLoader
+from data.image import (
+    MARK,
+    PNG_SIGNATURE,
+    _to_uint8,
+    input_size,
+    is_result,
+    read_image,
+    resize,
+    resize_like_opencv,
+    write_image,
+)
+from data.loader import TrainingLoader, TrainingSet
 from layers.boxes import box_iou, to_centres
 from layers.detect import detect
 from layers.loss import MultiBoxLoss
@@ -301,3 +312,25 @@ def test_spellings_of_iscrowd(crowd, value):
 def test_other_values_of_iscrowd_are_refused(value):
     with pytest.raises(ValueError, match="must be 0 or 1"):
         is_crowd({"iscrowd": value})
+
+
+@pytest.mark.parametrize(("suffix", "key"), [(".jpg", "comment"), (".png", "Comment")])
+def test_the_mark_of_results_is_a_comment_of_the_file(tmp_path, suffix, key):
+    path, image = tmp_path / f"a{suffix}", random_image(40, 50)
+    write_image(path, image)
+    with PIL.Image.open(path) as file:
+        found = file.info[key]
+        file.load()
+    assert (found if isinstance(found, bytes) else found.encode()) == MARK
+    assert read_image(path).shape == image.shape
+    assert is_result(path)
+    write_image(path, image, mark=False)
+    assert not is_result(path)
+
+
+def test_ten_unusable_images_in_a_row_end_the_search(dataset, small_config):
+    data = CocoDataset(dataset, dataset.parent / "images")
+    for path in (dataset.parent / "images").iterdir():
+        path.write_bytes(b"")
+    sample, image_id, problems = TrainingSet(data, small_config, 0)[0, 0]
+    assert (sample, image_id, len(problems)) == (None, -1, 10)

@@ -36,7 +36,7 @@ from data.image import (
 from data.loader import TrainingLoader, TrainingSet
 from layers.boxes import box_iou, to_centres
 from layers.detect import detect
-from layers.loss import MultiBoxLoss
+from layers.loss import MultiBoxLoss, _mask_iou_term
 from layers.matching import IGNORED
 from layers.nms import NMS, cluster_nms, standard_nms
 from layers.structures import Predictions
@@ -334,3 +334,12 @@ def test_ten_unusable_images_in_a_row_end_the_search(dataset, small_config):
         path.write_bytes(b"")
     sample, image_id, problems = TrainingSet(data, small_config, 0)[0, 0]
     assert (sample, image_id, len(problems)) == (None, -1, 10)
+
+
+@pytest.mark.parametrize(("pixels", "counts"), [(25, False), (26, True)])
+def test_masks_above_25_pixels_train_the_mask_iou(pixels, counts):
+    """The authors' code leaves out masks of at most 25 pixels."""
+    truth = torch.zeros(1, 8, 8)
+    truth.view(-1)[:pixels] = 1
+    loss = _mask_iou_term(lambda soft: soft.new_zeros(len(soft), 1), truth.clone(), truth, torch.tensor([0]))
+    assert (float(loss) > 0) == counts

@@ -54,6 +54,7 @@ def fuse(model: nn.Module) -> nn.Module:
         return node.op == "call_module" and type(model.get_submodule(str(node.target))) is kind
 
     for relu in list(graph.nodes):
+        relu.type = None  # annotations as text, which PyTorch 2.6 cannot pickle
         if relu.target is not F.relu and not calls(relu, nn.ReLU):
             continue
         given = relu.args[0]

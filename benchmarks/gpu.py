@@ -97,7 +97,8 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peak = compute_peak(device, dtype)
     report: dict[str, Any] = {
-        "command": f"python benchmarks/gpu.py {' '.join(word for word in sys.argv[1:] if '/' not in word)}",
+        "command": f"python benchmarks/gpu.py --configs {' '.join(args.configs)} "
+        f"--batches {' '.join(map(str, args.batches))} --repeats {args.repeats}",
         "device": device_name(device),
         "torch": torch.__version__,
         "peak_tflops": round(peak / 1e12, 1),

@@ -20,7 +20,7 @@ from utils.errors import UserError, suggestion
 # Iterations of Cluster-NMS where it cannot stop when its result is stable. On 200 images with up to 1000 candidates
 # each, 13 were enough.
 MAX_ITERATIONS = 16
-MATRIX_BUDGET = 32 * 2**20  # bytes for one matrix of overlaps; four of them are needed at a time
+MATRIX_BUDGET = 32 * 2**20  # bytes for one matrix of overlaps; computing it takes several of that size
 
 
 class NMSResult(NamedTuple):

@@ -162,6 +162,16 @@ def random_image(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarra
     return cv2.resize(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
 
 
+def noisy_model(name: str, **overrides) -> Yolact:
+    """A model whose random weights detect objects: the background's logits are lowered."""
+    model = Yolact(get_config(name, **overrides)).eval()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=0.7))
+    with torch.no_grad():
+        model.head.cls.bias.view(-1, model.config.num_classes + 1)[:, 0] -= 1
+    return model
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """The JSON of eight images, the last one without objects; they lie beside it in `images`."""

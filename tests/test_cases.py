@@ -107,7 +107,7 @@ def test_coco_files_that_contradict_themselves(tmp_path):
 def test_the_longest_common_end_of_a_path_decides(tmp_path):
     for site in "AB":
         photo(tmp_path / f"photos/site{site}/0001.jpg")
-    names = [f"/label-studio/data/farm/site{site}/0001.jpg" for site in "BA"]
+    names = [f"/label-studio/data/fields/site{site}/0001.jpg" for site in "BA"]
     source = coco(tmp_path / "x.json", [(i, name, 240, 320) for i, name in enumerate(names)])
     _, found = convert(source, "--images", tmp_path / "photos")
     assert [image["file_name"] for image in found["images"]] == ["siteB/0001.jpg", "siteA/0001.jpg"]

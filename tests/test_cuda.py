@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import recipe
 import torch
-from conftest import ROOT, make_dataset, run, train_args
+from conftest import ROOT, make_dataset, noisy_model, run, train_args
 
 from config import get_config
 from data.coco import CocoDataset
@@ -21,16 +21,6 @@ from yolact import Yolact
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def noisy_model(name: str, **overrides) -> Yolact:
-    """A model whose random weights detect objects: the background's logits are lowered."""
-    model = Yolact(get_config(name, **overrides)).eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=0.7))
-    with torch.no_grad():
-        model.head.cls.bias.view(-1, model.config.num_classes + 1)[:, 0] -= 1
-    return model
 
 
 def assert_same(found, wanted, score, share=0.99, pixels=1.0):

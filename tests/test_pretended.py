@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import ROOT
+from conftest import ROOT, noisy_model
 
 from config import get_config
 from data.image import read_image
@@ -62,15 +62,6 @@ def test_the_device_refuses_what_cuda_refuses_and_counts_waits():
         assert (values * 2 + 1).cpu().tolist() == [1, 3, 5, 7]
 
 
-def noisy(name, **overrides):
-    model = Yolact(get_config(name, **overrides)).eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict(recipe.state_dict(shapes, seed=1, gain=0.7))
-    with torch.no_grad():
-        model.head.cls.bias.view(-1, model.config.num_classes + 1)[:, 0] -= 1
-    return model
-
-
 @pytest.fixture(scope="module")
 def person():
     return load_model(BUNDLED), read_image(ROOT / "data/demo/camera.jpg")
@@ -108,7 +99,7 @@ def test_one_wait_for_each_nms(person, nms):
 
 @pytest.mark.parametrize("name", ["yolact_resnet50", "yolact_plus_resnet50", "yolact_r50", "yolact_darknet53"])
 def test_one_wait_for_each_kind_of_network(name):
-    check_one_wait(noisy(name, max_size=160), recipe.image(120, 160, 1), score_threshold=0.1)
+    check_one_wait(noisy_model(name, max_size=160), recipe.image(120, 160, 1), score_threshold=0.1)
 
 
 def test_standard_nms_sizes_tiles_and_subsets(person):

@@ -134,8 +134,9 @@ def normalise_segmentation(segmentation: Any, height: int, width: int) -> Any:
     Returns None if the value is neither, or is damaged.
     """
     if isinstance(segmentation, list):
-        if len(segmentation) == 1 and isinstance(segmentation[0], dict):
-            return normalise_segmentation(segmentation[0], height, width)
+        if segmentation and all(isinstance(part, dict) for part in segmentation):
+            codes = [normalise_segmentation(part, height, width) for part in segmentation]
+            return None if None in codes else rle.merge(codes)
         if segmentation and not isinstance(segmentation[0], (list, tuple)):
             segmentation = [segmentation]  # one flat polygon
         polygons = [values for p in segmentation if (values := _numbers(p)) is not None]
@@ -234,8 +235,11 @@ def _clip_side(points: np.ndarray, axis: int, limit: float, sign: float) -> np.n
 
 
 def _clipped_box(stated: list[float] | None, segmentation: Any, height: int, width: int) -> Box | None:
-    """Return the file's box, or else the mask's, as corners clipped to the image; None if its area is zero."""
-    if stated is not None:
+    """Return the file's box, or else the mask's, as corners clipped to the image; None if its area is zero.
+
+    Some tools write a box of zeros beside a mask.
+    """
+    if stated is not None and (segmentation is None or min(stated[2:]) > 0):
         x, y, w, h = stated
     elif isinstance(segmentation, list):
         points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--split {args.split:g}: the source has splits of its own: {', '.join(converted)}")
         (images,) = converted.values()
         converted = split_images(images, args.split)
+    for split, images in converted.items():
+        converted[split] = named_once(images, problems)
     used = [item.class_name for images in converted.values() for image in images for item in image.objects]
     names = ordered_names(args, [*labels.class_names, *used])
     if not used:
-        details = "; ".join(problems.lines()) or "it has no images"
-        if not args.images and (NOT_FOUND in problems.counts or not problems.lines()):
+        number = sum(map(len, converted.values()))
+        nothing = f"none of its {count(number, 'image')} has an object" if number else "it has no images"
+        details = "; ".join(problems.lines()) or nothing
+        if not args.images and (NOT_FOUND in problems.counts or not number):
             details += "; --images DIR names the folder of the images"
         raise UserError(f"{args.source}: no object could be used ({details})")
     for split, images in converted.items():
@@ -89,17 +94,36 @@ def ordered_names(args: argparse.Namespace, found: list[str]) -> list[str]:
 
     Raises UserError if the source has other classes.
     """
-    names = list(dict.fromkeys(found))
+    names = plain_names(found)
     if args.classes is not None:
-        wanted = [name.strip() for name in args.classes.split(",")]
+        wanted = plain_names(name.strip() for name in args.classes.split(","))
     elif args.like is not None:
-        wanted = [str(entry.get("name", entry["id"])) for entry in read_coco_json(args.like)["categories"]]
+        wanted = plain_names(str(entry.get("name", entry["id"])) for entry in read_coco_json(args.like)["categories"])
     else:
         return names
     other = [name for name in names if name not in wanted]
     if other:
         raise UserError(f"{args.source}: has other classes: {join_names(other)}; wanted: {join_names(wanted)}")
     return wanted
+
+
+def plain_names(names: Iterable[str]) -> list[str]:
+    """Return each name once, in the Unicode form of `LabelledObject.class_name`."""
+    return list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in names))
+
+
+def named_once(images: list[LabelledImage], problems: Problems) -> list[LabelledImage]:
+    """Return the images that one entry of the source names, or several with equal objects. Others are a problem."""
+    entries: dict[Path, list[LabelledImage]] = {}
+    for image in images:
+        entries.setdefault(image.path.resolve(), []).append(image)
+    kept = []
+    for path, same in entries.items():
+        if any(image.objects != same[0].objects for image in same):
+            problems.add("images that several entries of the source name, with different objects", path.name)
+        else:
+            kept.append(same[0])
+    return kept
 
 
 def similar_names(names: list[str]) -> list[str]:
@@ -143,8 +167,12 @@ def to_coco(images: list[LabelledImage], names: list[str], root: Path, problems:
                 problems.add("exact copies of another object of their image", name)
                 continue
             seen.add(key)
+            shape = geometry(item, height, width)
+            if shape["area"] <= 0:
+                problems.add("objects without an area inside their image", name)
+                continue
             common = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[item.class_name]}
-            annotations.append(common | geometry(item, height, width) | {"iscrowd": int(item.crowd)})
+            annotations.append(common | shape | {"iscrowd": int(item.crowd)})
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": entries, "annotations": annotations, "categories": categories}
 

@@ -49,7 +49,7 @@ def _load(source: Path) -> Any:
 
 def _is_coco(source: Path) -> bool:
     """Whether a file has COCO's lists, and masks: not captions, panoptic segments or keypoints alone."""
-    if not source.is_file() or source.suffix != ".json":
+    if not source.is_file() or source.suffix.lower() != ".json":
         return False
     try:
         content = _load(source)
@@ -58,14 +58,17 @@ def _is_coco(source: Path) -> bool:
     if not isinstance(content, dict) or not set(LISTS) <= content.keys():
         return False
     listed = content["annotations"]
-    if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
         return True  # `read` says what is wrong
-    return "category_id" in listed[0] and "segments_info" not in listed[0]
+    return any("category_id" in entry for entry in listed) and "segments_info" not in listed[0]
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a file or an exported folder. Raises UserError if the lists of a file are not those of COCO."""
     files = _files_of(source) if source.is_dir() else {"": source}
+    for path in [*source.glob("annotations/instances_*.json"), *source.glob("*/_annotations.coco.json")]:
+        if path not in files.values():
+            raise UserError(f"{path}: not a COCO annotation file with masks, unlike others beside it")
     found = {}
     for split, path in files.items():
         # CVAT keeps annotations and images in two folders; Roboflow keeps the images of a split beside its file.
@@ -88,7 +91,7 @@ def _read_file(source: Path, finder: ImageFinder, problems: Problems) -> tuple[l
         if not isinstance(content[key], list) or not all(isinstance(entry, dict) for entry in content[key]):
             raise UserError(f"{source}: {key!r} must be a list of objects, as COCO has it")
     try:
-        names = {_key(entry["id"]): str(entry.get("name", entry["id"])).strip() for entry in content["categories"]}
+        names = {_key(entry["id"]): str(entry.get("name") or entry["id"]).strip() for entry in content["categories"]}
         listed = {_key(entry["id"]): entry for entry in content["images"]}
         files = Counter(str(entry["file_name"]) for entry in content["images"])
         by_image: dict[str, list[dict[str, Any]]] = {}
@@ -96,9 +99,10 @@ def _read_file(source: Path, finder: ImageFinder, problems: Problems) -> tuple[l
             by_image.setdefault(_key(entry["image_id"]), []).append(entry)
     except KeyError as error:
         raise UserError(f"{source}: not a COCO file, an entry has no {error}") from None
-    if len(listed) < len(content["images"]):
-        ids = Counter(_key(entry["id"]) for entry in content["images"])
-        raise UserError(f"{source}: image id {ids.most_common(1)[0][0]} is used more than once")
+    for what, entries, known in (("image", content["images"], listed), ("category", content["categories"], names)):
+        if len(known) < len(entries):
+            ids = Counter(_key(entry["id"]) for entry in entries)
+            raise UserError(f"{source}: {what} id {ids.most_common(1)[0][0]} is used more than once")
     name, count = files.most_common(1)[0] if files else ("", 0)
     if count > 1:
         ids = Counter({key: 1 for key, entry in listed.items() if entry["file_name"] == name})
@@ -110,7 +114,8 @@ def _read_file(source: Path, finder: ImageFinder, problems: Problems) -> tuple[l
         problems.add("annotations of images that are not listed", f"image_id {key}", len(by_image[key]))
     crowds = sum(entry.get("iscrowd") in (1, "1", True) for entry in content["annotations"])
     # Annotations of CVAT have attributes with "occluded".
-    from_cvat = any("occluded" in (entry.get("attributes") or {}) for entry in content["annotations"])
+    attributes = (entry.get("attributes") for entry in content["annotations"])
+    from_cvat = any(isinstance(values, dict) and "occluded" in values for values in attributes)
     clear = from_cvat or too_many_crowds(crowds, len(content["annotations"]))
     return list(names.values()), _images(listed, by_image, names, clear, finder, problems)
 
@@ -135,6 +140,11 @@ def _images(
             if name is None:
                 problems.add("annotations of an unknown category", file_name)
                 continue
+            try:
+                crowd = is_crowd(entry)
+            except ValueError as error:
+                problems.add(f"annotations whose {error}", file_name)
+                continue
             segmentation = normalise_segmentation(entry.get("segmentation"), *size)
             if segmentation is None:
                 box = parse_annotation(entry, 0, *size).box
@@ -142,11 +152,10 @@ def _images(
                     problems.add("annotations without a usable mask or box", file_name)
                 else:
                     problems.note("objects without a mask, of which only the box is kept", file_name)
-                    objects.append(LabelledObject(name, None, is_crowd(entry) and not clear_crowds, box))
+                    objects.append(LabelledObject(name, None, crowd and not clear_crowds, box))
             elif isinstance(segmentation, list) and max(map(np.max, segmentation)) <= 1.0:
                 problems.add("outlines that are relative (0 to 1) instead of in pixels", file_name)
             else:
-                crowd = is_crowd(entry)
                 if crowd and clear_crowds:
                     problems.note("crowd flags cleared, which CVAT and supervision set for RLE masks", file_name)
                 objects.append(LabelledObject(name, segmentation, crowd and not clear_crowds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tools.formats.structures import (
     polygon_from,
     rectangle,
 )
+from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")  # Datumaro writes a file for each
 
@@ -35,6 +37,9 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a file, or those of a folder."""
     finder = ImageFinder(images or (source if source.is_dir() else source.parent), problems)
     files = _load(source)
+    for split in SPLITS:
+        if source.is_dir() and split not in files and (source / f"{split}.xml").is_file():
+            raise UserError(f"{source / f'{split}.xml'}: not annotations of CVAT, unlike others beside it")
     names = [(name.text or "").strip() for root in files.values() for name in root.findall("meta//label/name")]
     splits = {name if len(files) > 1 else "": _images(root, finder, problems) for name, root in files.items()}
     return Labels("CVAT", list(dict.fromkeys(names)), splits)
@@ -45,8 +50,9 @@ def _load(source: Path) -> dict[str, ET.Element]:
     paths = [source / f"{name}.xml" for name in ("annotations", *SPLITS)] if source.is_dir() else [source]
     found = {}
     for path in paths:
-        if path.suffix == ".xml" and path.is_file():
-            with contextlib.suppress(ET.ParseError, OSError, UnicodeError):
+        if path.suffix.lower() == ".xml" and path.is_file():
+            # ValueError: an encoding that the parser does not know
+            with contextlib.suppress(ET.ParseError, OSError, ValueError):
                 found[path.stem] = ET.parse(path).getroot()
     return {name: root for name, root in found.items() if root.tag == "annotations" and root.find("image") is not None}
 
@@ -59,7 +65,7 @@ def _images(root: ET.Element, finder: ImageFinder, problems: Problems) -> Iterat
             continue
         groups: dict[tuple[str, str], list[ET.Element]] = {}  # shapes of a label and group are one object
         for number, shape in enumerate(image):
-            if shape.tag not in ("tag", "skeleton"):
+            if shape.tag != "tag":
                 group = shape.get("group_id") or f"shape {number}"
                 groups.setdefault((shape.get("label", "").strip(), group), []).append(shape)
         objects = []
@@ -75,7 +81,9 @@ def _images(root: ET.Element, finder: ImageFinder, problems: Problems) -> Iterat
                 if polygon is None and mask is None:
                     problems.add(f"shapes of the type {shape.tag} without an area", name)
             segmentation = compose(polygons, [], masks, opened[1])
-            if segmentation is not None:
+            if not label:
+                problems.add("shapes without a label", name)
+            elif segmentation is not None:
                 objects.append(LabelledObject(label, segmentation))
         yield LabelledImage(*opened, objects)
 
@@ -85,11 +93,13 @@ def _polygon(shape: ET.Element) -> list[float] | None:
     try:
         if shape.tag == "polygon":
             return polygon_from([point.split(",") for point in shape.get("points", "").split(";")])
+        angle = math.radians(float(shape.get("rotation", 0)))
         if shape.tag == "box":
-            return rectangle(*(float(shape.attrib[key]) for key in ("xtl", "ytl", "xbr", "ybr")))
+            x1, y1, x2, y2 = (float(shape.attrib[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
+            return rectangle(x1, y1, x2, y2, angle)
         if shape.tag == "ellipse":
             cx, cy, rx, ry = (float(shape.attrib[key]) for key in ("cx", "cy", "rx", "ry"))
-            return ellipse(cx, cy, rx, ry)
+            return ellipse(cx, cy, rx, ry, angle)
     except (KeyError, ValueError):
         return None
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
 
 def _paths(source: Path) -> list[Path]:
     if source.is_file():
-        return [source] if source.suffix == ".json" else []
+        return [source] if source.suffix.lower() == ".json" else []
     return visible_files(source, {".json"})
 
 
@@ -91,25 +92,27 @@ def _images(paths: list[Path], finder: ImageFinder, problems: Problems) -> Itera
         name = str(content.get("imagePath") or path.stem)
         beside = path.parent / name.replace("\\", "/")
         stated = content.get("imageHeight"), content.get("imageWidth")
-        if not beside.is_file() and content.get("imageData") and not finder.knows(name):
+        is_beside = os.path.isfile(beside)  # False also for a name that no file can have
+        if not is_beside and content.get("imageData") and not finder.knows(name):
             problems.add("images that are stored inside the JSON (imageData); write them to files beside it", path.name)
             continue
-        opened = finder.settle(beside, stated) if beside.is_file() else finder.open(name, stated)
+        opened = finder.settle(beside, stated) if is_beside else finder.open(name, stated)
         if opened is not None:
             yield LabelledImage(*opened, list(_objects(content["shapes"], opened[1], path.name, problems)))
 
 
 def _objects(shapes: list[Any], size: Size, where: str, problems: Problems) -> Iterator[LabelledObject]:
-    groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number, shape in enumerate(shapes):
         label = shape.get("label") if isinstance(shape, dict) else None
-        if not isinstance(label, str) or not label.strip():
+        label = str(label).strip() if isinstance(label, (str, int, float)) else ""
+        if not label:
             problems.add("shapes without a label", where)
-        elif label.strip() in RESERVED:
-            problems.add(f"shapes with the reserved label {label.strip()}", where)
+        elif label in RESERVED:
+            problems.add(f"shapes with the reserved label {label}", where)
         else:
             group = shape.get("group_id")
-            groups.setdefault((label.strip(), ("shape", number) if group is None else group), []).append(shape)
+            groups.setdefault((label, f"shape {number}" if group in (None, "") else repr(group)), []).append(shape)
     for (label, _), members in groups.items():
         parts: list[list[float]] = []
         holes: list[list[float]] = []
@@ -121,7 +124,8 @@ def _objects(shapes: list[Any], size: Size, where: str, problems: Problems) -> I
             if mask is not None:
                 masks.append(mask)
             elif polygon is not None:
-                (holes if (shape.get("flags") or {}).get("hole") else parts).append(polygon)
+                flags = shape.get("flags")
+                (holes if isinstance(flags, dict) and flags.get("hole") else parts).append(polygon)
             else:
                 problems.add(f"shapes of the type {kind} without an area", where)
         segmentation = compose(parts, holes, masks, size)

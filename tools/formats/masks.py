@@ -12,17 +12,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data.image import SUFFIXES
 from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, encode, visible_files
 from tools.formats.voc import read_png
 
 CLASS = "object"
+EXACT = {".png", ".bmp", ".tif", ".tiff"}  # formats that keep values
 SMALLEST = 10  # pixels; smaller parts are noise at edges
 MOST_VALUES = 1000  # a photo has more
 
 
 def recognise(source: Path) -> bool:
-    """Return whether `source` is a folder with `masks`, which has PNG files."""
-    return (source / "masks").is_dir() and bool(visible_files(source / "masks", {".png"}))
+    """Return whether `source` is a folder with `masks`, in which there are some."""
+    return (source / "masks").is_dir() and bool(visible_files(source / "masks", EXACT))
 
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
@@ -32,14 +34,19 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
 
 
 def _images(folder: Path, finder: ImageFinder, problems: Problems) -> Iterator[LabelledImage]:
-    for path in visible_files(folder, {".png"}):
+    used = set()
+    for path in visible_files(folder, SUFFIXES):
+        if path.suffix.lower() not in EXACT:
+            problems.add("masks in a format that changes values; save them as PNG", path.name)
+            continue
         pixels = read_png(path)
         if pixels is None:
             problems.add("masks that cannot be read", path.name)
             continue
-        opened = finder.open(path.name, pixels.shape[:2])
+        opened = finder.open(path.relative_to(folder).as_posix(), pixels.shape[:2])
         if opened is None:
             continue
+        used.add(opened[0])
         flat = pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1)
         values, index = np.unique(flat, axis=0, return_inverse=True)
         if len(values) > MOST_VALUES:
@@ -47,8 +54,20 @@ def _images(folder: Path, finder: ImageFinder, problems: Problems) -> Iterator[L
             continue
         numbers = index.reshape(pixels.shape[:2])
         masks = [numbers == i for i, value in enumerate(values) if value.any()]
+        if 2 * sum(map(_is_edge, masks)) > len(masks):
+            problems.add("masks with smoothed edges; save them without smoothing", path.name)
+            continue
         if len(masks) == 1:
             count, parts = cv2.connectedComponents(masks[0].astype(np.uint8))
             masks = [parts == i for i in range(1, count)]
         objects = [LabelledObject(CLASS, encode(mask)) for mask in masks if mask.sum() >= SMALLEST]
         yield LabelledImage(*opened, objects)
+    for photo in visible_files(finder.folder, SUFFIXES):
+        if photo not in used:
+            problems.add("images without a usable mask", photo.name)
+
+
+def _is_edge(mask: np.ndarray) -> bool:
+    """Whether the pixels of a value are scattered, as those between an object and the background are, and no area."""
+    inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0)
+    return not inside.any() and cv2.connectedComponents(mask.astype(np.uint8))[0] > 3

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data.coco import CocoDataset
+from data.coco import CocoDataset, read_coco_json
 from tools.formats import coco, cvat, labelme, masks, via, voc, yolo
 from tools.formats.structures import read_text, visible_files
 from utils.errors import UserError
@@ -24,6 +24,7 @@ SUPERVISELY = 'in the format of Supervisely; run its app "Export to COCO" instea
 DATUMARO = "in the format of Datumaro; run: datum convert -i FOLDER -if datumaro -f coco_instances -o coco"
 LABEL_STUDIO = 'the JSON of Label Studio; export as "COCO" or "YOLO" instead'
 LABELME_XML = "the XML of the old LabelMe web tool; convert it to JSON with labelme 5 or newer, or trace it again"
+CVAT_VIDEO = 'the format "CVAT for video"; export as "CVAT for images" or "COCO" instead'
 VOC_BOXES = "a Pascal VOC detection file, which has boxes and no masks"
 YOLO_LABELS = "a YOLO label file; give its data.yaml, or the folder above, to python -m tools.formats"
 
@@ -38,6 +39,8 @@ def find_reader(source: Path) -> ModuleType:
     known = describe(source)
     if known:
         raise UserError(f"{source}: {known}")
+    if source.suffix.lower() == ".json":
+        read_coco_json(source)  # says what it lacks
     raise UserError(
         f"{source}: not a known format; expected a data.yaml, a COCO, VIA, LabelMe or ISAT JSON, CVAT's "
         "annotations.xml, or a folder of YOLO, COCO (with annotations), LabelMe, ISAT, Pascal VOC (with "
@@ -76,16 +79,18 @@ def describe(source: Path) -> str:
     if head.startswith(b"PK\x03\x04"):
         return ZIP
     try:
-        text = read_text(source) if source.suffix == ".json" else head.decode("utf-8", "replace")
+        text = read_text(source) if source.suffix.lower() == ".json" else head.decode("utf-8", "replace")
     except UserError as error:
         return str(error).removeprefix(f"{source}: ")
-    if source.suffix == ".json":
+    if source.suffix.lower() == ".json":
         try:
             return _describe_json(json.loads(text))
         except (ValueError, RecursionError):
             return ""
     if "region_shape_attributes" in text:
         return VIA_CSV
+    if "<track " in text:
+        return CVAT_VIDEO
     if "<annotation>" in text:
         return LABELME_XML if "<polygon>" in text or "<imagesize>" in text else VOC_BOXES
     lines = [line.split() for line in text.splitlines()[:5] if line.strip()]

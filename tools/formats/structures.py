@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.TiffImagePlugin
 from pycocotools import mask as rle
 
 from data.image import SUFFIXES, read_image
@@ -38,6 +39,9 @@ class LabelledObject:
     segmentation: Any
     crowd: bool = False
     box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels, of an object without a mask
+
+    def __post_init__(self) -> None:
+        self.class_name = unicodedata.normalize("NFC", self.class_name)  # the same text may be stored in two forms
 
 
 @dataclass
@@ -105,12 +109,12 @@ def read_text(path: Path) -> str:
 
 
 def visible_files(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Return the files with one of `suffixes` in a folder and below, sorted, without hidden files and folders."""
+    """Return the files with one of `suffixes` in a folder and below, sorted, without hidden ones and those of macOS."""
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
 
@@ -126,6 +130,9 @@ def image_sizes(path: Path) -> tuple[Size, Size]:
             with PIL.Image.open(path) as image:
                 stored = image.height, image.width
                 turned = image.getexif().get(ORIENTATION) in TURNED
+                if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # every reader turns these, Pillow since 12
+                    stored = image.tag_v2[257], image.tag_v2[256]
+                    return (stored[::-1], stored[::-1]) if turned else (stored, stored)
     except Exception:  # each format's parser has its own
         height, width = read_image(path).shape[:2]
         return (height, width), (height, width)
@@ -133,15 +140,16 @@ def image_sizes(path: Path) -> tuple[Size, Size]:
 
 
 class ImageFinder:
-    """Finds images by the names that annotation tools write, and settles which size their coordinates refer to.
+    """Finds images (or files with other `suffixes`) by the names that annotation tools write, and settles which size
+    their coordinates refer to.
 
     Names may be paths of another computer or addresses: the image with the longest common end of the path is taken.
     """
 
-    def __init__(self, folder: Path, problems: Problems):
+    def __init__(self, folder: Path, problems: Problems, suffixes: set[str] = SUFFIXES):
         self.folder, self.problems = folder, problems
         self.by_name: dict[str, list[Path]] = {}  # by the name, and by the name without its suffix
-        for path in visible_files(folder, SUFFIXES) if folder.is_dir() else ():
+        for path in visible_files(folder, suffixes) if folder.is_dir() else ():
             for key in dict.fromkeys((_plain(path.name), _plain(path.stem))):
                 self.by_name.setdefault(key, []).append(path)
 
@@ -151,9 +159,10 @@ class ImageFinder:
 
     def find(self, name: str) -> Path | None:
         """Return the image called `name`, or add a problem and return None."""
-        name = name.replace("\\", "/")
-        # The name as it is, without the query of an address, and with its percent-encoding decoded.
-        for tried in dict.fromkeys((name, name.partition("?")[0], urllib.parse.unquote(name.partition("?")[0]))):
+        # The name as it is, without the query of an address, and both with their percent-encoding decoded.
+        forms = (name, name.partition("?")[0])
+        for form in dict.fromkeys((*forms, *map(urllib.parse.unquote, forms))):
+            tried = form.replace("\\", "/")
             last = tried.rpartition("/")[2]
             # Label Studio puts a random prefix before uploaded files: 7a0b5f3c-street.jpg.
             prefix, _, rest = last.partition("-")
@@ -166,7 +175,10 @@ class ImageFinder:
         return None
 
     def _nearest(self, name: str, found: list[Path]) -> Path | None:
-        """Return the path whose last parts agree with those of `name` the longest."""
+        """Return the path that is `name` itself, or else the one whose last parts agree with it the longest."""
+        exact = [path for path in found if path.relative_to(self.folder).as_posix() == name]
+        if exact:
+            return exact[0]
 
         def common(path: Path) -> int:
             pairs = zip(
@@ -181,6 +193,8 @@ class ImageFinder:
 
         longest = max(map(common, found))
         nearest = [path for path in found if common(path) == longest]
+        depth = min(len(path.parts) for path in nearest)  # thumbnails and drawings are often in a folder below
+        nearest = [path for path in nearest if len(path.parts) == depth]
         if len(nearest) > 1:  # they differ in the suffix or in the case of letters
             nearest = [path for path in nearest if path.name == name.rpartition("/")[2]] or nearest
         if len(nearest) > 1:
@@ -209,12 +223,11 @@ class ImageFinder:
             return None
         except (TypeError, ValueError, OverflowError):
             size = None
-        if size in (None, upright):
+        if size in (None, upright) or min(size) <= 0:  # some tools write 0 for an unknown size
             return path, upright
         if size == stored:
             self.problems.note("rotated photos whose labels refer to the pixels as they are stored", path.name)
             return path, stored
-        assert size is not None
         wrong = f"{path.name} ({size[1]}x{size[0]} in the labels, {upright[1]}x{upright[0]} on disk)"
         self.problems.add("images of another size than their labels were made for", wrong)
         return None
@@ -234,17 +247,21 @@ def polygon_from(points: Any) -> list[float] | None:
     return values.ravel().tolist() if len(values) >= 3 and np.isfinite(values).all() else None
 
 
-def rectangle(x1: float, y1: float, x2: float, y2: float) -> list[float]:
-    """Return the polygon of a box."""
-    return [x1, y1, x2, y1, x2, y2, x1, y2]
+def rectangle(x1: float, y1: float, x2: float, y2: float, angle: float = 0.0) -> list[float]:
+    """Return the polygon of a box that is rotated by `angle` radians about its centre."""
+    x, y = (x2 - x1) / 2, (y2 - y1) / 2
+    return _rotated(np.array((-x, x, x, -x)), np.array((-y, -y, y, y)), (x1 + x, y1 + y), angle)
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, count: int = 48) -> list[float]:
     """Return the polygon of an ellipse that is rotated by `angle` radians."""
     t = np.linspace(0, 2 * np.pi, count, endpoint=False)
-    x, y = rx * np.cos(t), ry * np.sin(t)
-    points = np.stack((cx + x * np.cos(angle) - y * np.sin(angle), cy + x * np.sin(angle) + y * np.cos(angle)), axis=1)
-    return points.ravel().tolist()
+    return _rotated(rx * np.cos(t), ry * np.sin(t), (cx, cy), angle)
+
+
+def _rotated(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], angle: float) -> list[float]:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return (np.stack((x * cos - y * sin, x * sin + y * cos), axis=1) + centre).ravel().tolist()
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

@@ -62,10 +62,15 @@ def _load(source: Path) -> list[dict[str, Any]] | None:
 
 
 def _regions(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the regions of a file: a list in version 2, and a dictionary in version 1."""
+    """Return the regions of a file, with both of their dictionaries: a list in version 2, a dictionary in version 1."""
     regions = entry["regions"]
     values = regions.values() if isinstance(regions, dict) else regions if isinstance(regions, list) else []
-    return [region for region in values if isinstance(region, dict)]
+    keys = ("shape_attributes", "region_attributes")
+    return [
+        {key: region[key] if isinstance(region.get(key), dict) else {} for key in keys}
+        for region in values
+        if isinstance(region, dict)
+    ]
 
 
 def _class_attribute(files: list[dict[str, Any]], source: Path) -> str | None:
@@ -74,7 +79,7 @@ def _class_attribute(files: list[dict[str, Any]], source: Path) -> str | None:
         name
         for entry in files
         for region in _regions(entry)
-        for name, value in (region.get("region_attributes") or {}).items()
+        for name, value in region["region_attributes"].items()
         if isinstance(value, (str, dict, int, float)) and value not in ("", {})
     )
     if not used:
@@ -99,11 +104,15 @@ def _images(
             continue
         objects = []
         for region in _regions(entry):
-            shape = region.get("shape_attributes") or {}
+            shape = region["shape_attributes"]
             polygon = _polygon(shape)
-            name = (region.get("region_attributes") or {}).get(attribute, "") if attribute else "object"
+            name = region["region_attributes"].get(attribute, "") if attribute else "object"
             if isinstance(name, dict):  # a checkbox: {"person": true}
-                name = next((key for key, chosen in name.items() if chosen), "")
+                chosen = [key for key, is_set in name.items() if is_set]
+                if len(chosen) > 1:
+                    problems.add("regions with several classes", entry["filename"])
+                    continue
+                name = chosen[0] if chosen else ""
             if polygon is None:
                 problems.add(f"regions of the shape {shape.get('name')} without an area", entry["filename"])
             elif not str(name).strip():

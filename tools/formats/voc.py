@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from config import PASCAL_CLASSES
+from tools.formats.labelme import RESERVED
 from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, encode, read_text
 from utils.errors import UserError
 
@@ -31,12 +32,15 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a data set. Raises UserError if the folder with the classes is missing."""
     if not (source / "SegmentationClass").is_dir():
         raise UserError(f"{source}: SegmentationClass is missing, which has the class of each object")
-    label_map = _label_map(source / "labelmap.txt")
+    label_map = _label_map(source, problems)
     names = label_map.classes
     finder = ImageFinder(images or source / "JPEGImages", problems)
     lists = {path.stem: path for path in sorted((source / "ImageSets/Segmentation").glob("*.txt"))}
     splits = {name: path for name, path in lists.items() if name in ("train", "val", "test")}
     masks = sorted(path.stem for path in (source / "SegmentationObject").glob("*.png"))
+    listed = {line.strip() for path in splits.values() for line in read_text(path).splitlines()}
+    for stem in [stem for stem in masks if splits and stem not in listed]:
+        problems.add("masks that no split lists", f"{stem}.png")
     if not splits:
         return Labels("Pascal VOC", names, {"": _images(source, masks, label_map, finder, problems)})
     stems = {name: read_text(path).split("\n") for name, path in splits.items()}
@@ -62,20 +66,28 @@ class LabelMap:
         return [name for name in self.names if name != BACKGROUND]
 
 
-def _label_map(path: Path) -> LabelMap:
+def _label_map(source: Path, problems: Problems) -> LabelMap:
     """Read labelmap.txt, `name:r,g,b:parts:actions` in each line. The colour may be missing; it is then
     Pascal VOC's for the index.
 
-    CVAT and Datumaro write this file. Without it, the classes are those of Pascal VOC.
+    CVAT and Datumaro write this file, LabelMe class_names.txt, one name in each line. Without them, the classes are
+    those of Pascal VOC.
     """
+    path = source / "labelmap.txt"
     if not path.is_file():
         names = [BACKGROUND, *PASCAL_CLASSES]
+        if (source / "class_names.txt").is_file():
+            lines = [line.strip() for line in read_text(source / "class_names.txt").splitlines()]
+            names = [BACKGROUND, *(name for name in lines if name and name not in RESERVED)]
+        else:
+            problems.note("folders without labelmap.txt; the class names are assumed to be Pascal VOC's", source.name)
         return LabelMap(names, {voc_colour(index): name for index, name in enumerate(names)})
     found = LabelMap([], {})
     for line in read_text(path).splitlines():
         name, _, rest = line.partition(":")
         if line.startswith("#") or not line.strip():
             continue
+        name = name.strip()
         found.names.append(name)
         values = rest.split(":")[0].split(",")
         if len(values) == 3 and all(value.strip().isdecimal() for value in values):
@@ -117,7 +129,10 @@ def read_png(path: Path) -> np.ndarray | None:
     """Return palette indices [H, W], or colours [H, W, 3] of a file without a palette; None if it is unreadable."""
     try:
         with Image.open(path) as image:
-            return np.array(image if image.mode in ("P", "L") else image.convert("RGB"))
+            if image.mode in ("LA", "RGBA"):  # the objects may be in the transparency alone
+                colours, alpha = np.asarray(image.convert("RGB")), np.asarray(image.getchannel("A"))
+                return alpha if (colours == colours[0, 0]).all() else colours
+            return np.array(image if image.mode[0] in "PLI" else image.convert("RGB"))  # I: more than 8 bits
     except (OSError, UnidentifiedImageError):
         return None
 

@@ -5,6 +5,7 @@ A line is `class x1 y1 x2 y2 ...`, relative to the upright image. Objects of sev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ SPLITS = ("train", "val", "test")
 
 
 def find_yaml(source: Path) -> Path | None:
-    """Return the data.yaml that `source` is or contains."""
+    """Return the data.yaml that `source` is or contains; other names are found by the key `names` inside."""
     if source.is_file():
         return source if source.suffix.lower() in (".yaml", ".yml") else None
-    found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    return found[0] if found else None
+    found = [path for path in [*source.glob("*.yaml"), *source.glob("*.yml")] if not path.name.startswith(".")]
+    named = [path for path in found if re.search(rb"^\W{0,4}names\W? *:", path.read_bytes(), re.MULTILINE)]
+    return min(named, key=lambda path: (path.stem != "data", path.name), default=None)
 
 
 def recognise(source: Path) -> bool:
@@ -49,14 +51,28 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     path = find_yaml(source)
     root = source if source.is_dir() else source.parent
     finder = ImageFinder(images or root, problems)
+    labels = ImageFinder(root / "labels", problems, {".txt"})
     content = {} if path is None else _load(path)
+    if "kpt_shape" in content:
+        raise UserError(f"{path}: labels of poses (kpt_shape) have no outlines; export segmentation labels instead")
     names = dict(enumerate(_class_names(source))) if path is None else _names_by_index(content.get("names"), path)
-    places = {split: _places(content, split, path, images) for split in SPLITS if path and content.get(split)}
-    pairs = {split: _pairs(found, finder, root) for split, found in places.items()}
+    places: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        if path is not None and content.get(split):
+            found = _places(content, split, path, images)
+            same = [other for other in places if places[other] == found and content[other] != content[split]]
+            if same:
+                raise UserError(
+                    f"{path}: {split} and {same[0]} would both be {found[0]}, because {content[split]} does not exist; "
+                    "correct the file"
+                )
+            if found or split != "test":
+                places[split] = found
+    pairs = {split: _pairs(found, finder, labels) for split, found in places.items()}
     if not places:  # without a data.yaml, or with that of supervision, which only names the classes
         if not visible_files(root / "labels", {".txt"}):
             raise UserError(f"{path}: has none of {', '.join(SPLITS)}, and there is no folder labels beside it")
-        pairs[""] = _from_labels(root / "labels", finder)
+        pairs[""] = _from_labels(root / "labels", finder, labels)
     splits = {split: _images(found, names, finder, problems) for split, found in pairs.items()}
     return Labels("YOLO", list(names.values()), splits)
 
@@ -85,9 +101,12 @@ def _names_by_index(listed: Any, path: Path) -> dict[int, str]:
         raise UserError(f"{path}: has no list of class names")
     pairs = listed.items() if isinstance(listed, dict) else enumerate(listed)
     try:
-        return {int(index): str(name) for index, name in pairs}
+        found = {int(index): name for index, name in pairs}
     except ValueError:
         raise UserError(f"{path}: the keys of `names` must be class indices") from None
+    if not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{path}: `names` must be a list of texts, or class indices with texts")
+    return found
 
 
 def _class_names(source: Path) -> list[str]:
@@ -107,60 +126,63 @@ def _class_names(source: Path) -> list[str]:
 def _places(content: dict[str, Any], split: str, path: Path, images: Path | None) -> list[Path]:
     """Return the image folders of a split, and the text files that list its images.
 
-    Paths in a data.yaml are often those of another computer.
+    Paths in a data.yaml are often those of another computer, so the longest end of a path that exists here is taken.
+    Roboflow writes ../train/images where train/images is meant, and may leave out the folder of test.
     """
     entries = content[split] if isinstance(content[split], list) else [content[split]]
     roots = [path.parent / str(content.get("path") or "."), path.parent, *([images] if images else [])]
     places = []
     for entry in entries:
-        # Roboflow writes ../train/images, but the folder is train/images beside the file.
-        tries = [root / str(entry) for root in roots] + [path.parent / str(entry).removeprefix("../")]
-        found = next((place for place in tries if place.exists()), images)
+        name = str(entry).replace("\\", "/")
+        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        tries = [name, *("/".join(parts[i:]) for i in range(len(parts)))]
+        found = next((root / tried for tried in tries for root in roots if (root / tried).exists()), images)
+        if found is None and split == "test":
+            continue
         if found is None:
             raise UserError(f"{path}: {split} is {entry}, which does not exist; correct the file or its `path`")
         places.append(found)
     return places
 
 
-def _from_labels(folder: Path, finder: ImageFinder) -> Iterator[tuple[Path, Path]]:
+def _from_labels(folder: Path, finder: ImageFinder, labels: ImageFinder) -> Iterator[tuple[Path, Path]]:
     """Yield the image and the label file of each label, and of each image without one."""
     seen = set()
     for label in visible_files(folder, {".txt"}):
-        if label.name != "classes.txt" and (image := finder.find(label.stem)) is not None:
+        name = label.relative_to(folder.parent).with_suffix("").as_posix()
+        if label.name != "classes.txt" and (image := finder.find(f"images{name.removeprefix('labels')}")) is not None:
             seen.add(image)
             yield image, label
     for image in visible_files(folder.parent / "images", SUFFIXES):
         if image not in seen:
-            yield image, _label_path(image)
+            yield image, _label_path(image, labels)
 
 
-def _pairs(places: list[Path], finder: ImageFinder, root: Path) -> Iterator[tuple[Path, Path]]:
+def _pairs(places: list[Path], finder: ImageFinder, labels: ImageFinder) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a split with the paths of their label files."""
-    # Photos of another folder, given with --images, have their labels in the source.
-    labels = {path.name: path for path in visible_files(root / "labels", {".txt"})}
     for place in places:
         if place.is_dir():
-            for path in visible_files(place, SUFFIXES):
-                label = _label_path(path)
-                yield path, label if label.is_file() else labels.get(label.name, label)
+            yield from ((path, _label_path(path, labels)) for path in visible_files(place, SUFFIXES))
             continue
-        for line in read_text(place).splitlines():  # a list of images
-            if line.strip():
-                path = place.parent / line.strip()
-                found = path if path.is_file() else finder.find(line.strip())
-                if found is not None:
-                    label = _label_path(path)
-                    yield found, label if label.is_file() else labels.get(label.name, label)
+        for line in filter(None, map(str.strip, read_text(place).splitlines())):  # a list of images
+            path = place.parent / line
+            found = path if path.is_file() else finder.find(line)
+            if found is not None:
+                yield found, _label_path(found, labels)
 
 
-def _label_path(image: Path) -> Path:
-    """Return the label file of an image: the last folder called images becomes labels."""
+def _label_path(image: Path, labels: ImageFinder) -> Path:
+    """Return the label file of an image: the last folder called images becomes labels.
+
+    If there is no such file, because the photos are in another folder, it is that of the source with its name.
+    """
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
             parts[i] = "labels"
             break
-    return Path(*parts).with_suffix(".txt")
+    path = Path(*parts).with_suffix(".txt")
+    return (not path.is_file() and labels.knows(path.name) and labels.find(path.as_posix())) or path
 
 
 def _images(

@@ -227,12 +227,16 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         paths = write_coco_results(args.output, results)
         print(f"metrics -> {args.output}, detections -> {', '.join(paths)}")
     if args.report is not None:
+        from tools.advice import better_size
         from tools.report import write_report
 
         title = f"{predictor.config.name} on {args.annotations.name}"
         report = write_report(args.report, dataset, metrics, results, sizes, title)
         print(f"best score threshold {report['best_threshold']:.2f} (F1 {report['f1']:.2f} of masks at IoU 0.5)")
         print(f"report -> {args.report / 'index.html'}")
+        hint = better_size(predictor, dataset) if isinstance(predictor, Predictor) and ranks.size == 1 else ""
+        if hint:
+            print(hint)
         if args.store_threshold:
             print(f"stored for --score_threshold best in {store_threshold(args.weights, report['best_threshold'])}")
     return report_problems(metrics["problems"])

@@ -134,7 +134,9 @@ class ExportedNetwork:
         self.runtime = OnnxRuntime(self.path) if self.path.suffix == ".onnx" else OpenVino(self.path)
         description = _read_description(self.runtime.description(), self.path)
         self.config: Config = from_dict(description["config"])
-        self.size: tuple[int, int] = (description["size"][0], description["size"][1])
+        size = description["size"]
+        # As in `Backend`: a fixed height and width, or the side of a square whose area the input of each image has.
+        self.size: int | tuple[int, int] = size if isinstance(size, int) else (size[0], size[1])
         self.precision: str = description["precision"]  # of the weights in the file: fp32, fp16 or int8
         self.raw: bool = description["raw"]
 
@@ -187,9 +189,9 @@ def exported_backend(
     """Prepare an exported network; see `Predictor` for the arguments and errors."""
     if str(device) not in ("auto", "cpu"):
         raise UserError(f"{model.path}: exported models run on the CPU only, not on {device}")
-    if size is not None and ((size, size) if isinstance(size, int) else tuple(size)) != model.size:
-        height, width = model.size
-        raise UserError(f"{model.path}: it was exported for {height}x{width}; export it again with another --size")
+    if size is not None and size != model.size and (size, size) != model.size:
+        own = model.size if isinstance(model.size, int) else "x".join(map(str, model.size))
+        raise UserError(f"{model.path}: it was exported for {own}; export it again with another --size")
     computed_in = model.computed_in(precision)
     mask_iou = None
     if model.config.model.mask_iou:

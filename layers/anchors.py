@@ -13,7 +13,8 @@ LEVELS = (3, 4, 5, 6, 7)  # P3..P7, of strides 8..128
 
 def feature_sizes(height: int, width: int) -> list[tuple[int, int]]:
     """Return (height, width) of P3..P7 for an input of `height` x `width` pixels. Every stride-2 layer rounds up."""
-    return [(-(-height // 2**level), -(-width // 2**level)) for level in LEVELS]
+    # Not -(-height // 2**level): in an exported graph, the quotient of negative numbers is rounded towards zero.
+    return [tuple((side + 2**level - 1) // 2**level for side in (height, width)) for level in LEVELS]
 
 
 def prototype_size(height: int, width: int) -> tuple[int, int]:
@@ -36,11 +37,12 @@ def make_anchors(height: int, width: int, config: ModelConfig, device: torch.dev
         heights = torch.tensor([side / root for side, root in shapes], dtype=torch.float64)
         if config.square_anchors:
             heights = widths
-        # The spacing of the centres. The two differ if a side was rounded up: 550 / 69 = 7.97 pixels instead of 8.
-        step = (1 / rows, 1 / columns) if config.even_anchors else (2**level / height, 2**level / width)
+        # The centres in units of the stride, and how many of these units the image has. For centres at multiples of the
+        # stride they are not whole if a side was rounded up: 550 / 8 = 68.75 instead of 69.
+        count = (rows, columns) if config.even_anchors else (height / 2**level, width / 2**level)
         y, x = torch.meshgrid(
-            (torch.arange(rows, dtype=torch.float64) + 0.5) * step[0],
-            (torch.arange(columns, dtype=torch.float64) + 0.5) * step[1],
+            (torch.arange(rows, dtype=torch.float64) + 0.5) / count[0],
+            (torch.arange(columns, dtype=torch.float64) + 0.5) / count[1],
             indexing="ij",
         )
         centres = torch.stack((x, y), dim=-1)[:, :, None].expand(rows, columns, len(widths), 2)

@@ -15,6 +15,8 @@ from conftest import make_dataset, run
 from pycocotools import mask as rle
 
 from data.coco import CocoDataset
+from inference import Predictor
+from tools import advice
 from tools.error_analysis import (
     MatchedDetections,
     Outcome,
@@ -176,6 +178,19 @@ def test_the_best_threshold_is_stored_and_used(report, dataset, tmp_path):
             "--save", "json", "--precision", "fp32")  # fmt: skip
         counts.append(json.loads((out / "image_0.json").read_text()))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("size", "best"), [(None, "--size 192 is better here: mask AP 44.0"), ((64, 128), "")])
+def test_a_better_input_size_is_named(weights, dataset, monkeypatch, size, best):
+    """By mask AP at the given input sizes; a gain within the noise is not mentioned."""
+    found = {128: 0.37, 96: 0.30, 192: 0.44, (64, 128): 0.37, (64, 96): 0.2, (96, 192): 0.385}
+    monkeypatch.setattr(advice, "evaluate", lambda p, *_, **__: {"segm": {"AP": found[p.backend.size]}})
+    predictor = Predictor.from_weights(weights, size=size or 128)
+    if isinstance(predictor.backend.size, tuple) and size is None:
+        predictor.backend.size = 128
+    line = advice.better_size(predictor, CocoDataset(dataset, dataset.parent / "images"))
+    assert line.startswith(best)
+    assert bool(line) == bool(best)
 
 
 def test_mistakes_of_reports_get_one_line(weights, dataset, tmp_path, monkeypatch):

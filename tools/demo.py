@@ -62,7 +62,9 @@ class Segmenter:
         # The network runs once for an image and a size; sliders repeat only what follows it.
         self.raw = functools.lru_cache(maxsize=4)(self._raw)
         self.config, self.folder = self.model.config, folder
-        self.size = max(self.model.size) if isinstance(self.model, ExportedNetwork) else self.config.model.max_size
+        self.size = (
+            int(np.max(self.model.size)) if isinstance(self.model, ExportedNetwork) else self.config.model.max_size
+        )
 
     def __call__(self, path: str | None, threshold: float, top_k: int, nms: str, size: int) -> list[Any]:
         """Return what the page shows: a line of text, three images in RGB, and the paths of three files."""

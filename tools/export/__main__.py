@@ -1,7 +1,7 @@
 """Export a model for ONNX Runtime, OpenVINO and other runtimes, and compare it with the PyTorch model.
 
 python -m tools.export --weights yolact_r50 --output model.onnx
-python -m tools.export --weights runs/mine --output model.xml --size 480x640
+python -m tools.export --weights runs/mine --output model.xml --size 480x640        # one input size of the network
 python -m tools.export --weights runs/mine --output model.xml --int8 --calibration images
 python -m tools.export --weights runs/mine --output raw.onnx --raw        # the network alone, for TensorRT and NPUs
 
@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from config import DetectionConfig, parse_overrides, with_detection
-from data.image import input_size, read_image
+from data.image import read_image
 from inference.runtime import EXTRA, ExportedNetwork
 from tools.export.exporting import write_export
 from tools.export.onnx_export import EXPORTABLE_NMS
@@ -63,7 +63,11 @@ def build_parser() -> ArgumentParser:
         help="a file, a run's folder, or a released name (default: the bundled weights)",
     )
     add("--output", type=Path, required=True, help="model.onnx, or model.xml for OpenVINO")
-    add("--size", help="input size of the network, HxW or one number (default: the configuration's)")
+    add(
+        "--size",
+        help="input size of the network: HxW, or a number for a square, with yolact_lite for an input of its area and "
+        "each image's aspect ratio (default: the configuration's)",
+    )
     add("--raw", action="store_true", help="export only the network, from normalised images to raw outputs")
     add("--int8", action="store_true", help="quantise the network to int8 (OpenVINO)")
     add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred are enough")
@@ -96,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with require("onnx", "onnxscript", "openvino" if to_ir else "onnxruntime", *["nncf"] * args.int8, install=EXTRA):
         pass  # a missing package is reported now, and not after the export
     model = load_model(args.weights)
-    side = model.config.model.max_size
-    size = parse_size(args.size) or side
-    size = (size, size) if isinstance(size, int) else size
+    size = parse_size(args.size) or model.config.model.max_size
+    if isinstance(size, int) and (args.raw or not model.config.model.preserve_aspect_ratio):
+        size = (size, size)
     detection = choose_detection(model, args)
     images = [read_image(path) for path in list_images(args.check) or CHECK_IMAGES]
 
@@ -117,9 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.replace(path, args.output.with_name(path.name))
     write_json(args.output.with_name(f"{args.output.name}.parity.json"), report)
     print(summary(args.output, report))
-    if model.config.model.preserve_aspect_ratio and size[0] == size[1]:
-        height, width = input_size((480, 640), size[0])
-        print(f"its input is a square; for images of 480x640 only, --size {height}x{width} is usually more accurate")
     return 0
 
 
@@ -163,11 +164,9 @@ def scratch_folder(output: Path) -> tempfile.TemporaryDirectory[str]:
 def summary(output: Path, report: dict[str, Any]) -> str:
     """Return a one-line summary of the export and its check."""
     worst = max(report["raw_difference"].values())
-    height, width = report["size"]
-    text = (
-        f"{output}: {report['precision']}, {height}x{width} input; "
-        f"raw outputs differ by up to {worst:.1e} of their largest value"
-    )
+    size = report["size"]
+    side = f"input of the area of {size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]} input"
+    text = f"{output}: {report['precision']}, {side}; raw outputs differ by up to {worst:.1e} of their largest value"
     if "pytorch_detections" in report:
         text += (
             f"; {report['pytorch_matched']} of PyTorch's {report['pytorch_detections']} detections match, of "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from config import DetectionConfig
-from data.image import normalise, resize
+from data.image import input_size, normalise, resize
 from tools.export.onnx_export import describe, to_onnx
 from tools.export.openvino_export import quantise, to_openvino, write_openvino
 from utils.errors import UserError
@@ -19,7 +19,7 @@ from yolact import Yolact
 def write_export(
     model: Yolact,
     path: Path,
-    size: tuple[int, int],
+    size: int | tuple[int, int],
     detection: DetectionConfig,
     raw: bool = False,
     calibration: Iterable[np.ndarray] | None = None,
@@ -29,7 +29,7 @@ def write_export(
     Args:
         model: the model. Its own configuration is stored in the file.
         path: an .onnx file, or an .xml file, beside which a .bin file is written. `tools.export.parity` checks them.
-        size: height and width of the network's input.
+        size: of the network's input, see `tools.export.graph.DetectionGraph`; height and width if `raw`.
         detection: the thresholds, NMS and limits of the exported graph.
         raw: export the network alone, from normalised images to raw outputs.
         calibration: uint8 BGR images [H, W, 3] for quantising the network to int8 (OpenVINO only). None: no int8.
@@ -54,9 +54,11 @@ def write_export(
     return len(batches)
 
 
-def _graph_input(image: np.ndarray, model: Yolact, size: tuple[int, int], raw: bool) -> np.ndarray:
+def _graph_input(image: np.ndarray, model: Yolact, size: int | tuple[int, int], raw: bool) -> np.ndarray:
     """Return an image as the exported graph takes it: [1, 3, h, w] at the network's size."""
     settings = model.config.model
+    if isinstance(size, int):
+        size = input_size(image.shape[:2], size)
     if raw:
         return normalise(resize(image, size, settings.resize_uint8), settings.mean, settings.std)[None]
     return np.ascontiguousarray(resize(image, size, uint8=True)[None, :, :, ::-1].transpose(0, 3, 1, 2))

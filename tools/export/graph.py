@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import DetectionConfig, ModelConfig
-from data.image import resize_float, resize_like_opencv
+from data.image import INPUT_STEP, resize_float, resize_like_opencv
 from inference.optimize import fold_batch_norm
 from inference.runtime import MASK_IOUS, NORMALISED, RAW, SOFT_MASKS
+from layers.anchors import make_anchors
 from layers.detect import detect
 from layers.masks import crop_window, mask_scores, soft_masks
 from yolact import Yolact
@@ -37,20 +38,19 @@ class DetectionGraph(nn.Module):
 
     Args:
         model: the network.
-        size: height and width of the network's input, to which images are resized.
+        size: height and width of the network's input, to which images are resized; or one number, the side of a square
+            whose area an input with the aspect ratio of the images has, see data.image.input_size.
         detection: thresholds, NMS and limits. The NMS must have fixed shapes: any but "standard".
         expose: also return the intermediate tensors at which the graph can be cut, see `cut_points`.
     """
 
-    def __init__(self, model: Yolact, size: tuple[int, int], detection: DetectionConfig, expose: bool = False):
+    def __init__(self, model: Yolact, size: int | tuple[int, int], detection: DetectionConfig, expose: bool = False):
         super().__init__()
-        self.anchors: Tensor
         self.mean: Tensor
         self.std: Tensor
         self.model = _prepared(model)
         self.settings: ModelConfig = model.config.model
         self.size, self.detection, self.expose = size, detection, expose
-        self.register_buffer("anchors", model.anchors(*size).clone())
         self.register_buffer("mean", torch.tensor(self.settings.mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(self.settings.std, dtype=torch.float32).view(3, 1, 1))
 
@@ -77,9 +77,10 @@ class DetectionGraph(nn.Module):
         mask_scores [B, N], by which detections are sorted with `strict_threshold`.
         """
         height, width = image.shape[2:]
-        normalised = self._preprocess(image)
-        predictions = self.model(normalised)
-        candidates = detect(predictions, self.anchors, self.detection)
+        size = _input_size(height, width, self.size) if isinstance(self.size, int) else self.size
+        normalised = self._preprocess(image, size)
+        predictions = self.model(_with_own_sizes(normalised) if isinstance(self.size, int) else normalised)
+        candidates = detect(predictions, make_anchors(*size, self.settings), self.detection)
         inside: dict[str, Tensor] = {NORMALISED: normalised, **dict(zip(RAW, predictions, strict=False))}
 
         boxes, scores, labels, coefficients = _used_slots(*candidates)
@@ -105,9 +106,9 @@ class DetectionGraph(nn.Module):
             outputs += [inside[name] for name in self.cut_points()]
         return tuple(outputs)
 
-    def _preprocess(self, image: Tensor) -> Tensor:
+    def _preprocess(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """uint8 RGB [B, 3, H, W] -> normalised float32 [B, 3, h, w]; the tensor form of data.image's functions."""
-        resized = (resize_like_opencv if self.settings.resize_uint8 else resize_float)(image, self.size)
+        resized = (resize_like_opencv if self.settings.resize_uint8 else resize_float)(image, size)
         return (resized - self.mean) / self.std
 
     def _mask_scores(self, scores: Tensor, labels: Tensor, soft: Tensor, inside: dict[str, Tensor]) -> Tensor:
@@ -116,6 +117,33 @@ class DetectionGraph(nn.Module):
             return inside[MASK_IOUS]
 
         return mask_scores(scores, labels, soft, self.detection, mask_iou if self.model.mask_iou is not None else None)
+
+
+def _input_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return what `data.image.input_size` returns, computed in the graph from the traced size of the images."""
+    thinnest = side / INPUT_STEP
+    root = (torch.full((), width, dtype=torch.float64) / height).sqrt().clamp(1 / thinnest, thinnest)
+    steps: list[Any] = []
+    for length in (side / root, side * root):
+        steps.append((length / INPUT_STEP).round().clamp(min=1).long().item())
+        torch._check(steps[-1] >= 1)  # torch.export cannot know the range of a value
+        torch._check(steps[-1] <= side)
+    return steps[0] * INPUT_STEP, steps[1] * INPUT_STEP
+
+
+def _with_own_sizes(batch: Tensor) -> Tensor:
+    """Return normalised images [B, 3, h, w] unchanged, with sizes that the graph counts in them.
+
+    Otherwise all shapes in the network would be computed from the size of the images, and `inference.runtime` could not
+    cut the network out of the graph.
+    """
+    counts: list[Any] = []
+    for values, step in ((batch[:, 0, 0, 0], 1), (batch[0, 0, :, 0], INPUT_STEP), (batch[0, 0, 0], INPUT_STEP)):
+        counts.append((values.isfinite().sum() // step).item())
+        torch._check(counts[-1] >= 1)
+        torch._check(counts[-1] * step <= values.shape[0])
+    images, rows, columns = counts
+    return batch[:images, :, : rows * INPUT_STEP, : columns * INPUT_STEP]
 
 
 def _prepared(model: Yolact) -> Any:

@@ -20,7 +20,7 @@ EXPORTABLE_NMS = ("fast", "cross_class", "cluster", "cluster_penalty")  # the sh
 LARGEST_SIDE = 16384
 
 
-def export_program(model: Yolact, size: tuple[int, int], detection: DetectionConfig) -> ExportedProgram:
+def export_program(model: Yolact, size: int | tuple[int, int], detection: DetectionConfig) -> ExportedProgram:
     """Return the whole way from uint8 RGB [B, 3, H, W] to detections as one torch.export program.
 
     Batch, height and width of the images are dynamic; see `DetectionGraph.forward` for the outputs.
@@ -52,12 +52,12 @@ def _program(module: DetectionGraph | RawNetwork, size: tuple[int, int] | None =
         return torch.export.export(module.eval(), (example,), dynamic_shapes=(dynamic,), strict=False)
 
 
-def to_onnx(model: Yolact, size: tuple[int, int], detection: DetectionConfig, raw: bool = False) -> Any:
+def to_onnx(model: Yolact, size: int | tuple[int, int], detection: DetectionConfig, raw: bool = False) -> Any:
     """Return an onnx.ModelProto.
 
     Args:
         model: the model to export.
-        size: height and width of the network's input.
+        size: of the network's input, see `DetectionGraph`; height and width if `raw`.
         detection: baked into the graph. The model's own settings are stored beside it, for `Predictor`.
         raw: the network alone, from normalised images to raw outputs.
 
@@ -67,6 +67,7 @@ def to_onnx(model: Yolact, size: tuple[int, int], detection: DetectionConfig, ra
     with require("onnx", "onnxscript", install=EXTRA):
         import onnx
     if raw:
+        assert not isinstance(size, int)
         program, names = _program(RawNetwork(model), size), list(RAW)
         visible = len(names)
     else:
@@ -99,21 +100,21 @@ def to_onnx(model: Yolact, size: tuple[int, int], detection: DetectionConfig, ra
 
 
 def describe(
-    model: Yolact, size: tuple[int, int], detection: DetectionConfig, raw: bool, precision: str = "fp32"
+    model: Yolact, size: int | tuple[int, int], detection: DetectionConfig, raw: bool, precision: str = "fp32"
 ) -> dict[str, str]:
     """Return what is stored in an exported file: for `Predictor`, for other programs, and for people."""
     settings = model.config.model
     description = {
         "version": VERSION,
         "config": to_dict(model.config),
-        "size": list(size),
+        "size": size,
         "raw": raw,
         "precision": precision,
         "detection": vars(detection),
     }
     image = "uint8 RGB [batch, 3, height, width] of any size"
     tensor = (
-        f"float32 RGB [batch, 3, {size[0]}, {size[1]}], (value - mean) / std of values 0..255 with mean "
+        f"float32 RGB [batch, 3, height, width] of {size}, (value - mean) / std of values 0..255 with mean "
         f"{list(settings.mean)} and std {list(settings.std)}; the image is resized bilinearly without antialiasing"
     )
     return {

@@ -368,11 +368,26 @@ def test_every_object_has_its_label(monkeypatch):
     """Also of forty small ones, whose labels are wider than their boxes."""
     boxes = np.array([(x, y, x + 60, y + 50) for x in range(20, 860, 105) for y in range(30, 560, 105)][:40], float)
     image, none = np.zeros((600, 900, 3), np.uint8), [np.zeros((600, 900), bool)] * 40
-    texts = [f"person number {i}" for i in range(40)]
+    texts = [f"person 0.{i}" for i in range(40)]
     drawn = []
     monkeypatch.setattr("utils.draw._free_place", lambda *given: drawn.append(free(*given)) or drawn[-1])
     draw_objects(image, none, boxes, texts, range(40))
     assert sum(place is not None for place in drawn) >= 36
+
+
+@pytest.mark.parametrize(("width", "shown"), [(0.45, False), (0.55, True)])
+def test_a_label_of_more_than_twice_the_width_of_its_box_is_left_out(width, shown):
+    image, mask = np.zeros((750, 750, 3), np.uint8), np.zeros((750, 750), bool)
+    wide = width * draw_label("person 0.50", 16, (0, 0, 0)).shape[1]
+    box = np.array([[100, 200, 100 + wide, 300]])
+    outlined = draw_objects(image, [mask], box, [""], [0])
+    assert (draw_objects(image, [mask], box, ["person 0.50"], [0]) != outlined).any() == shown
+
+
+def test_the_gallery_has_twelve_cells(tmp_path):
+    spawn("-m", "examples.gallery", tmp_path / "gallery.png")
+    image = cv2.imread(str(tmp_path / "gallery.png"))
+    assert image.shape == (3 * 510, 4 * 488, 3)
 
 
 def test_labels_have_letters_of_other_languages():

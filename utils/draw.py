@@ -44,8 +44,8 @@ def draw_objects(
 
     Where masks overlap, a pixel has the tint of the topmost one. Outlines have a dark rim, so that they are visible on
     any ground. Lines and text scale with the root of the image's area. A label that would overlap an earlier one is
-    moved to a free place at its box, or omitted if there is none. Raises ValueError if `image` has another type or
-    shape.
+    moved to a free place at its box. It is omitted if there is none, or if it is more than twice as wide as its box.
+    Raises ValueError if `image` has another type or shape.
 
     Args:
         masks: n bool arrays [H, W], or windows of such masks.
@@ -60,8 +60,7 @@ def draw_objects(
     scale = (image.shape[0] * image.shape[1]) ** 0.5 / 750
     line = max(1, round(1.6 * scale))
     for mask, color in zip(masks, colors, strict=True):
-        window = mask.tight() if isinstance(mask, MaskWindow) else MaskWindow.around(mask)
-        _paint(out, image, window, color_of(color), alpha, line)
+        _paint(out, image, mask, color_of(color), alpha, line)
     for box, color in zip(boxes, colors, strict=True):
         x1, y1, x2, y2 = (round(float(v)) for v in box)
         cv2.rectangle(out, (x1, y1), (x2, y2), color_of(color), line, cv2.LINE_AA)
@@ -70,6 +69,8 @@ def draw_objects(
         if not texts[i]:
             continue
         label = draw_label(texts[i], round(max(9, 16 * scale)), color_of(colors[i]))
+        if label.shape[1] > 2 * (boxes[i][2] - boxes[i][0]):  # it would hide the neighbours
+            continue
         place = _free_place(out.shape[:2], label.shape[1::-1], boxes[i], taken)
         if place is not None:
             x1, y1, x2, y2 = place

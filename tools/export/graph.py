@@ -138,10 +138,11 @@ def _with_own_sizes(batch: Tensor) -> Tensor:
     cut the network out of the graph.
     """
     counts: list[Any] = []
-    for values, step in ((batch[:, 0, 0, 0], 1), (batch[0, 0, :, 0], INPUT_STEP), (batch[0, 0, 0], INPUT_STEP)):
+    lines = (batch[:, :1, :1, :1], 1), (batch[:1, :1, :, :1], INPUT_STEP), (batch[:1, :1, :1], INPUT_STEP)
+    for values, step in lines:
         counts.append((values.isfinite().sum() // step).item())
         torch._check(counts[-1] >= 1)
-        torch._check(counts[-1] * step <= values.shape[0])
+        torch._check(counts[-1] * step <= values.numel())
     images, rows, columns = counts
     return batch[:images, :, : rows * INPUT_STEP, : columns * INPUT_STEP]
 

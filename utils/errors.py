@@ -8,7 +8,6 @@ import difflib
 import gc
 import importlib
 import io
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -66,19 +65,12 @@ def integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(text: str, accepts: Callable[[float], bool], words: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and accepts(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-    return value
-
-
 def fraction(text: str) -> float:
     """Argparse type for numbers from 0 to 1."""
-    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:  # false for NaN
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from utils.errors import UserError, suggestion
+from utils.errors import UserError, look_up
 
 Features = tuple[Tensor, Tensor, Tensor]
 
@@ -319,11 +319,10 @@ def find_backbone(name: str, dcn_interval: int = 0) -> type[Backbone]:
 
     Raises UserError for an unknown name, or if `dcn_interval` is set for a backbone without deformable convolutions.
     """
-    if name not in BACKBONES:
-        raise UserError(f"unknown backbone {name!r}{suggestion(name, BACKBONES)}")
-    if dcn_interval and not BACKBONES[name].deformable:
+    backbone = look_up("backbone", name, BACKBONES)
+    if dcn_interval and not backbone.deformable:
         raise UserError(f"dcn_interval={dcn_interval}: {name} does not support deformable convolutions")
-    return BACKBONES[name]
+    return backbone
 
 
 def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:

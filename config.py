@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError, suggestion
+from utils.errors import UserError, look_up, suggestion
 from utils.fields import convert
 
 COCO_CLASSES = tuple(
@@ -229,9 +229,7 @@ def override(config: Config, /, **overrides: Any) -> Config:
     """
     changed: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
-        if key not in FIELDS:
-            raise UserError(f"unknown configuration key {key!r}{suggestion(key, FIELDS)}")
-        section, hint = FIELDS[key]
+        section, hint = look_up("configuration key", key, FIELDS)
         changed.setdefault(section, {})[key] = convert(key, value, hint)
     if "training" in changed:
         changed["training"] = _adapt(config.training, changed["training"])
@@ -418,10 +416,8 @@ def get_config(name: str, /, **overrides: Any) -> Config:
     """
     if name.endswith(".py"):
         config = _config_from_file(Path(name))
-    elif (key := canonical_name(name)) in CONFIGS:
-        config = CONFIGS[key]
     else:
-        raise UserError(f"unknown configuration {name!r}{suggestion(key, CONFIGS)}")
+        config = look_up("configuration", canonical_name(name), CONFIGS)
     return override(config, **overrides)
 
 

@@ -26,10 +26,10 @@ from inference.optimize import Backend, GraphedCall, pytorch_backend
 from inference.runtime import ExportedNetwork, exported_backend, is_exported
 from layers.detect import detect, take
 from layers.masks import mask_scores, soft_masks
-from layers.nms import find_nms
+from layers.nms import NMS
 from layers.structures import Predictions, Selected
 from utils.device import float32_math
-from utils.errors import UserError
+from utils.errors import UserError, look_up
 from weights import load_model
 from yolact import Yolact
 
@@ -120,7 +120,7 @@ class Predictor:
         """Return the configuration with the detection options of this predictor. Raises UserError if one is invalid."""
         self._graph = None  # it contains the options
         config = with_detection(self.own_config, self.given, self.display)
-        find_nms(config.detection.nms)
+        look_up("nms", config.detection.nms, NMS)
         return config
 
     @overload

@@ -8,9 +8,10 @@ from torch import Tensor
 from config import DetectionConfig
 from layers.anchors import level_sizes
 from layers.boxes import decode
-from layers.nms import find_nms
+from layers.nms import NMS
 from layers.structures import Predictions, Selected
 from layers.voting import VOTER_SCORE, vote
+from utils.errors import look_up
 
 
 def detect(
@@ -61,7 +62,7 @@ def detect(
         # Candidates sort first, so NMS needs no more boxes than there are candidates. With 80 classes, a threshold of
         # 0.3 and 1000 boxes of each class, this changes the time from 0.85 s to 7 ms.
         top_k = min(top_k, int((~weak.all(dim=2)).sum(dim=1).amax().clamp(min=1)))
-    kept = find_nms(config.nms)(boxes, candidates, config.nms_threshold, top_k, config.top_k)
+    kept = look_up("nms", config.nms, NMS)(boxes, candidates, config.nms_threshold, top_k, config.top_k)
     selected = Selected(take(boxes, kept.indices), kept.scores, kept.labels, take(coefficients, kept.indices))
     if config.box_voting:
         selected = _vote(selected, boxes, scores.masked_fill(best <= VOTER_SCORE, 0.0), config.nms_top_k)

@@ -13,9 +13,10 @@ from config import LossConfig
 from layers.anchors import positions_per_level
 from layers.boxes import area, box_iof, encode, to_corners
 from layers.masks import crop_limits, crop_window, mask_logits
-from layers.matching import IGNORED, Grid, Matches, find_assigner
+from layers.matching import ASSIGNERS, IGNORED, Grid, Matches
 from layers.structures import Predictions, Target
 from utils.device import to_device, to_host
+from utils.errors import look_up
 
 # Weights of the terms, from the released code and the paper (section 3.3); the mask IoU weight is that of YOLACT++.
 WEIGHTS = {"box": 1.5, "class": 1.0, "mask": 6.125, "semantic": 1.0, "mask_iou": 25.0}
@@ -43,7 +44,7 @@ class MultiBoxLoss:
 
     def __init__(self, config: LossConfig):
         self.config = config
-        self.assign = find_assigner(config.assigner)
+        self.assign = look_up("assigner", config.assigner, ASSIGNERS)
 
     def __call__(
         self,

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.boxes import box_iou
-from utils.errors import UserError, suggestion
 
 # An anchor is positive if its IoU is at least the first value, negative if it is below the second, and otherwise
 # ignored (released code; SSD uses 0.5 for both).
@@ -134,10 +133,3 @@ def force_matches(overlaps: Tensor, best: Tensor, objects: Tensor) -> None:
 
 Assigner = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
 ASSIGNERS: dict[str, Assigner] = {"max_iou": match_max_iou, "atss": match_atss}
-
-
-def find_assigner(name: str) -> Assigner:
-    """Return the assigner called `name`, a key of ASSIGNERS. Raises UserError for an unknown name."""
-    if name not in ASSIGNERS:
-        raise UserError(f"unknown assigner {name!r}{suggestion(name, ASSIGNERS)}")
-    return ASSIGNERS[name]

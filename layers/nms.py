@@ -15,7 +15,6 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from layers.boxes import box_iou
-from utils.errors import UserError, suggestion
 
 # Iterations of Cluster-NMS where it cannot stop when its result is stable. On 200 images with up to 1000 candidates
 # each, 13 were enough.
@@ -151,10 +150,3 @@ NMS: dict[str, Callable[..., NMSResult]] = {
     "cluster_penalty": cluster_penalty_nms,
     "standard": standard_nms,
 }
-
-
-def find_nms(name: str) -> Callable[..., NMSResult]:
-    """Return the NMS function called `name`, a key of NMS. Raises UserError for an unknown name."""
-    if name not in NMS:
-        raise UserError(f"unknown nms {name!r}{suggestion(name, NMS)}")
-    return NMS[name]

@@ -9,11 +9,11 @@ from typing import Any
 from backbone import find_backbone
 from config import Config, as_set_arguments, get_config, override, parse_overrides, to_dict
 from layers.loss import MultiBoxLoss
-from layers.nms import find_nms
+from layers.nms import NMS
 from training.trainer import check_resumable
 from utils.device import PRECISIONS, choose_device, choose_precision
 from utils.distributed import Ranks
-from utils.errors import ArgumentParser, UserError, integer
+from utils.errors import ArgumentParser, UserError, integer, look_up
 from weights.convert import Weights
 from weights.load import read_weights
 from weights.released import checkpoint_in
@@ -147,7 +147,7 @@ def check_arguments(config: Config, args: dict[str, Any]) -> None:
     if args["patience"] is not None and not args["val_annotations"]:
         raise UserError("--patience needs --val_annotations, because it compares validations")
     find_backbone(config.model.backbone, config.model.dcn_interval)
-    find_nms(config.detection.nms)
+    look_up("nms", config.detection.nms, NMS)
     MultiBoxLoss(config.loss)  # raises for an unknown assigner
     choose_precision(args["precision"], choose_device(args["device"]))
 

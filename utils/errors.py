@@ -9,7 +9,10 @@ import gc
 import importlib
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -41,6 +44,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def look_up(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """Return `known[name]`. Raises UserError for an unknown name, with the nearest or all known ones."""
+    if name not in known:
+        raise UserError(f"unknown {kind} {name!r}{suggestion(name, known)}")
+    return known[name]
 
 
 def join_names(names: Sequence[str], limit: int = 5) -> str:

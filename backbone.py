@@ -325,12 +325,6 @@ def find_backbone(name: str, dcn_interval: int = 0) -> type[Backbone]:
     return backbone
 
 
-def build_backbone(name: str, dcn_interval: int = 0) -> Backbone:
-    """Return the backbone called `name` with random weights, see `find_backbone`."""
-    backbone = find_backbone(name, dcn_interval)
-    return backbone(dcn_interval=dcn_interval) if dcn_interval else backbone()
-
-
 def freeze(module: nn.Module) -> None:
     """Set a module to evaluation mode and disable its gradients. Call again after `.train()`."""
     module.eval()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import build_backbone, freeze, freeze_batch_norm
+from backbone import find_backbone, freeze, freeze_batch_norm
 from config import Config
 from layers.anchors import make_anchors
 from layers.structures import Predictions
@@ -138,7 +138,8 @@ class Yolact(nn.Module):
         self.config = config
         model, num_classes = config.model, config.num_classes
         channels, num_anchors = model.fpn_channels, model.anchors_per_position
-        self.backbone = build_backbone(model.backbone, model.dcn_interval)
+        backbone = find_backbone(model.backbone, model.dcn_interval)
+        self.backbone = backbone(model.dcn_interval) if backbone.deformable else backbone()
         self.fpn = FPN(self.backbone.channels, channels, model.fpn_relu, model.p6_from_c5)
         self.protonet = ProtoNet(channels, model.proto_channels, model.num_prototypes)
         self.head = PredictionHead(channels, num_anchors, num_classes, model.num_prototypes)

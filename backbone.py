@@ -325,19 +325,6 @@ def find_backbone(name: str, dcn_interval: int = 0) -> type[Backbone]:
     return backbone
 
 
-def freeze(module: nn.Module) -> None:
-    """Set a module to evaluation mode and disable its gradients. Call again after `.train()`."""
-    module.eval()
-    module.requires_grad_(False)
-
-
-def freeze_batch_norm(module: nn.Module) -> None:
-    """Freeze every batch norm in `module`, see `freeze`. Call again after `.train()`."""
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            freeze(layer)
-
-
 def state_from_imagenet(backbone: Backbone, content: dict[str, Any]) -> dict[str, Tensor]:
     """Rename the entries of ImageNet weights to this backbone's names, and drop the classifier."""
     renamed = {backbone.rename(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # also of SyncBatchNorm
 
-from backbone import find_backbone, freeze, freeze_batch_norm
+from backbone import find_backbone
 from config import Config
 from layers.anchors import make_anchors
 from layers.structures import Predictions
@@ -153,10 +154,11 @@ class Yolact(nn.Module):
     def train(self, mode: bool = True) -> Yolact:
         """Set training or evaluation mode. Layers that the configuration freezes stay in evaluation mode."""
         super().train(mode)
+        frozen = self.backbone.stages()[: self.config.training.freeze_stages]
         if self.config.training.freeze_bn:
-            freeze_batch_norm(self.backbone)
-        for stage in self.backbone.stages()[: self.config.training.freeze_stages]:
-            freeze(stage)
+            frozen += [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+        for module in frozen:
+            module.eval().requires_grad_(False)
         return self
 
     def forward(self, images: Tensor) -> Predictions:

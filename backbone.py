@@ -11,7 +11,7 @@ weights.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -323,9 +323,3 @@ def find_backbone(name: str, dcn_interval: int = 0) -> type[Backbone]:
     if dcn_interval and not backbone.deformable:
         raise UserError(f"dcn_interval={dcn_interval}: {name} does not support deformable convolutions")
     return backbone
-
-
-def state_from_imagenet(backbone: Backbone, content: dict[str, Any]) -> dict[str, Tensor]:
-    """Rename the entries of ImageNet weights to this backbone's names, and drop the classifier."""
-    renamed = {backbone.rename(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return {name: value for name, value in renamed.items() if name is not None}

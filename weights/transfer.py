@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone import BACKBONES, state_from_imagenet
+from backbone import BACKBONES
 from config import Config, as_set_arguments, differences
 from utils.errors import UserError, join_names, suggestion
 from weights.checkpoint import read_checkpoint
@@ -134,7 +134,8 @@ def init_backbone(model: Yolact, content: dict[str, Any], source: str) -> None:
     """
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    state = state_from_imagenet(model.backbone, content)
+    renamed = {model.backbone.rename(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in renamed.items() if name is not None}  # without the classifier
     own = model.backbone.state_dict()
     # Deformable layers load the 3x3 weights of regular ones. Their biases and offsets are not in the file and stay 0.
     optional = ("num_batches_tracked", "conv2.bias", "conv_offset_mask.weight", "conv_offset_mask.bias")

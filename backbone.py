@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet
 from torchvision.ops import deform_conv2d
 
 from utils.errors import UserError, look_up
@@ -74,34 +75,19 @@ class DeformConv2d(nn.Conv2d):
         return out.to(x.dtype)
 
 
-class Bottleneck(nn.Module):
-    """The ResNet bottleneck block with the stride in its 3x3 convolution, as in torchvision (He et al. 2016)."""
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's block (He et al. 2016), with the stride in its 3x3 convolution, which may be deformable."""
 
     conv_norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(self, in_channels: int, channels: int, stride: int, deformable: bool):
-        super().__init__()
-        out_channels = 4 * channels
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        downsample = None
+        if stride != 1 or in_channels != 4 * channels:
+            conv = nn.Conv2d(in_channels, 4 * channels, 1, stride=stride, bias=False)
+            downsample = ConvNorm(conv, nn.BatchNorm2d(4 * channels))
+        super().__init__(in_channels, channels, stride, downsample)
         if deformable:
-            self.conv2: nn.Module = DeformConv2d(channels, channels, stride)
-        else:
-            self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.downsample = ConvNorm(conv, nn.BatchNorm2d(out_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(out + shortcut, inplace=True)
+            self.conv2 = DeformConv2d(channels, channels, stride)
 
 
 class ResNet(Backbone):

@@ -58,7 +58,7 @@ def fuse(model: nn.Module) -> nn.Module:
         if relu.target is not F.relu and not calls(relu, nn.ReLU):
             continue
         given = relu.args[0]
-        is_sum = given.target is operator.add and len(given.users) == 1
+        is_sum = given.target in (operator.add, operator.iadd) and len(given.users) == 1
         terms = given.args if is_sum else (given,)
         # Of a sum, the other term is the shortcut. A result that is also used elsewhere has to be computed as it is.
         conv = next((term for term in terms if calls(term, nn.Conv2d) and len(term.users) == 1), None)

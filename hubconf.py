@@ -59,8 +59,7 @@ def yolact_lite_person(**options: Any) -> Predictor:
 
 def _entry(name: str) -> Callable[..., Predictor]:
     entry = partial(Predictor.from_weights, name)
-    released = RELEASED[name]
-    entry.__doc__ = f"A Predictor for {released.source}' {name}: mask AP {released.mask_ap} on COCO."
+    entry.__doc__ = f"A Predictor for the released {name}: mask AP {RELEASED[name].mask_ap} on COCO."
     return entry
 
 

@@ -282,18 +282,14 @@ def server():
         httpd.shutdown()
 
 
-def entry(url, sha256=""):
-    return released.Released("yolact_r50", url, "a test", "0", sha256)
-
-
 def test_download(server, tmp_path, monkeypatch):
     digits = hashlib.sha256(Handler.content).hexdigest()[:8]
-    path = released.download(entry(f"{server}/good.pth", digits), tmp_path)
+    path = released.download(f"{server}/good-{digits}.pth", tmp_path)
     assert path.read_bytes() == Handler.content
-    assert released.download(entry("http://127.0.0.1:9/good.pth"), tmp_path) == path  # offline once it is there
-    assert released.download(entry(f"{server}/redirect/good.pth"), tmp_path / "again").is_file()
-    monkeypatch.setitem(released.RELEASED, "yolact_r50", entry(f"{server}/other.pth", digits))
-    assert released.find_weights("yolact_r50", tmp_path).name == "other.pth"
+    assert released.download(f"http://127.0.0.1:9/good-{digits}.pth", tmp_path) == path  # offline once it is there
+    assert released.download(f"{server}/redirect/good.pth", tmp_path / "again").is_file()
+    monkeypatch.setitem(released.RELEASED, "yolact_r50", released.Released(f"{server}/other-{digits}.pth", "0"))
+    assert released.find_weights("yolact_r50", tmp_path).name == f"other-{digits}.pth"
 
 
 def test_files_saved_by_hand_are_found_and_names_of_others_download_nothing(tmp_path):
@@ -306,18 +302,18 @@ def test_files_saved_by_hand_are_found_and_names_of_others_download_nothing(tmp_
 
 
 @pytest.mark.parametrize(
-    ("url", "sha256", "words"),
+    ("url", "words"),
     [
-        ("/good.pth", "00000000", "SHA-256"),
-        ("/short.pth", "", "stopped after 3000 of"),
-        ("/missing.pth", "", "Not Found"),
-        ("http://127.0.0.1:9/no.pth", "", "cannot be downloaded"),
+        ("/good-00000000.pth", "SHA-256"),
+        ("/short.pth", "stopped after 3000 of"),
+        ("/missing.pth", "Not Found"),
+        ("http://127.0.0.1:9/no.pth", "cannot be downloaded"),
     ],
 )
-def test_failed_downloads_leave_nothing(server, tmp_path, url, sha256, words):
+def test_failed_downloads_leave_nothing(server, tmp_path, url, words):
     url = url if url.startswith("http") else server + url
     with pytest.raises(UserError, match=words) as error:
-        released.download(entry(url, sha256), tmp_path)
+        released.download(url, tmp_path)
     assert url in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -336,7 +332,7 @@ def test_every_released_name_is_a_configuration_and_documented():
     readme = (FIXTURES.parent.parent / "README.md").read_text()
     for name, item in released.RELEASED.items():
         assert get_config(name).name == name
-        assert get_config(item.file_name).name == name
+        assert get_config(item.url.rpartition("/")[2]).name == name
         assert item.url in table
         assert f"`{name}`" in table
         assert f"`{name}`" in readme
@@ -476,9 +472,9 @@ def test_damaged_bytes_are_noticed(tmp_path, small_config):
 def test_a_page_instead_of_a_file_is_not_stored(server, tmp_path):
     """With status 200 and without a checksum, as a login page comes."""
     with pytest.raises(UserError, match="not a PyTorch weights file"):
-        released.download(entry(f"{server}/page.pth"), tmp_path)
+        released.download(f"{server}/page.pth", tmp_path)
     with pytest.raises(UserError, match="the file is empty"):
-        released.download(entry(f"{server}/empty.pth"), tmp_path)
+        released.download(f"{server}/empty.pth", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

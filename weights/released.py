@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import time
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -22,49 +23,27 @@ BUNDLED = WEIGHTS_DIR / "yolact_lite_person.pth"
 
 MIN_RATE = 1000  # bytes per second; a slower download is aborted
 
-_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/yolact/"
-_AUTHORS = "https://huggingface.co/dbolya/"
+_MMDET = "https://download.openmmlab.com/mmdetection/v2.0/yolact/yolact_"
 
 
-@dataclass(frozen=True)
-class Released:
+class Released(NamedTuple):
     """A file of weights published by the authors or by MMDetection."""
 
-    config: str  # the name of the weights and of their configuration
-    url: str
-    source: str
+    url: str  # MMDetection's file names end with the first eight digits of the SHA-256
     mask_ap: str  # as published, on COCO
-    sha256: str = ""  # MMDetection publishes the first eight digits; the host of the authors' files may state it
-
-    @property
-    def file_name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
-
-
-def _mmdet(config: str, folder: str, file_name: str, mask_ap: str) -> Released:
-    digits = file_name.removesuffix(".pth").rsplit("-", 1)[-1]
-    return Released(config, f"{_MMDET}{folder}/{file_name}", "MMDetection", f"{mask_ap} (val2017)", digits)
-
-
-def _authors(config: str, mask_ap: str) -> Released:
-    url = f"{_AUTHORS}{config.replace('_', '-')}/resolve/main/{config}_54_800000.pth"
-    return Released(config, url, "the authors", f"{mask_ap} (test-dev)")
 
 
 RELEASED = {
-    entry.config: entry
-    for entry in (
-        _mmdet("yolact_r50", "yolact_r50_1x8_coco", "yolact_r50_1x8_coco_20200908-f38d58df.pth", "29.0"),
-        _mmdet("yolact_r50_8xb8", "yolact_r50_8x8_coco", "yolact_r50_8x8_coco_20200908-ca34f5db.pth", "28.4"),
-        _mmdet("yolact_r101", "yolact_r101_1x8_coco", "yolact_r101_1x8_coco_20200908-4cbe9101.pth", "30.4"),
-        _authors("yolact_resnet50", "28.2"),
-        _authors("yolact_darknet53", "28.7"),
-        _authors("yolact_base", "29.8"),
-        _authors("yolact_im700", "31.2"),
-        _authors("yolact_plus_resnet50", "34.1"),
-        _authors("yolact_plus_base", "34.6"),
-    )
+    "yolact_r50": Released(_MMDET + "r50_1x8_coco/yolact_r50_1x8_coco_20200908-f38d58df.pth", "29.0 (val2017)"),
+    "yolact_r50_8xb8": Released(_MMDET + "r50_8x8_coco/yolact_r50_8x8_coco_20200908-ca34f5db.pth", "28.4 (val2017)"),
+    "yolact_r101": Released(_MMDET + "r101_1x8_coco/yolact_r101_1x8_coco_20200908-4cbe9101.pth", "30.4 (val2017)"),
 }
+for _name, _mask_ap in (
+    ("yolact_resnet50", "28.2"), ("yolact_darknet53", "28.7"), ("yolact_base", "29.8"), ("yolact_im700", "31.2"),
+    ("yolact_plus_resnet50", "34.1"), ("yolact_plus_base", "34.6"),
+):  # fmt: skip
+    _folder = f"https://huggingface.co/dbolya/{_name.replace('_', '-')}/resolve/main"
+    RELEASED[_name] = Released(f"{_folder}/{_name}_54_800000.pth", f"{_mask_ap} (test-dev)")
 
 
 def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
@@ -98,8 +77,8 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
                 return candidate
         # Names of other projects are accepted, but not files of other steps or dates, which may be somebody's own.
         known = [name, f"{name}_config", *(alias for alias, key in ALIASES.items() if key == name)]
-        if name in RELEASED and given.removesuffix(".pth") in (*known, RELEASED[name].file_name.removesuffix(".pth")):
-            return download(RELEASED[name], folder)
+        if name in RELEASED and given.removesuffix(".pth") in (*known, Path(RELEASED[name].url).stem):
+            return download(RELEASED[name].url, folder)
     if path.suffix or path.parent != Path("."):
         raise UserError(f"{path}: no such weights file")
     raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{suggestion(name, RELEASED)}")
@@ -113,8 +92,8 @@ def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth"
     raise UserError(f"{folder}: the folder contains no {' or '.join(names)}")
 
 
-def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0, patience: float = 60.0) -> Path:
-    """Return the file of `entry` in `folder`. If it does not exist, download and verify it.
+def download(url: str, folder: Path = WEIGHTS_DIR, timeout: float = 30.0, patience: float = 60.0) -> Path:
+    """Return the file of `url` in `folder`. If it does not exist, download and verify it.
 
     Args:
         timeout: maximum time without data, in seconds.
@@ -122,15 +101,16 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
 
     Raises UserError if that fails. No file is left behind, and the message explains how to download it by hand.
     """
-    target = folder / entry.file_name
+    target = folder / url.rpartition("/")[2]
+    digits = re.search(r"-([0-9a-f]{8})\.pth$", url)
     if target.is_file():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as out:
-            with urllib.request.urlopen(entry.url, timeout=timeout) as response:
+            with urllib.request.urlopen(url, timeout=timeout) as response:
                 size, started = int(response.headers.get("Content-Length") or 0), time.monotonic()
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file_name) as bar:
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=target.name) as bar:
                     while chunk := response.read1(2**20):
                         bar.update(out.write(chunk))
                         seconds = time.monotonic() - started
@@ -138,8 +118,8 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
                             raise UserError(f"the server is too slow: {out.tell()} bytes in {seconds:.0f} seconds")
             out.flush()
             found = hashlib.sha256(Path(out.name).read_bytes()).hexdigest()
-            if not found.startswith(entry.sha256):
-                raise UserError(f"SHA-256 starts with {found[:8]}, not {entry.sha256}")
+            if digits is not None and not found.startswith(digits[1]):
+                raise UserError(f"SHA-256 starts with {found[:8]}, not {digits[1]}")
             if size and out.tell() < size:
                 raise UserError(f"the server stopped after {out.tell()} of {size} bytes")
             # Not every file has a checksum, and a login page also has status 200, so the content is checked, too.
@@ -147,7 +127,6 @@ def download(entry: Released, folder: Path = WEIGHTS_DIR, timeout: float = 30.0,
                 raise UserError("these are not weights of YOLACT")
     except (UserError, OSError, ValueError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).partition("\n")[0].rpartition(".part: ")[2]
-        raise UserError(
-            f"{entry.file_name}: cannot be downloaded ({reason}); to do it by hand, save {entry.url} as {target}"
-        ) from None
+        text = f"{target.name}: cannot be downloaded ({reason}); to do it by hand, save {url} as {target}"
+        raise UserError(text) from None
     return target

@@ -104,7 +104,7 @@ def test_bad_downloads(name, tmp_path):
     respond = answer if callable(answer) else lambda connection: connection.sendall(answer)
     started = time.time()
     with serve(respond) as url, pytest.raises(UserError) as error:
-        released.download(released.Released("yolact_r50", url, "a test", "0"), tmp_path, timeout=2, patience=1)
+        released.download(url, tmp_path, timeout=2, patience=1)
     assert time.time() - started < 20
     assert str(error.value).startswith("w.pth: ")
     assert "to do it by hand" in str(error.value)
@@ -125,5 +125,5 @@ def test_a_redirect_loop_ends(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/w.pth"
         with pytest.raises(UserError, match="cannot be downloaded"):
-            released.download(released.Released("yolact_r50", url, "a test", "0"), tmp_path, timeout=5)
+            released.download(url, tmp_path, timeout=5)
         server.shutdown()

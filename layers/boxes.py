@@ -1,4 +1,4 @@
-"""Box formats, offsets to anchors, and overlaps.
+"""Offsets of boxes to anchors, and overlaps.
 
 Corner form is (x1, y1, x2, y2), centre form is (cx, cy, w, h). All functions accept any leading dimensions and any
 unit of length, as long as all boxes use the same one.
@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 VARIANCES = (0.1, 0.2)  # of centres and of sides, as in SSD (Liu et al. 2016)
 # Limit on the logarithm of side / anchor side, so that the offsets of an untrained network do not overflow. The value
@@ -17,24 +18,12 @@ VARIANCES = (0.1, 0.2)  # of centres and of sides, as in SSD (Liu et al. 2016)
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
-def to_corners(boxes: Tensor) -> Tensor:
-    """[..., 4] centre form -> [..., 4] corner form."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
-
-
-def to_centres(boxes: Tensor) -> Tensor:
-    """[..., 4] corner form -> [..., 4] centre form."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), dim=-1)
-
-
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     """Return the offsets [..., 4] of boxes [..., 4] to anchors [..., 4], the inverse of `decode` (SSD, section 2.2).
 
     Boxes are in corner form with positive sides, anchors in centre form.
     """
-    boxes = to_centres(boxes)
+    boxes = box_convert(boxes, "xyxy", "cxcywh")
     centre = (boxes[..., :2] - anchors[..., :2]) / (VARIANCES[0] * anchors[..., 2:])
     size = (boxes[..., 2:] / anchors[..., 2:]).log() / VARIANCES[1]
     return torch.cat((centre, size), dim=-1)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
 
 from config import LossConfig
 from layers.anchors import positions_per_level
-from layers.boxes import area, box_iof, encode, to_corners
+from layers.boxes import area, box_iof, encode
 from layers.masks import crop_limits, crop_window, mask_logits
 from layers.matching import ASSIGNERS, IGNORED, Grid, Matches
 from layers.structures import Predictions, Target
@@ -96,7 +97,7 @@ class MultiBoxLoss:
             targets: the ground truth of B images.
             positions: the number of positions of each level P3..P7, for ATSS. Default: one level, one anchor each.
         """
-        grid = Grid(anchors, to_corners(anchors), positions or [len(anchors)])
+        grid = Grid(anchors, box_convert(anchors, "cxcywh", "xyxy"), positions or [len(anchors)])
         boxes, labels = (_padded([target[key] for target in targets]) for key in ("boxes", "labels"))
         counts = torch.tensor([len(target["boxes"]) for target in targets])
         valid = to_device(torch.arange(boxes.shape[1]) < counts[:, None], anchors.device)
@@ -114,7 +115,7 @@ class MultiBoxLoss:
         positive = matches.positive
         # Other anchors are encoded against themselves, which is finite, and masked out below. Indexing the positives
         # instead would synchronise with the device.
-        boxes = torch.where(positive[..., None], matches.boxes, to_corners(anchors))
+        boxes = torch.where(positive[..., None], matches.boxes, box_convert(anchors, "cxcywh", "xyxy"))
         loss = F.smooth_l1_loss(offsets, encode(boxes, anchors), reduction="none").sum(dim=-1)
         return (loss * positive).sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 import recipe
 import torch
 from pycocotools import mask as rle
+from torchvision.ops import box_convert
 
 import eval as eval_script
 import train as train_script
@@ -154,6 +156,10 @@ def train_args(path, *more):
     images = path.parent / "images"
     files = ["--train_annotations", path, "--train_images", images, "--val_annotations", path, "--val_images", images]
     return ["train.py", "--config", "yolact_lite", *files, "--device", "cpu", "--workers", "0", *SMALL, *more]
+
+
+to_corners = functools.partial(box_convert, in_fmt="cxcywh", out_fmt="xyxy")
+to_centres = functools.partial(box_convert, in_fmt="xyxy", out_fmt="cxcywh")
 
 
 def random_image(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import random_image
+from conftest import random_image, to_centres
 
 from config import DetectionConfig, LossConfig, get_config, override
 from data.annotation import Sample, is_crowd, parse_annotation
@@ -34,7 +34,7 @@ from data.image import (
     write_image,
 )
 from data.loader import TrainingLoader, TrainingSet
-from layers.boxes import box_iou, to_centres
+from layers.boxes import box_iou
 from layers.detect import detect
 from layers.loss import MultiBoxLoss, _mask_iou_term
 from layers.matching import IGNORED

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run, train_args
+from conftest import run, to_corners, train_args
 
 from config import geometric_sizes, get_config
 from data.augment import Augment
 from data.coco import CocoDataset
 from layers.anchors import make_anchors
-from layers.boxes import box_iou, to_corners
+from layers.boxes import box_iou
 from tools.fit_anchors import fit_anchors, keep_anchors
 from training.trainer import NetworkAndLoss
 from weights import load_model

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import to_centres, to_corners
 from torchvision.ops import batched_nms
 
 from config import DetectionConfig, ModelConfig
@@ -26,9 +27,9 @@ def random_boxes(n: int, batch: int = 1) -> torch.Tensor:
 
 def test_encode_and_decode_are_inverse():
     boxes = random_boxes(50)[0]
-    anchors = box_ops.to_centres(random_boxes(50)[0])
+    anchors = to_centres(random_boxes(50)[0])
     assert torch.allclose(box_ops.decode(box_ops.encode(boxes, anchors), anchors), boxes, atol=1e-5)
-    assert torch.allclose(box_ops.to_corners(box_ops.to_centres(boxes)), boxes, atol=1e-6)
+    assert torch.allclose(to_corners(to_centres(boxes)), boxes, atol=1e-6)
 
 
 def test_decode_stays_finite_and_in_float32():
@@ -202,7 +203,7 @@ def test_votes_count_for_their_class_only_and_full_support_changes_nothing():
 
 
 def test_voting_does_not_depend_on_the_score_threshold():
-    anchors = box_ops.to_centres(random_boxes(200)[0])
+    anchors = to_centres(random_boxes(200)[0])
     raw = raw_predictions(anchors=200)
     low, high = (
         detect(raw, anchors, DetectionConfig(score_threshold=t, strict_threshold=t > 0.05, box_voting=True))
@@ -227,7 +228,7 @@ def raw_predictions(batch: int = 2, anchors: int = 15, classes: int = 4):
 
 
 def test_detect_gives_the_same_alone_and_in_a_batch():
-    anchors = box_ops.to_centres(random_boxes(200)[0])
+    anchors = to_centres(random_boxes(200)[0])
     raw = raw_predictions(anchors=200)
     together = detect(raw, anchors, DetectionConfig())
     for b in range(2):
@@ -237,7 +238,7 @@ def test_detect_gives_the_same_alone_and_in_a_batch():
 
 
 def test_detect_has_fixed_shapes_without_detections():
-    anchors = box_ops.to_centres(random_boxes(200)[0])
+    anchors = to_centres(random_boxes(200)[0])
     raw = raw_predictions(anchors=200)
     raw.logits[..., 0] = 50
     found = detect(raw, anchors, DetectionConfig(top_k=30))
@@ -259,7 +260,7 @@ def test_levels_follow_from_the_prototypes():
 
 def test_the_threshold_of_the_configuration_is_monotonous():
     """A higher threshold never gives more detections. At the published one, weak classes of an anchor may remain."""
-    anchors = box_ops.to_centres(random_boxes(200)[0])
+    anchors = to_centres(random_boxes(200)[0])
     raw = raw_predictions(anchors=200)
     counts = []
     for threshold in (0.0, 0.01, 0.05, 0.06, 0.3, 0.6, 0.99):

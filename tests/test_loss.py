@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import to_corners
 
 from config import get_config
 from layers.anchors import make_anchors
-from layers.boxes import box_iou, to_corners
+from layers.boxes import box_iou
 from layers.loss import TERMS, MultiBoxLoss, _mask_iou_term, mask_cross_entropy, resize_truth
 from layers.masks import crop_window
 from yolact import MaskIoUNet, Predictions

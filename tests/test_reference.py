@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, to_corners
 from pycocotools import mask as rle
 
 from config import get_config
 from inference import Predictor
 from layers.anchors import make_anchors
-from layers.boxes import to_corners
 from layers.loss import MultiBoxLoss
 from weights import load_model
 from yolact import Predictions

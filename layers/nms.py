@@ -8,6 +8,7 @@ C = 1. To add a method, write a function with this signature and register it in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,13 +96,6 @@ def cluster_nms(
     return _matrix_nms(decide, boxes, scores, top_k, max_detections)
 
 
-def cluster_penalty_nms(
-    boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
-) -> NMSResult:
-    """`cluster_nms` with the score penalty mechanism."""
-    return cluster_nms(boxes, scores, iou_threshold, top_k, max_detections, penalty=True)
-
-
 def standard_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, top_k: int = 200, max_detections: int = 100
 ) -> NMSResult:
@@ -147,6 +141,6 @@ NMS: dict[str, Callable[..., NMSResult]] = {
     "fast": fast_nms,
     "cross_class": cross_class_nms,
     "cluster": cluster_nms,
-    "cluster_penalty": cluster_penalty_nms,
+    "cluster_penalty": partial(cluster_nms, penalty=True),
     "standard": standard_nms,
 }

@@ -13,7 +13,7 @@ from layers import boxes as box_ops
 from layers.anchors import feature_sizes, make_anchors, prototype_size
 from layers.detect import detect
 from layers.masks import assemble_masks, crop_window, maskness, soft_masks
-from layers.nms import NMS, cluster_nms, cluster_penalty_nms, cross_class_nms, fast_nms, standard_nms
+from layers.nms import NMS, cluster_nms, cross_class_nms, fast_nms, standard_nms
 from layers.structures import Predictions
 from layers.voting import vote
 
@@ -165,7 +165,7 @@ def test_nms_variants_against_torchvision(seed):
 def test_score_penalty_lowers_what_overlaps():
     boxes = torch.tensor([[[0.1, 0.1, 0.5, 0.5], [0.12, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]])
     scores = torch.tensor([[[0.9, 0.8, 0.7]]])
-    kept = cluster_penalty_nms(boxes, scores)
+    kept = NMS["cluster_penalty"](boxes, scores)
     assert kept.indices[0].tolist() == [0, 2, 1]
     assert kept.scores[0, :2].tolist() == pytest.approx([0.9, 0.7])
     assert kept.scores[0, 2] < 0.05

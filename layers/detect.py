@@ -65,18 +65,14 @@ def detect(
     kept = look_up("nms", config.nms, NMS)(boxes, candidates, config.nms_threshold, top_k, config.top_k)
     selected = Selected(take(boxes, kept.indices), kept.scores, kept.labels, take(coefficients, kept.indices))
     if config.box_voting:
-        selected = _vote(selected, boxes, scores.masked_fill(best <= VOTER_SCORE, 0.0), config.nms_top_k)
+        votes = scores.masked_fill(best <= VOTER_SCORE, 0.0)
+        voters = votes.amax(dim=-1).topk(min(config.nms_top_k, votes.shape[1]), dim=1).indices
+        by_class = take(votes, voters).transpose(1, 2)
+        voted, rescored, order = vote(selected.boxes, selected.scores, selected.labels, take(boxes, voters), by_class)
+        selected = Selected(voted, rescored, selected.labels.gather(1, order), take(selected.coefficients, order))
     # Voting and Cluster-NMS with the score penalty lower scores, so the threshold is applied again.
     boxes, scores, labels, coefficients = selected
     return Selected(boxes, scores.masked_fill(scores < min_score, -1.0), labels, coefficients)
-
-
-def _vote(selected: Selected, boxes: Tensor, scores: Tensor, max_voters: int) -> Selected:
-    """Refine detections by the `max_voters` best of the boxes [B, A, 4] with scores [B, A, C], see layers.voting."""
-    voters = scores.amax(dim=-1).topk(min(max_voters, scores.shape[1]), dim=1).indices
-    voter_scores = take(scores, voters).transpose(1, 2)
-    voted, rescored, order = vote(selected.boxes, selected.scores, selected.labels, take(boxes, voters), voter_scores)
-    return Selected(voted, rescored, selected.labels.gather(1, order), take(selected.coefficients, order))
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

@@ -57,10 +57,3 @@ def positions_per_level(predictions: Predictions) -> list[int]:
     # ceil(H / 2^k) depends on ceil(H / 8) only, so 8 * rows can replace the height H of the input.
     rows, columns = predictions.prototypes.shape[1] // 2, predictions.prototypes.shape[2] // 2
     return [height * width for height, width in feature_sizes(8 * rows, 8 * columns)]
-
-
-def level_sizes(predictions: Predictions) -> list[int]:
-    """Return the number of anchors of each level P3..P7."""
-    positions = positions_per_level(predictions)
-    per_position = predictions.boxes.shape[1] // sum(positions)
-    return [count * per_position for count in positions]

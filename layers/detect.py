@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from config import DetectionConfig
-from layers.anchors import level_sizes
+from layers.anchors import positions_per_level
 from layers.boxes import decode
 from layers.nms import NMS
 from layers.structures import Predictions, Selected
@@ -37,7 +37,7 @@ def detect(
     scores = predictions.logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C]
     if config.pre_nms_top_k:
         # MMDetection keeps the best anchors of each level. From here on, `anchors` is [B, M, 4] instead of [A, 4].
-        chosen = _best_per_level(scores.amax(dim=-1), level_sizes(predictions), config.pre_nms_top_k)
+        chosen = _best_per_level(scores.amax(dim=-1), positions_per_level(predictions), config.pre_nms_top_k)
         scores, offsets, coefficients = (take(x, chosen) for x in (scores, offsets, coefficients))
         anchors = anchors[chosen]
     # Boxes above a fixed threshold vote, so that the score of a detection does not depend on the configured one.
@@ -82,8 +82,9 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def _best_per_level(best: Tensor, sizes: list[int], count: int) -> Tensor:
+def _best_per_level(best: Tensor, positions: list[int], count: int) -> Tensor:
     """Return the indices [B, M] of the `count` highest scores within each level, for scores `best` [B, A]."""
+    sizes = [number * best.shape[1] // sum(positions) for number in positions]
     chosen, start = [], 0
     for size, level in zip(sizes, best.split(sizes, dim=1), strict=True):
         chosen.append(level.topk(min(count, size), dim=1).indices + start)

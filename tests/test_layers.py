@@ -247,13 +247,13 @@ def test_detect_has_fixed_shapes_without_detections():
 
 
 def test_levels_follow_from_the_prototypes():
-    from layers.anchors import level_sizes
+    from layers.anchors import positions_per_level
 
     for size in ((550, 550), (97, 333)):
         anchors = make_anchors(*size, MODEL)
         rows, columns = prototype_size(*size)
         raw = raw_predictions(1, len(anchors))._replace(prototypes=torch.zeros(1, rows, columns, 8))
-        assert level_sizes(raw) == [3 * h * w for h, w in feature_sizes(*size)]
+        assert positions_per_level(raw) == [h * w for h, w in feature_sizes(*size)]
     few = detect(raw_predictions(), random_boxes(15)[0], DetectionConfig(pre_nms_top_k=2, top_k=400))
     assert few.boxes.shape[1] == 4 * 5 * 2  # classes, levels, anchors of each
 

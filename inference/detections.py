@@ -68,10 +68,12 @@ class Detections:
         return ", ".join(count(number, name) for name, number in names.most_common()) or "nothing"
 
     def __getitem__(self, index: Index) -> Detections:
-        chosen = self._selection(index)
-        if isinstance(chosen, slice):
-            return self._map(PER_DETECTION, lambda value: value[chosen])
+        chosen = self._positions(index)
         return self._map(PER_DETECTION, lambda value: value[to_device(chosen, value.device)])
+
+    def _positions(self, index: Index) -> Tensor:
+        """Return the positions [n] that an index selects. Raises IndexError for one that does not fit."""
+        return torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
 
     def cpu(self) -> Detections:
         """Return the detections with all tensors on the CPU."""
@@ -79,19 +81,6 @@ class Detections:
 
     def _map(self, names: Sequence[str], function: Any) -> Detections:
         return replace(self, **{name: function(value) for name in names if (value := getattr(self, name)) is not None})
-
-    def _selection(self, index: Index) -> slice | Tensor:
-        """Return the index as a slice or as positions [n]. Raises IndexError for an integer out of range."""
-        if isinstance(index, slice):
-            return index
-        index = torch.as_tensor(index).cpu()
-        if index.ndim == 0 and not -len(self) <= int(index) < len(self):
-            raise IndexError(f"index {int(index)} is out of range for {len(self)} detections")
-        if index.dtype == torch.bool and index.shape != (len(self),):
-            raise IndexError(f"{list(index.shape)} booleans cannot select from {len(self)} detections")
-        # as_tensor([]) is a float tensor, which cannot index; an integer is kept as a dimension of size 1.
-        index = index if index.numel() else index.long()
-        return index.nonzero()[:, 0] if index.dtype == torch.bool else index.reshape(-1)
 
     @cached_property
     def masks(self) -> Tensor:

@@ -39,7 +39,7 @@ class TiledDetections(Detections):
     codes: tuple[dict[str, Any], ...] = ()  # COCO RLE of each mask
 
     def __getitem__(self, index: Any) -> TiledDetections:
-        order = torch.arange(len(self))[self._selection(index)]
+        order = self._positions(index)
         chosen = super().__getitem__(order)
         assert isinstance(chosen, TiledDetections)
         return replace(chosen, codes=tuple(self.codes[i] for i in order.tolist()))

@@ -145,6 +145,8 @@ class Detections:
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO results, one dictionary per detection. "bbox" is (x, y, width, height), "segmentation" an RLE."""
+        fields = (value.tolist() for value in (self.labels, self.scores, self.mask_scores, self.boxes))
+        rows = zip(*fields, self.encode_masks(), strict=True)
         return [
             {
                 "image_id": image_id if isinstance(image_id, str) else int(image_id),
@@ -156,13 +158,8 @@ class Detections:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "segmentation": segmentation,
             }
-            for i, (label, score, mask_score, (x1, y1, x2, y2), segmentation) in enumerate(self._rows())
+            for i, (label, score, mask_score, (x1, y1, x2, y2), segmentation) in enumerate(rows)
         ]
-
-    def _rows(self) -> Iterator[tuple[int, float, float, list[float], dict[str, Any]]]:
-        """Yield the label, score, mask score, box and encoded mask of each detection."""
-        fields = (self.labels, self.scores, self.mask_scores, self.boxes)
-        yield from zip(*(value.tolist() for value in fields), self.encode_masks(), strict=True)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return one flat dictionary per detection, with the mask's area and centroid in pixels.

@@ -137,11 +137,8 @@ class Detections:
 
     def encode_masks(self) -> list[dict[str, Any]]:
         """Return each mask as a COCO run-length encoding, {"size": [H, W], "counts": text}."""
-        encoded = []
-        for window in self.windows():
-            code = window.encode(self.size)
-            encoded.append({"size": list(code["size"]), "counts": code["counts"].decode()})
-        return encoded
+        codes = (window.encode(self.size) for window in self.windows())
+        return [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in codes]
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO results, one dictionary per detection. "bbox" is (x, y, width, height), "segmentation" an RLE."""

@@ -164,15 +164,6 @@ class Predictor:
         """Return the detections of images with the same input size."""
         with torch.inference_mode():
             selected, prototypes = self.run(torch.stack([self.preprocess(image) for image in images]))
-        return self._detections(selected, prototypes, images)
-
-    def from_raw(self, predictions: Predictions, images: list[np.ndarray]) -> list[Detections]:
-        """Return the detections of images from the network's raw outputs for them, see `predict`."""
-        with torch.inference_mode():
-            selected = self.detect(predictions)
-        return self._detections(selected, predictions.prototypes, images)
-
-    def _detections(self, selected: Selected, prototypes: Tensor, images: list[np.ndarray]) -> list[Detections]:
         found = self.postprocess(selected, prototypes, [image.shape[:2] for image in images])
         for detections, image in zip(found, images, strict=True):
             detections.image = image

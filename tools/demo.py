@@ -75,7 +75,10 @@ class Segmenter:
         except UserError as error:
             return [f"**{str(error).replace(str(Path(path).parent) + '/', '')}**", *[None] * 6]
         options = {"score_threshold": threshold, "top_k": int(top_k), "nms": nms}
-        found = self.predictor(int(size)).with_detection(**options).from_raw(predictions, [image])[0]
+        predictor = self.predictor(int(size)).with_detection(**options)
+        with torch.inference_mode():
+            selected = predictor.detect(predictions)
+        found = predictor.postprocess(selected, predictions.prototypes, [image.shape[:2]])[0]
         names = sorted({found.class_names[label] for label in found.labels.tolist()})
         text = f"{len(found)} detection{'' if len(found) == 1 else 's'}{': ' if names else ''}{', '.join(names)}"
         overlay = found.draw(image)

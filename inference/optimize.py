@@ -2,10 +2,6 @@
 
 Batch norm is folded into convolutions, tensors are channels_last, weights are cast once, and the network is optionally
 compiled with `torch.compile`. If it is not, ReLU becomes a part of convolutions on a GPU, see `inference.fusion`.
-
-An earlier version also had Winograd convolutions, 1x1 convolutions as matrix products and a merged head. They helped on
-a processor with AVX2, but not with AVX-512: ResNet-50 at 550 px in float32, from an image of 480x640 to masks on two
-cores of an AMD EPYC, takes 275 ms without them and 325 ms with them (in one run).
 """
 
 from __future__ import annotations

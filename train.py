@@ -9,10 +9,7 @@ python train.py --resume runs/yolact_lite                  # continue exactly wh
 torchrun --nproc_per_node 8 train.py --config yolact_r50_8xb8 ...   # the batch is split over 8 GPUs
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...  # on each machine
 
-The run's folder contains `last.pth` (for inference and for resuming; written at every validation, and when the run is
-stopped), `log.jsonl` with one line for each step and each validation, `run.json` with the commands and the
-configuration, and `first_batch.jpg` (the first training batch as the network receives it). With a validation set, also
-`best.pth` (for inference), `validation.jpg` (predictions next to the ground truth) and `curves.png`.
+docs/training.md describes the files in the run's folder.
 """
 
 from __future__ import annotations

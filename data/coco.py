@@ -1,8 +1,4 @@
-"""Read a COCO annotation file and its images as samples. The classes and their ids come from the file.
-
-dataset = CocoDataset("instances_train.json", "images")
-sample = dataset[0]                                  # a Sample: the image and its objects, in pixels
-"""
+"""Read a COCO annotation file and its images as samples. The classes and their ids come from the file."""
 
 from __future__ import annotations
 

@@ -1,12 +1,4 @@
-"""Predict detections for images.
-
-predictor = Predictor.from_weights("yolact_resnet50")
-image = cv2.imread("street.jpg")
-detections = predictor(image)
-for box, score, label in zip(detections.boxes, detections.scores, detections.labels):
-    print(detections.class_names[label], float(score), box.tolist())
-detections.save("out.jpg")
-"""
+"""Predict detections for images; README.md has an example."""
 
 from __future__ import annotations
 

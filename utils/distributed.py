@@ -1,9 +1,4 @@
-"""Distributed training and evaluation with torchrun: one process per device. In a single process, all are no-ops.
-
-with process_group("auto") as ranks:       # reads the environment that torchrun sets
-    device = ranks.device
-    ...
-"""
+"""Distributed training and evaluation with torchrun: one process per device. In a single process, all are no-ops."""
 
 from __future__ import annotations
 

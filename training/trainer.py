@@ -17,7 +17,7 @@ from layers.anchors import feature_sizes
 from layers.loss import MultiBoxLoss
 from layers.structures import Target
 from training.schedule import build_optimizer
-from utils.device import autocast, choose_precision, float32_math
+from utils.device import choose_precision, float32_math
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import write_json
@@ -141,7 +141,8 @@ class Trainer:
             # DDP reduces the gradients only in the last micro-batch's backward pass.
             postpone = number < len(parts) and isinstance(self.module, DistributedDataParallel)
             with self.module.no_sync() if postpone else contextlib.nullcontext():  # type: ignore[operator]
-                with autocast(self.device, self.dtype), float32_math(self.tf32):
+                half = self.dtype != torch.float32
+                with torch.autocast(self.device.type, self.dtype, enabled=half), float32_math(self.tf32):
                     images = part.images.contiguous(memory_format=torch.channels_last)
                     losses = self.module(images, part.targets, num_positives, len(batch.images))
                     total = torch.stack([*losses.values()]).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -46,12 +46,6 @@ def configure_process(threads: int | None = None) -> None:
     logging.setLogLevel(0)
 
 
-def available_devices() -> list[str]:
-    """Return the device types of this machine, fastest first."""
-    found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
-    return [name for name, present in found if present] + ["cpu"]
-
-
 def cpu_features() -> dict[str, Any]:
     """Return what PyTorch reports about the processor, such as `avx512_bf16` and `cpu_name`."""
     if hasattr(torch.cpu, "get_capabilities"):  # from PyTorch 2.11 on
@@ -67,7 +61,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     """
     if isinstance(device, torch.device):
         return device
-    found = available_devices()
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [name for name in present if present[name]]  # fastest first
     if device == "auto":
         return torch.device(found[0])
     kind, _, index = device.partition(":")
@@ -130,8 +125,3 @@ def to_host(tensor: Tensor) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the CPU to a device. A CUDA device copies it from pinned memory, without waiting for it."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Return a `torch.autocast` context for `dtype`, or a null context for float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -320,7 +320,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
     from data.loader import Batch
     from training.trainer import Trainer
     from utils.device import choose_precision
-    from utils.distributed import one_process
+    from utils.distributed import Ranks
     from yolact import Yolact
 
     config = get_config(args.configs[0])
@@ -340,7 +340,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
     device = torch.device(args.device)
     best = str(choose_precision("auto", device)).removeprefix("torch.")
     for name, precision in {"float32": "fp32", best: "auto"}.items():
-        run = Trainer(Yolact(config), Path(tempfile.mkdtemp()), one_process(device), precision)
+        run = Trainer(Yolact(config), Path(tempfile.mkdtemp()), Ranks(device), precision)
         batch = Batch(images, targets, list(range(args.batch_size)), []).to(device)
         jobs[f"training {name}"] = lambda run=run, batch=batch: run.step(batch, 1e-4)
     return jobs

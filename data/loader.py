@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from config import Config
 from data.augment import Augment, Augmented, copy_paste
 from data.coco import CocoDataset
 from layers.structures import Target
-from utils.distributed import Ranks, one_process
+from utils.distributed import ALONE, Ranks
 from utils.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers pass batches on Linux; Docker's has 64 MiB
@@ -190,7 +190,7 @@ class TrainingLoader:
     seed: int = 0
     start: int = 0  # images that the run has already used, over all processes
     workers: int = 0
-    ranks: Ranks = field(default_factory=one_process)
+    ranks: Ranks = ALONE
 
     def __enter__(self) -> Iterator[Batch]:
         ranks = self.ranks

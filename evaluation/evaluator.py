@@ -17,13 +17,12 @@ from tqdm import tqdm
 from config import Config
 from data.annotation import Annotation, exact_copies, to_rle
 from data.coco import CocoDataset
-from utils.distributed import Ranks, one_process
+from utils.distributed import ALONE, Ranks
 from utils.errors import UserError, join_names
 from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
-ALONE = one_process()
 Sizes = dict[int, tuple[int, int]]
 
 

@@ -14,7 +14,7 @@ from data.loader import TrainingLoader
 from inference import Predictor
 from layers.nms import NMS
 from training.trainer import Trainer
-from utils.distributed import one_process
+from utils.distributed import Ranks
 from weights import load_model
 from weights.released import BUNDLED
 from yolact import Yolact
@@ -105,7 +105,7 @@ def test_two_training_steps_have_the_losses_of_the_cpu(tmp_path, name):
         model = Yolact(config)
         state = state or model.state_dict()
         model.load_state_dict(state)
-        trainer = Trainer(model, tmp_path, one_process(device), "fp32")
+        trainer = Trainer(model, tmp_path, Ranks(device), "fp32")
         with TrainingLoader(dataset, config) as batches:
             losses[device.type] = [trainer.step(next(batches), 1e-4) for _ in range(2)]
     for found, wanted in zip(losses["cuda"], losses["cpu"], strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 from config import get_config, override
 from training.schedule import Schedule, build_optimizer
 from training.trainer import Trainer
-from utils.distributed import one_process
+from utils.distributed import Ranks
 from yolact import Yolact
 
 
@@ -97,7 +97,7 @@ def test_decay_groups():
 
 def test_ema(small_config, tmp_path):
     """averaged = d * averaged + (1 - d) * current, with d = min(decay, (1 + n) / (5 + n)); the first step copies."""
-    trainer = Trainer(Yolact(override(small_config, ema=0.95)), tmp_path, one_process(), "fp32")
+    trainer = Trainer(Yolact(override(small_config, ema=0.95)), tmp_path, Ranks(), "fp32")
     name = "fpn.lateral.0.weight"
     weight, averaged = trainer.model.state_dict()[name], trainer.ema_or_model().state_dict()[name]
     wanted = weight.clone()

@@ -27,7 +27,7 @@ from tools.curves import read_log
 from tools.sheets import worst_images
 from training.run_folder import RunLog, claim_folder
 from training.trainer import Trainer
-from utils.distributed import one_process
+from utils.distributed import Ranks
 from utils.errors import UserError
 from weights import load_model
 from weights.checkpoint import read_checkpoint
@@ -253,7 +253,7 @@ def test_resuming_keeps_the_device(dataset, tmp_path, monkeypatch):
     @contextlib.contextmanager
     def process_group(device):
         asked.append(device)
-        yield one_process()
+        yield Ranks()
 
     monkeypatch.setattr(train, "process_group", process_group)
     run("train.py", "--resume", tmp_path, "--max_iter", "2")
@@ -399,7 +399,7 @@ def test_two_runs_do_not_share_a_folder(dataset, tmp_path):
     """The lock ends with its process, so a killed run does not keep it."""
     folder = tmp_path / "run"
     args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", folder)
-    with claim_folder(folder, one_process()):
+    with claim_folder(folder, Ranks()):
         (folder / ".last.pth.other.part").touch()  # what the other run is writing
         assert f"{folder}: another process is training in it" in spawn(*args, code=2)
         assert (folder / ".last.pth.other.part").exists()
@@ -611,7 +611,7 @@ def test_the_validation_sheet_shows_the_worst_images(dataset):
 
 def test_a_run_that_was_not_in_float16_is_resumed_in_float16(small_config, tmp_path):
     """Its GradScaler has no state."""
-    trainer = Trainer(Yolact(small_config), tmp_path, one_process(), "fp32")
+    trainer = Trainer(Yolact(small_config), tmp_path, Ranks(), "fp32")
     trainer.save("last.pth", {})
     training = read_checkpoint(tmp_path / "last.pth")["training"]
     assert training["scaler"] == {}
@@ -623,7 +623,7 @@ def test_a_run_that_was_not_in_float16_is_resumed_in_float16(small_config, tmp_p
 def test_a_step_whose_gradient_overflows_leaves_weights_and_ema(small_config, dataset, tmp_path):
     """As GradScaler's scale of float16 makes it; the step counts, and the next one with a lower scale is taken."""
     config = override(small_config, ema=0.9, batch_size=2)
-    trainer = Trainer(Yolact(config), tmp_path, one_process(), "fp32")
+    trainer = Trainer(Yolact(config), tmp_path, Ranks(), "fp32")
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1e38, backoff_factor=1e-38)
     data = CocoDataset(dataset, dataset.parent / "images")
     states = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,9 @@ class Trainer:
         for number, part in enumerate(parts, start=1):
             # DDP reduces the gradients only in the last micro-batch's backward pass.
             postpone = number < len(parts) and isinstance(self.module, DistributedDataParallel)
-            with self.module.no_sync() if postpone else contextlib.nullcontext():  # type: ignore[operator]
-                half = self.dtype != torch.float32
-                with torch.autocast(self.device.type, self.dtype, enabled=half), float32_math(self.tf32):
+            with self.module.no_sync() if postpone else nullcontext():  # type: ignore[operator]
+                half = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+                with half, float32_math(self.tf32):
                     images = part.images.contiguous(memory_format=torch.channels_last)
                     losses = self.module(images, part.targets, num_positives, len(batch.images))
                     total = torch.stack([*losses.values()]).sum()

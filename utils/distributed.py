@@ -19,13 +19,14 @@ from utils.device import choose_device
 from utils.errors import UserError
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The rank of this process, the number of processes, and the collective operations between them."""
 
-    device: torch.device
+    device: torch.device = CPU
     rank: int = 0
     size: int = 1
 
@@ -79,9 +80,7 @@ class Ranks:
             self.sum(torch.zeros(()))
 
 
-def one_process(device: torch.device | None = None) -> Ranks:
-    """Return the Ranks of a single process."""
-    return Ranks(device or torch.device("cpu"))
+ALONE = Ranks()  # a single process
 
 
 @contextlib.contextmanager

@@ -18,7 +18,12 @@ from config import Config, to_dict
 from data.image import write_image
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.files import exclusive, write_bytes, write_error, write_json
+from utils.files import write_bytes, write_error, write_json
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 FILES = ("last.pth", "best.pth", "log.jsonl", "run.json", "first_batch.jpg", "validation.jpg", "curves.png")
 
@@ -27,16 +32,24 @@ FILES = ("last.pth", "best.pth", "log.jsonl", "run.json", "first_batch.jpg", "va
 def claim_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Create and lock a run's folder for the duration of the block.
 
-    Temporary files that a killed run left are removed; other files are not touched. Raises UserError if another process
-    is training in the folder, or the folder cannot be written.
+    The lock ends with the process. On Windows, and on file systems without locks, nothing is locked. Temporary files
+    that a killed run left are removed; other files are not touched. Raises UserError if another process is training in
+    the folder, or the folder cannot be written.
     """
-    busy = f"{folder}: another process is training in it; wait for it, or choose another --output_dir"
     problem = None
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_main:
-                stack.enter_context(exclusive(folder / ".lock", busy))
+                lock = stack.enter_context((folder / ".lock").open("a"))
+                try:
+                    if fcntl is not None:  # a POSIX record lock, which forked workers do not inherit
+                        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    advice = "wait for it, or choose another --output_dir"
+                    raise UserError(f"{folder}: another process is training in it; {advice}") from None
+                except OSError:  # a file system without locks
+                    pass
                 for unfinished in (path for name in FILES for path in folder.glob(f".{name}.*.part")):
                     unfinished.unlink()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Atomic file writes and lock files."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -37,31 +32,6 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def exclusive(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock on the file `path` during the block. Raises UserError with `message` if another process holds it.
-
-    The system releases the lock when the process ends for any reason. Without `fcntl`, as on Windows, and on file
-    systems that do not support locks, nothing is locked.
-    """
-    if fcntl is None:
-        yield
-        return
-    try:
-        file = path.open("a")
-    except OSError as error:
-        raise write_error(path, error) from None
-    with file:
-        try:
-            # A POSIX record lock: forked workers do not inherit it, as they would a lock of `flock`.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(message) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def write_error(path: str | Path, error: BaseException) -> UserError:

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stored is not None:
                 trainer.load(stored.training or {})
                 print(f"resumed {resume} at step {trainer.iteration}")
-            schedule = Schedule.build(config.training, len(train))
+            schedule = Schedule(config.training, len(train))
             if trainer.iteration > schedule.max_iter:
                 raise UserError(f"the run is at step {trainer.iteration}, beyond --max_iter {schedule.max_iter}")
             describe(trainer, schedule, train)

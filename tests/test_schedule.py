@@ -16,7 +16,7 @@ from yolact import Yolact
 
 
 def test_steps_and_warm_up():
-    schedule = Schedule.build(get_config("yolact_base").training, num_images=117_266)
+    schedule = Schedule(get_config("yolact_base").training, num_images=117_266)
     assert schedule.max_iter == 800_000
     assert schedule.steps == (280_000, 600_000, 700_000, 750_000)
     assert schedule.lr_at(0) == pytest.approx(1e-4)
@@ -28,14 +28,14 @@ def test_steps_and_warm_up():
 
 def test_cosine():
     config = get_config("yolact_lite", epochs=10, warmup_iters=20, lr_end=0).training
-    schedule = Schedule.build(config, num_images=800)
+    schedule = Schedule(config, num_images=800)
     assert schedule.max_iter == 1000
     for step in (20, 250, 500, 999):
         assert schedule.lr_at(step) == pytest.approx(7e-4 * 0.5 * (1 + math.cos(math.pi * step / 1000)))
     assert schedule.lr_at(500) == pytest.approx(3.5e-4)
     assert schedule.lr_at(0) == pytest.approx(7e-5)
     assert schedule.lr_at(1000) == pytest.approx(0, abs=1e-12)
-    ending = Schedule.build(get_config("yolact_lite", epochs=10, warmup_iters=20, lr_end=0.2).training, num_images=800)
+    ending = Schedule(get_config("yolact_lite", epochs=10, warmup_iters=20, lr_end=0.2).training, num_images=800)
     assert "cosine to 0.00014" in str(ending)
     for step, lr in ((500, 4.2e-4), (1000, 1.4e-4)):  # the middle of 7e-4 and 1.4e-4, and the latter
         assert ending.lr_at(step) == pytest.approx(lr)
@@ -50,7 +50,7 @@ def test_another_batch_size_adapts_what_is_not_given():
     assert lite.ema == pytest.approx(0.9995**0.25)
     given = get_config("yolact_base", batch_size=16, lr=5e-3, max_iter=3, warmup_iters=7, ema=0.5).training
     assert (given.lr, given.max_iter, given.warmup_iters, given.ema) == (5e-3, 3, 7, 0.5)
-    epochs = Schedule.build(get_config("yolact_r50", batch_size=16).training, 800)
+    epochs = Schedule(get_config("yolact_r50", batch_size=16).training, 800)
     assert (epochs.per_epoch, epochs.max_iter, epochs.steps[0]) == (50, 2750, 1000)
 
 
@@ -67,15 +67,15 @@ def test_another_batch_size_adapts_what_is_not_given():
 )
 def test_lengths_of_the_configuration_count(name, settings, max_iter, steps):
     """`--set max_iter` and `--set epochs` replace each other, and keep the steps within reach."""
-    schedule = Schedule.build(get_config(name, **settings).training, num_images=800)
+    schedule = Schedule(get_config(name, **settings).training, num_images=800)
     assert (schedule.max_iter, schedule.steps) == (max_iter, steps)
 
 
 def test_a_short_run_reaches_its_learning_rate():
-    schedule = Schedule.build(get_config("yolact_base", max_iter=400).training, 100)
+    schedule = Schedule(get_config("yolact_base", max_iter=400).training, 100)
     assert schedule.warmup == 80
     assert max(map(schedule.lr_at, range(400))) == 1e-3
-    assert Schedule.build(get_config("yolact_base", max_iter=4000).training, 100).warmup == 500
+    assert Schedule(get_config("yolact_base", max_iter=4000).training, 100).warmup == 500
 
 
 def test_decay_groups():

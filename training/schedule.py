@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -16,27 +15,16 @@ WARMUP_FACTOR = 0.1  # the first iteration uses this fraction of the learning ra
 MAX_WARMUP = 0.2  # of the run: a short run would otherwise never reach its learning rate
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every iteration, and the length of a run."""
+    """The learning rate of every iteration, and the length of a run, for a training set of `num_images`."""
 
-    config: TrainingConfig
-    num_images: int  # in the training set
-    per_epoch: int  # iterations
-    max_iter: int
-    warmup: int  # iterations
-    steps: tuple[int, ...]  # iterations at which the learning rate drops
-
-    @classmethod
-    def build(cls, config: TrainingConfig, num_images: int) -> Schedule:
-        """Return the schedule of a configuration for a training set of `num_images`."""
-        per_epoch = max(1, math.ceil(num_images / config.batch_size))
-        unit = per_epoch if config.epochs else 1  # of lr_steps, in iterations
-        max_iter = config.epochs * per_epoch or config.max_iter
-        warmup = min(config.warmup_iters, int(MAX_WARMUP * max_iter))
-        return cls(
-            config, num_images, per_epoch, max_iter, warmup, tuple(round(step * unit) for step in config.lr_steps)
-        )
+    def __init__(self, config: TrainingConfig, num_images: int):
+        self.config, self.num_images = config, num_images
+        self.per_epoch = max(1, math.ceil(num_images / config.batch_size))  # iterations
+        unit = self.per_epoch if config.epochs else 1  # of lr_steps, in iterations
+        self.max_iter = config.epochs * self.per_epoch or config.max_iter
+        self.warmup = min(config.warmup_iters, int(MAX_WARMUP * self.max_iter))
+        self.steps = tuple(round(step * unit) for step in config.lr_steps)  # at which the learning rate drops
 
     def __str__(self) -> str:
         config = self.config

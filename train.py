@@ -14,7 +14,7 @@ docs/training.md describes the files in the run's folder.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import sys
 import time
@@ -106,12 +106,15 @@ def fit(
     trainer: Trainer, batches: Iterator[Batch], schedule: Schedule, val: CocoDataset | None, args: dict[str, Any]
 ) -> bool:
     """Train to the end of the schedule, or until a validation or a signal stops the run; return False for a signal."""
-    ranks, table = trainer.ranks, ""
+    ranks, patience, table = trainer.ranks, args["patience"] or math.inf, ""
     unusable = UnusableImages(schedule.num_images)
     # By default one epoch of at least 500 iterations, or a fifth of a shorter run, but at least 20 iterations.
     val_interval = args["val_interval"] or min(max(500, schedule.per_epoch), max(20, schedule.max_iter // 5))
     log = RunLog(trainer.folder, trainer.iteration, trainer.validated, args["tensorboard"], ranks.is_main)
-    progress = progress_bar(schedule.max_iter, trainer.iteration, ranks.is_main)
+    progress = tqdm(
+        desc="training", total=schedule.max_iter, initial=trainer.iteration, disable=not ranks.is_main,
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # in a file, each update is kept
+    )  # fmt: skip
     with StopSignal() as stop_signal, log, progress:
         while True:
             due = trainer.iteration % val_interval == 0 or trainer.iteration == schedule.max_iter
@@ -119,7 +122,7 @@ def fit(
                 trainer.save("last.pth", args)  # nothing is lost if validation fails: --resume repeats it
                 table = validate(trainer, val, log)
                 trainer.save("last.pth", args)  # again, with the result of the validation
-            if trainer.iteration == schedule.max_iter or is_stale(trainer, args):
+            if trainer.iteration == schedule.max_iter or trainer.stale >= patience:
                 break
             started, lr = time.perf_counter(), schedule.lr_at(trainer.iteration)
             batch = next(batches)
@@ -130,18 +133,17 @@ def fit(
 
                 log.image(0, "first_batch", batch_sheet(batch, trainer.model.config))
 
-            with explained_memory(trainer.device):
+            try:
                 losses = trainer.step(batch, lr)
+            except torch.OutOfMemoryError:
+                advice = "lower --batch_size, or split it with --accumulate"
+                raise UserError(f"{trainer.device} has not enough memory for a step; {advice}") from None
 
             times = {"seconds": time.perf_counter() - started, "waited": waited, "time": time.time()}
             values = {"epoch": trainer.iteration / schedule.per_epoch, **times, **losses}
             log.line(trainer.iteration, {"lr": lr} | {name: round(value, 4) for name, value in values.items()})
-            shown = {
-                name: value
-                for name, value in losses.items()
-                if name != "mask_iou" or trainer.model.mask_iou is not None
-            }
-            progress.set_postfix({name: f"{value:.2f}" for name, value in shown.items()}, refresh=False)
+            shown = {name: f"{value:.2f}" for name, value in losses.items() if value or name != "mask_iou"}
+            progress.set_postfix(shown, refresh=False)
             progress.update()
             if ranks.any(stop_signal.received):
                 trainer.save("last.pth", args)
@@ -150,7 +152,7 @@ def fit(
                 return False
     if table:
         print(table)
-    if is_stale(trainer, args):
+    if trainer.stale >= patience:
         print(
             f"stopped early at step {trainer.iteration}: mask AP has not improved in {trainer.stale} validations "
             f"(best: {trainer.best:.3f})"
@@ -160,27 +162,6 @@ def fit(
     best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
     print(f"done: {trainer.folder / 'last.pth'}{best}")
     return True
-
-
-def progress_bar(total: int, initial: int, is_main: bool) -> tqdm:
-    """Return the progress bar of a run. In a file, each update is kept, so there is one in half a minute only."""
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=initial, desc="training", mininterval=interval, disable=not is_main)
-
-
-@contextlib.contextmanager
-def explained_memory(device: torch.device) -> Iterator[None]:
-    """Turn an error about too little memory into one line that says what to change."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        advice = "lower --batch_size, or split it with --accumulate"
-        raise UserError(f"{device} has not enough memory for a step; {advice}") from None
-
-
-def is_stale(trainer: Trainer, args: dict[str, Any]) -> bool:
-    """Whether --patience is exhausted."""
-    return args["patience"] is not None and trainer.stale >= args["patience"]
 
 
 def validate(trainer: Trainer, val: CocoDataset | None, log: RunLog) -> str:

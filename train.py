@@ -36,13 +36,13 @@ except ImportError as error:  # libGL, for instance, in a container
 import torch
 from tqdm import tqdm
 
-from config import Config, override
+from config import Config, override, parse_overrides
 from data.coco import CocoDataset
 from data.loader import Batch, TrainingLoader, UnusableImages, default_workers
 from evaluation import evaluate
 from evaluation.evaluator import check_classes, per_class_table
 from inference import Predictor
-from training.arguments import build_parser, check_batch, chosen, new_run, resumed_run
+from training.arguments import build_parser, check_batch, new_run, resumed_run
 from training.run_folder import RunLog, claim_folder, write_record
 from training.schedule import Schedule
 from training.trainer import Trainer
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         train, val = load_data(args, config, ranks, resumed=stored is not None)
         config = override(config, class_names=train.class_names, category_ids=train.category_ids)
         if start is not None:
-            if config.training.fit_anchors and not chosen(args) & {"anchor_sizes", "aspect_ratios"}:
+            stated = parse_overrides(args.get("set", [])).keys()
+            if config.training.fit_anchors and not stated & {"anchor_sizes", "aspect_ratios"}:
                 from tools.fit_anchors import fit_anchors, keep_anchors
 
                 # Weights depend on their anchors, so those of --init are kept, if there are as many per position.

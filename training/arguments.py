@@ -135,11 +135,6 @@ def resumed_run(resume: Path, given: dict[str, Any]) -> tuple[Weights, Config, d
     return weights, config, args
 
 
-def chosen(args: dict[str, Any]) -> set[str]:
-    """Return the fields of the configuration that the user has set."""
-    return {*parse_overrides(args.get("set") or []), *(key for key in CONFIG_FLAGS if key in args)}
-
-
 def check_arguments(config: Config, args: dict[str, Any]) -> None:
     """Raise UserError for arguments that cannot work, before data are read or folders created."""
     if args["val_images"] and not args["val_annotations"]:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import Config
@@ -61,7 +61,9 @@ class TrainingSet(Dataset[Item]):
         return None, -1, problems
 
 
-class EndlessShuffle(Sampler[tuple[int, int]]):
+def endless_shuffle(
+    count: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[int, int]]:
     """Yield keys (epoch, index) endlessly; each epoch is a permutation that depends only on the seed.
 
     Args:
@@ -69,20 +71,13 @@ class EndlessShuffle(Sampler[tuple[int, int]]):
         start: number of keys to skip, counted over all processes.
         rank, world_size: of every `world_size` consecutive keys, this process gets one.
     """
-
-    def __init__(self, count: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.count, self.seed, self.start, self.rank, self.world_size = count, seed, start, rank, world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, offset = divmod(self.start, self.count)
-        position = self.start
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-            for index in order[offset:]:
-                if position % self.world_size == self.rank:
-                    yield epoch, int(index)
-                position += 1
-            epoch, offset = epoch + 1, 0
+    position = start
+    while True:
+        epoch, offset = divmod(position, count)
+        for index in np.random.default_rng((seed, epoch)).permutation(count)[offset:]:
+            if position % world_size == rank:
+                yield epoch, int(index)
+            position += 1
 
 
 @dataclass
@@ -199,7 +194,7 @@ class TrainingLoader:
         loader: DataLoader[Any] = DataLoader(
             TrainingSet(self.dataset, self.config, self.seed),
             batch_size=self.config.training.batch_size // ranks.size,
-            sampler=EndlessShuffle(len(self.dataset), self.seed, self.start, ranks.rank, ranks.size),
+            sampler=endless_shuffle(len(self.dataset), self.seed, self.start, ranks.rank, ranks.size),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_start_worker,

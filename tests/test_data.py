@@ -16,7 +16,7 @@ from data.annotation import normalise_segmentation, to_rle
 from data.augment import Augment, Distortion, Window, copy_paste, draw_mask, sample_crop
 from data.coco import CocoDataset, PackedList
 from data.image import read_image
-from data.loader import EndlessShuffle, TrainingLoader, TrainingSet
+from data.loader import TrainingLoader, TrainingSet, endless_shuffle
 from tools.sheets import denormalise
 from utils.errors import UserError
 
@@ -335,7 +335,7 @@ def test_seed_and_key_decide_everything(dataset, small_config):
 
 def test_order_is_the_same_from_any_position_and_over_processes():
     def first(n, **options):
-        return [key for _, key in zip(range(n), EndlessShuffle(7, seed=1, **options), strict=False)]
+        return [key for _, key in zip(range(n), endless_shuffle(7, seed=1, **options), strict=False)]
 
     whole = first(30)
     assert sorted(i for _, i in whole[:7]) == list(range(7))

@@ -12,7 +12,7 @@ from conftest import make_dataset, run, spawn, train_args
 
 from config import from_dict, override
 from data.coco import CocoDataset
-from data.loader import EndlessShuffle, TrainingLoader, default_workers
+from data.loader import TrainingLoader, default_workers, endless_shuffle
 from tools.audit import SAMPLE
 from training.trainer import NetworkAndLoss
 from utils.distributed import Ranks
@@ -141,7 +141,7 @@ def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
     """The second process alone gets broken images, which the audit at the start does not read; both stop."""
     path = make_dataset(tmp_path / "data", 230)
     looked_at = range(0, 230, -(-230 // SAMPLE))
-    keys = itertools.islice(EndlessShuffle(230, seed=0, rank=1, world_size=2), 10)
+    keys = itertools.islice(endless_shuffle(230, seed=0, rank=1, world_size=2), 10)
     for index in [index for _, index in keys if index not in looked_at][:3]:
         (tmp_path / f"data/images/image_{index}.png").write_bytes(b"broken")
     args = train_args(path, "--batch_size", "20", "--max_iter", "20", "--output_dir", tmp_path / "run")

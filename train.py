@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from config import Config, override, parse_overrides
 from data.coco import CocoDataset
-from data.loader import Batch, TrainingLoader, UnusableImages, default_workers
+from data.loader import Batch, TrainingLoader, default_workers, report_unusable
 from evaluation import evaluate
 from evaluation.evaluator import check_classes, per_class_table
 from inference import Predictor
@@ -108,7 +108,7 @@ def fit(
 ) -> bool:
     """Train to the end of the schedule, or until a validation or a signal stops the run; return False for a signal."""
     ranks, patience, table = trainer.ranks, args["patience"] or math.inf, ""
-    unusable = UnusableImages(schedule.num_images)
+    unusable: set[str] = set()  # messages about images that were replaced
     # By default one epoch of at least 500 iterations, or a fifth of a shorter run, but at least 20 iterations.
     val_interval = args["val_interval"] or min(max(500, schedule.per_epoch), max(20, schedule.max_iter // 5))
     log = RunLog(trainer.folder, trainer.iteration, trainer.validated, args["tensorboard"], ranks.is_main)
@@ -127,7 +127,7 @@ def fit(
                 break
             started, lr = time.perf_counter(), schedule.lr_at(trainer.iteration)
             batch = next(batches)
-            unusable.check(batch)
+            report_unusable(batch, unusable, schedule.num_images)
             waited = time.perf_counter() - started
             if trainer.iteration == 0:
                 from tools.sheets import batch_sheet
@@ -158,8 +158,8 @@ def fit(
             f"stopped early at step {trainer.iteration}: mask AP has not improved in {trainer.stale} validations "
             f"(best: {trainer.best:.3f})"
         )
-    if unusable.problems:
-        print(f"images that could not be used and were replaced by others: {len(unusable.problems)}")
+    if unusable:
+        print(f"images that could not be used and were replaced by others: {len(unusable)}")
     best = f", best: {trainer.folder / 'best.pth'}" if trainer.best >= 0 else ""
     print(f"done: {trainer.folder / 'last.pth'}{best}")
     return True

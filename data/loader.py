@@ -149,24 +149,20 @@ def default_workers(ranks: Ranks) -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-class UnusableImages:
-    """Collect the unusable images that were replaced: each is reported once, and too many of them end the run."""
+def report_unusable(batch: Batch, reported: set[str], num_images: int) -> None:
+    """Report the unusable images that were replaced in a batch, each once, and add them to `reported`.
 
-    def __init__(self, num_images: int):
-        self.num_images = num_images
-        self.problems: set[str] = set()
-
-    def check(self, batch: Batch) -> None:
-        """Raise UserError if more than 1 % of the images (and more than one), or ten in a row, are unusable."""
-        for problem in dict.fromkeys(batch.problems):
-            if problem not in self.problems:
-                tqdm.write(f"warning: {problem}; another image takes its place", file=sys.stderr)
-            self.problems.add(problem)
-        if len(self.problems) > max(1, self.num_images // 100) or not len(batch.images):
-            raise UserError(
-                f"{len(self.problems)} of {self.num_images} images cannot be used; python -m tools.audit lists them. "
-                f"The last problem was: {(batch.problems or [''])[-1]}"
-            )
+    Raises UserError if more than 1 % of the images (and more than one), or ten in a row, are unusable.
+    """
+    for problem in dict.fromkeys(batch.problems):
+        if problem not in reported:
+            tqdm.write(f"warning: {problem}; another image takes its place", file=sys.stderr)
+        reported.add(problem)
+    if len(reported) > max(1, num_images // 100) or not len(batch.images):
+        raise UserError(
+            f"{len(reported)} of {num_images} images cannot be used; python -m tools.audit lists them. "
+            f"The last problem was: {(batch.problems or [''])[-1]}"
+        )
 
 
 @dataclass

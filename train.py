@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from config import Config, override, parse_overrides
 from data.coco import CocoDataset
-from data.loader import Batch, TrainingLoader, default_workers, report_unusable
+from data.loader import Batch, default_workers, report_unusable, training_batches
 from evaluation import evaluate
 from evaluation.evaluator import check_classes, per_class_table
 from inference import Predictor
@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_record(trainer.folder, args, config, resumed=stored is not None)
             start_at = trainer.iteration * config.training.batch_size  # images that the run has already used
             workers = default_workers(ranks) if args["workers"] is None else args["workers"]
-            loader = TrainingLoader(train, config, args["seed"], start_at, workers, ranks)
-            with loader as batches:
+            with training_batches(train, config, args["seed"], start_at, workers, ranks) as batches:
                 finished = fit(trainer, batches, schedule, val, args)
     return 0 if finished else 130
 

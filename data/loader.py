@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -133,7 +134,7 @@ def _start_worker(_worker: int) -> None:
         cv2.setNumThreads(1)
     torch.set_num_threads(1)
     # Ctrl-C and a batch system's SIGTERM reach every process of a run. The main process finishes its step, saves and
-    # then ends the workers; they must not end before it. TrainingLoader.__exit__ ends them without a signal.
+    # then ends the workers; they must not end before it. `training_batches` ends them without a signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -154,7 +155,7 @@ def report_unusable(batch: Batch, reported: set[str], num_images: int) -> None:
 
     Raises UserError if more than 1 % of the images (and more than one), or ten in a row, are unusable.
     """
-    for problem in dict.fromkeys(batch.problems):
+    for problem in batch.problems:
         if problem not in reported:
             tqdm.write(f"warning: {problem}; another image takes its place", file=sys.stderr)
         reported.add(problem)
@@ -165,71 +166,62 @@ def report_unusable(batch: Batch, reported: set[str], num_images: int) -> None:
         )
 
 
-@dataclass
-class TrainingLoader:
-    """Endless batches for this process, as a context manager that ends its workers.
+@contextlib.contextmanager
+def training_batches(
+    dataset: CocoDataset, config: Config, seed: int = 0, start: int = 0, workers: int = 0, ranks: Ranks = ALONE
+) -> Iterator[Iterator[Batch]]:
+    """Yield endless batches for this process, and end the workers when the block ends, also after an exception.
 
-        with TrainingLoader(dataset, config, workers=2) as batches:
-            batch = next(batches)
+    Otherwise they would keep the interpreter from exiting: they ignore SIGTERM, and Python's exit handler waits for
+    them.
 
-    Leaving the block ends the worker processes, also after an exception. Without it they would keep the interpreter
-    from exiting: they ignore SIGTERM, and Python's exit handler waits for them.
+    Args:
+        config: its batch size is that of all processes together.
+        start: the number of images that the run has already used, over all processes.
     """
-
-    dataset: CocoDataset
-    config: Config  # its batch size is that of all processes together
-    seed: int = 0
-    start: int = 0  # images that the run has already used, over all processes
-    workers: int = 0
-    ranks: Ranks = ALONE
-
-    def __enter__(self) -> Iterator[Batch]:
-        ranks = self.ranks
-        if self.workers and SHARED_MEMORY.is_dir():
-            self._check_shared_memory()
-        loader: DataLoader[Any] = DataLoader(
-            TrainingSet(self.dataset, self.config, self.seed),
-            batch_size=self.config.training.batch_size // ranks.size,
-            sampler=endless_shuffle(len(self.dataset), self.seed, self.start, ranks.rank, ranks.size),
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=_start_worker,
-            pin_memory=ranks.device.type == "cuda",
-            timeout=TIMEOUT if self.workers else 0,
-        )
-        # A process forked while OpenCV's thread pool is active hangs in its first OpenCV call, so the pool is disabled
-        # while the workers start.
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)
-        self._batches: Iterator[Any] = iter(loader)
-        cv2.setNumThreads(threads)
-        return self._batches
-
-    def _check_shared_memory(self) -> None:
-        """Raise UserError if the batches of the workers do not fit. PyTorch would wait for them for ever."""
-        images = self.config.training.batch_size // self.ranks.size
-        in_flight = 2 * self.workers + 1  # PyTorch reads two batches ahead with each worker
-        # Three float32 planes an image, and a fifth more for masks.
-        needed = int(1.2 * in_flight * images * 3 * 4 * self.config.train_size**2)
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if free < needed:
-            raise UserError(
-                f"{SHARED_MEMORY} has {free >> 20} MiB free, but {self.workers} workers pass batches of {needed >> 20} "
-                "MiB through it; give Docker --ipc=host or --shm-size, or use --workers 0"
-            )
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        shutdown = getattr(self._batches, "_shutdown_workers", None)  # only PyTorch's multi-process iterator has it
-        if shutdown is not None:
-            shutdown()
+    if workers and SHARED_MEMORY.is_dir():
+        check_shared_memory(config, workers, ranks)
+    loader: DataLoader[Any] = DataLoader(
+        TrainingSet(dataset, config, seed),
+        batch_size=config.training.batch_size // ranks.size,
+        sampler=endless_shuffle(len(dataset), seed, start, ranks.rank, ranks.size),
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        pin_memory=ranks.device.type == "cuda",
+        timeout=TIMEOUT if workers else 0,
+    )
+    # A process forked while OpenCV's thread pool is active hangs in its first OpenCV call, so the pool is disabled
+    # while the workers start.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    batches: Any = iter(loader)
+    cv2.setNumThreads(threads)
+    try:
+        yield batches
+    except RuntimeError as error:
         # PyTorch raises this from a signal handler, wherever the main process is at that moment.
-        if isinstance(error, RuntimeError) and "killed by signal" in str(error):
-            raise UserError(
-                "a worker process was killed by the system, probably because memory ran out; lower --workers or "
-                "max_size"
-            ) from None
-        if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
-            raise UserError(
-                f"no batch arrived for {TIMEOUT} s: the disk does not answer, or {SHARED_MEMORY} is full; "
-                "try --workers 0"
-            ) from None
+        if "killed by signal" in str(error):
+            text = "a worker process was killed by the system, probably because memory ran out"
+            raise UserError(f"{text}; lower --workers or max_size") from None
+        if "DataLoader timed out" in str(error):
+            text = f"no batch arrived for {TIMEOUT} s: the disk does not answer, or {SHARED_MEMORY} is full"
+            raise UserError(f"{text}; try --workers 0") from None
+        raise
+    finally:
+        if workers:
+            batches._shutdown_workers()
+
+
+def check_shared_memory(config: Config, workers: int, ranks: Ranks) -> None:
+    """Raise UserError if the batches of the workers do not fit. PyTorch would wait for them for ever."""
+    images = config.training.batch_size // ranks.size
+    in_flight = 2 * workers + 1  # PyTorch reads two batches ahead with each worker
+    # Three float32 planes an image, and a fifth more for masks.
+    needed = int(1.2 * in_flight * images * 3 * 4 * config.train_size**2)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {workers} workers pass batches of {needed >> 20} "
+            "MiB through it; give Docker --ipc=host or --shm-size, or use --workers 0"
+        )

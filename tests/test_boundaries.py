@@ -33,7 +33,7 @@ from data.image import (
     resize_like_opencv,
     write_image,
 )
-from data.loader import TrainingLoader, TrainingSet
+from data.loader import TrainingSet, check_shared_memory
 from layers.boxes import box_iou
 from layers.detect import detect
 from layers.loss import MultiBoxLoss, _mask_iou_term
@@ -41,6 +41,7 @@ from layers.matching import IGNORED
 from layers.nms import NMS, cluster_nms, standard_nms
 from layers.structures import Predictions
 from layers.voting import VOTING_IOU, vote
+from utils.distributed import ALONE
 from utils.errors import UserError
 
 METHODS = sorted(set(NMS) - {"cluster_penalty"})  # which removes no box
@@ -227,15 +228,13 @@ def test_the_bit_depth_that_a_png_states():
 
 
 @pytest.mark.parametrize(("share", "enough"), [(1.1, False), (1.3, True)])
-def test_the_shared_memory_that_workers_need(dataset, small_config, monkeypatch, share, enough):
+def test_the_shared_memory_that_workers_need(small_config, monkeypatch, share, enough):
     """PyTorch reads two batches ahead with each worker: with two workers, five batches of float32 planes."""
-    data = CocoDataset(dataset, dataset.parent / "images")
     config = override(small_config, batch_size=4)
     free = int(share * 5 * 4 * 3 * 4 * config.train_size**2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    loader = TrainingLoader(data, config, workers=2)
     with nullcontext() if enough else pytest.raises(UserError, match="MiB free"):
-        loader._check_shared_memory()
+        check_shared_memory(config, 2, ALONE)
 
 
 def test_the_canvas_around_an_expanded_image_is_the_mean_of_coco():

@@ -10,7 +10,7 @@ from conftest import ROOT, make_dataset, noisy_model, run, train_args
 from config import get_config
 from data.coco import CocoDataset
 from data.image import read_image, to_network
-from data.loader import TrainingLoader
+from data.loader import training_batches
 from inference import Predictor
 from layers.nms import NMS
 from training.trainer import Trainer
@@ -106,7 +106,7 @@ def test_two_training_steps_have_the_losses_of_the_cpu(tmp_path, name):
         state = state or model.state_dict()
         model.load_state_dict(state)
         trainer = Trainer(model, tmp_path, Ranks(device), "fp32")
-        with TrainingLoader(dataset, config) as batches:
+        with training_batches(dataset, config) as batches:
             losses[device.type] = [trainer.step(next(batches), 1e-4) for _ in range(2)]
     for found, wanted in zip(losses["cuda"], losses["cpu"], strict=True):
         assert found == pytest.approx(wanted, rel=5e-3, abs=1e-4)

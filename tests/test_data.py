@@ -16,7 +16,7 @@ from data.annotation import normalise_segmentation, to_rle
 from data.augment import Augment, Distortion, Window, copy_paste, draw_mask, sample_crop
 from data.coco import CocoDataset, PackedList
 from data.image import read_image
-from data.loader import TrainingLoader, TrainingSet, endless_shuffle
+from data.loader import TrainingSet, endless_shuffle, training_batches
 from tools.sheets import denormalise
 from utils.errors import UserError
 
@@ -359,7 +359,7 @@ def test_batches(dataset, small_config, workers):
         np.zeros((2000, 2000, 3), np.uint8), (9, 9), 2
     )  # OpenCV's threads run; processes fork all the same
     data = CocoDataset(dataset, dataset.parent / "images")
-    with TrainingLoader(data, override(small_config, batch_size=3), workers=workers) as batches:
+    with training_batches(data, override(small_config, batch_size=3), workers=workers) as batches:
         assert cv2.getNumThreads() == 4
         batch = next(batches)
     assert not multiprocessing.active_children()

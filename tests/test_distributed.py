@@ -12,7 +12,7 @@ from conftest import make_dataset, run, spawn, train_args
 
 from config import from_dict, override
 from data.coco import CocoDataset
-from data.loader import TrainingLoader, default_workers, endless_shuffle
+from data.loader import default_workers, endless_shuffle, training_batches
 from tools.audit import SAMPLE
 from training.trainer import NetworkAndLoss
 from utils.distributed import Ranks
@@ -90,7 +90,7 @@ def test_accumulated_parts_take_the_step_of_the_whole(dataset, tmp_path):
 
 
 def first_batch(data, config, size):
-    with TrainingLoader(data, override(config, batch_size=size)) as batches:
+    with training_batches(data, override(config, batch_size=size)) as batches:
         return next(batches)
 
 

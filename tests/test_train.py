@@ -21,7 +21,7 @@ import train
 from config import from_dict, get_config, override
 from data.annotation import to_rle
 from data.coco import CocoDataset
-from data.loader import TrainingLoader
+from data.loader import training_batches
 from tools.advice import unlikely_settings
 from tools.curves import read_log
 from tools.sheets import worst_images
@@ -627,7 +627,7 @@ def test_a_step_whose_gradient_overflows_leaves_weights_and_ema(small_config, da
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1e38, backoff_factor=1e-38)
     data = CocoDataset(dataset, dataset.parent / "images")
     states = []
-    with TrainingLoader(data, config) as batches:
+    with training_batches(data, config) as batches:
         for _ in range(3):
             states.append([v.clone() for m in (trainer.model, trainer.ema) for v in m.parameters()])
             trainer.step(next(batches), 1e-3)

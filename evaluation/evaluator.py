@@ -227,7 +227,9 @@ class GroundTruth:
                 if segmentation is None:
                     if annotation.box is None:
                         continue
-                    segmentation, crowd = _box_mask(annotation, height, width), crowd or kind == "segm"
+                    x1, y1, x2, y2 = annotation.box
+                    segmentation = to_rle([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
+                    crowd = crowd or kind == "segm"
                 box = annotation.stated_box or rle.toBbox(to_rle(segmentation, height, width)).tolist()
                 entries.append(
                     {
@@ -256,12 +258,6 @@ def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:
     except UserError:
         return 1, 1
     return height, width
-
-
-def _box_mask(annotation: Annotation, height: int, width: int) -> dict[str, Any]:
-    """Return the box of an annotation as a rectangular mask in RLE."""
-    x1, y1, x2, y2 = annotation.box or (0.0, 0.0, 0.0, 0.0)
-    return to_rle([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
 
 
 def _scored(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

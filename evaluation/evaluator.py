@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,13 +136,10 @@ def check_classes(dataset: CocoDataset, config: Config, where: str = "in the wei
         matched = f"matched by name with the {config.num_classes} {where}"
         return f"{dataset.path}: its classes ({join_names(names)}) are {matched}"
     rows = [f"{'label':>5}  {'in the file':<24}  {where}"]
-    for label in range(max(len(dataset.class_names), config.num_classes)):
-        left = dataset.class_names[label] if label < len(dataset.class_names) else "-"
-        right = config.class_names[label] if label < config.num_classes else "-"
+    for label, (left, right) in enumerate(itertools.zip_longest(names, config.class_names, fillvalue="-")):
         rows.append(f"{label:>5}  {left:<24}  {right}{'  <' if left != right else ''}")
-    table = "\n".join(rows)
     advice = "the names of all of its categories have to be there"
-    raise UserError(f"{dataset.path}: its classes differ from those {where}; {advice}\n{table}")
+    raise UserError("\n".join([f"{dataset.path}: its classes differ from those {where}; {advice}", *rows]))
 
 
 def coco_metrics(

@@ -15,7 +15,7 @@ import dataclasses
 import re
 import runpy
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,26 +199,14 @@ NOT_ZERO = {
     "batch_size", "lr", "train_scale", "masks_to_train", "mask_supersample", "crop_min_side",
 }  # fmt: skip
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "detection": DetectionConfig,
-    "training": TrainingConfig,
-    "loss": LossConfig,
-    "augmentation": AugmentationConfig,
+# The sections of Config, and every key that can be overridden: its section ("" for fields of Config itself) and type.
+SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config) if is_dataclass(f.default)}
+FIELDS: dict[str, tuple[str, Any]] = {
+    name: (section, hint)
+    for section, cls in {"": Config, **SECTIONS}.items()
+    for name, hint in typing.get_type_hints(cls).items()
+    if name not in SECTIONS
 }
-
-
-def _field_table() -> dict[str, tuple[str, Any]]:
-    """Map every key that can be overridden to its section ("" for fields of Config itself) and its type."""
-    table: dict[str, tuple[str, Any]] = {}
-    for section, cls in {"": Config, **SECTIONS}.items():
-        for name, hint in typing.get_type_hints(cls).items():
-            if name not in SECTIONS:
-                table[name] = (section, hint)
-    return table
-
-
-FIELDS = _field_table()
 
 
 def override(config: Config, /, **overrides: Any) -> Config:

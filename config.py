@@ -403,22 +403,17 @@ def get_config(name: str, /, **overrides: Any) -> Config:
         UserError: for an unknown name or key, or a value of the wrong type or out of range.
     """
     if name.endswith(".py"):
-        config = _config_from_file(Path(name))
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such configuration file exists")
+        config = runpy.run_path(name).get("config")
+        if not isinstance(config, Config):
+            raise UserError(
+                f"{name}: the file must define `config`, for instance with the two lines "
+                "`from config import get_config` and `config = get_config('yolact_r50', lr=2e-3)`"
+            )
     else:
         config = look_up("configuration", canonical_name(name), CONFIGS)
     return override(config, **overrides)
-
-
-def _config_from_file(path: Path) -> Config:
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file exists")
-    config = runpy.run_path(str(path)).get("config")
-    if not isinstance(config, Config):
-        raise UserError(
-            f"{path}: the file must define `config`, for instance with the two lines "
-            "`from config import get_config` and `config = get_config('yolact_r50', lr=2e-3)`"
-        )
-    return config
 
 
 def parse_overrides(pairs: list[str], example: str = "max_size=400") -> dict[str, str]:

@@ -34,20 +34,16 @@ class Annotation:
     segmentation: Any  # a list of polygons, an RLE with compressed counts, or None if there is no usable mask
     stated_area: float | None
 
-    def mask_area(self, height: int, width: int) -> float | None:
-        """Return the number of pixels in the mask, or None if there is no usable mask."""
-        return None if self.segmentation is None else float(rle.area(to_rle(self.segmentation, height, width)))
-
     def area(self, height: int, width: int) -> tuple[float, bool]:
         """Return the area in pixels that COCO's size ranges use, and whether the file's area was rejected.
 
         The file's area is used if it agrees with the mask (see AREA_FACTOR), otherwise the area of the mask. An
         annotation without a mask has the file's area, or else the area of its box.
         """
-        own = self.mask_area(height, width)
-        if own is None:
+        if self.segmentation is None:
             _, _, w, h = self.stated_box or (0, 0, 0, 0)
             return (max(0.0, w * h) if self.stated_area is None else self.stated_area), False
+        own = float(rle.area(to_rle(self.segmentation, height, width)))
         if self.stated_area is None:
             return own, False
         low, high = sorted((own, self.stated_area))

@@ -105,7 +105,7 @@ def parse_annotation(annotation: dict[str, Any], label: int, height: int, width:
         _clipped_box(stated_box, segmentation, height, width),
         stated_box,
         segmentation,
-        None if area is None or area[0] < 0 else float(area[0]),
+        float(area[0]) if area is not None and len(area) == 1 and area[0] >= 0 else None,
     )
 
 

@@ -73,7 +73,6 @@ class CocoDataset(Dataset[Sample]):
             (_text(i["file_name"], f"{self.path}: file_name", file=True), _stated_size(i)) for i in content["images"]
         )
         self.has_annotations = "annotations" in content
-        self.text_ids = _text_ids(content)
         self._label = {category: label for label, category in enumerate(self.category_ids)}
         self._check_ids()
         self.orphans: list[dict[str, Any]] = []  # annotations of images that are not listed
@@ -223,18 +222,6 @@ class CocoDataset(Dataset[Sample]):
             segmentations,
             np.array(crowds, np.float32).reshape(-1, 4),
         )
-
-
-def _text_ids(content: dict[str, Any]) -> list[str]:
-    """List the ids that are strings instead of integers. They are accepted here, but not by all other tools."""
-    fields = {"images": ("id",), "categories": ("id",), "annotations": ("id", "image_id", "category_id")}
-    return [
-        f"{key} of {section} {entry[key]!r}"
-        for section, keys in fields.items()
-        for entry in content.get(section, [])
-        for key in keys
-        if isinstance(entry.get(key), str)
-    ]
 
 
 def _text(value: Any, where: str, file: bool = False) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from config import Config, get_config, parse_overrides
 from data.annotation import Annotation, exact_copies, parse_annotation, to_rle
 from data.augment import Window, draw_mask
-from data.coco import CocoDataset
+from data.coco import CocoDataset, read_coco_json
 from data.image import input_size, write_image
 from layers.anchors import prototype_size
 from tools.findings import EXAMPLES_PER_FINDING, FINDING_KINDS, Finding, too_many_crowds
@@ -147,7 +147,7 @@ def _check_index(
     problems["orphan"] = [f"annotation {orphan['id']} of image {orphan['image_id']}" for orphan in dataset.orphans]
     problems["same_id"] = [str(key) for key, n in Counter(map(str, ids)).items() for _ in range(n - 1)]
     odd_ids = [f"annotation id {key!r}" for key in ids if not isinstance(key, (int, str))]
-    problems["text_id"] = dataset.text_ids + odd_ids
+    problems["text_id"] = odd_ids if sampled else _text_ids(dataset.path) + odd_ids
     problems["unused_class"] = [name for label, name in enumerate(dataset.class_names) if label not in used]
     problems["same_name"] = _repeated(list(dataset.class_names))
     crowds = [f"annotation {a.get('id')}" for some in listed for a in some if a["iscrowd"]]
@@ -159,6 +159,19 @@ def _check_index(
     if any(listed) and not with_masks:
         # A detection data set, whose masks are not damaged: it never had any.
         problems["detection_only"] = problems.pop("no_mask", [])
+
+
+def _text_ids(path: Path) -> list[str]:
+    """List the ids that are strings instead of integers. They are accepted here, but not by all other tools."""
+    content = read_coco_json(path)
+    fields = {"images": ("id",), "categories": ("id",), "annotations": ("id", "image_id", "category_id")}
+    return [
+        f"{key} of {section} {entry[key]!r}"
+        for section, keys in fields.items()
+        for entry in content.get(section, [])
+        for key in keys
+        if isinstance(entry.get(key), str)
+    ]
 
 
 def _totals(dataset: CocoDataset, reports: list[ImageReport], val: CocoDataset | None) -> dict[str, int]:

@@ -73,7 +73,7 @@ class CocoDataset(Dataset[Sample]):
             (_text(i["file_name"], f"{self.path}: file_name", file=True), _stated_size(i)) for i in content["images"]
         )
         self.has_annotations = "annotations" in content
-        self._label = {category: label for label, category in enumerate(self.category_ids)}
+        self.labels = {category: label for label, category in enumerate(self.category_ids)}  # by category id
         self._check_ids()
         self.orphans: list[dict[str, Any]] = []  # annotations of images that are not listed
         grouped = self._by_image(content.get("annotations", []))
@@ -99,16 +99,13 @@ class CocoDataset(Dataset[Sample]):
         for annotation in annotations:
             where = f"{self.path}: annotation {annotation.get('id')}:"
             category = as_id(annotation["category_id"], f"{where} category_id")
-            if category not in self._label:
+            if category not in self.labels:
                 raise UserError(f"{where} category_id {category} is not among the categories")
             try:
-                is_crowd(annotation)
+                kept: dict[str, Any] = {"category_id": category, "iscrowd": int(is_crowd(annotation))}
             except ValueError as error:
                 raise UserError(f"{where} {error}") from None
-            kept: dict[str, Any] = {
-                key: annotation[key] for key in ("id", "bbox", "segmentation", "area") if key in annotation
-            }
-            kept |= {"category_id": category, "iscrowd": int(is_crowd(annotation))}
+            kept |= {key: annotation[key] for key in ("id", "bbox", "segmentation", "area") if key in annotation}
             index = position.get(as_id(annotation["image_id"], f"{where} image_id"))
             if index is None:
                 self.orphans.append({"id": annotation.get("id"), "image_id": annotation["image_id"]})
@@ -122,10 +119,10 @@ class CocoDataset(Dataset[Sample]):
         The same classes are often in another order in the file of the validation set, or only some of them.
         """
         ids = dict(zip(self.class_names, self.category_ids, strict=True))
-        unused = (number for number in itertools.count(1) if number not in self._label)
+        unused = (number for number in itertools.count(1) if number not in self.labels)
         self.category_ids = tuple(ids[name] if name in ids else next(unused) for name in names)
         self.class_names = tuple(names)
-        self._label = {category: label for label, category in enumerate(self.category_ids)}
+        self.labels = {category: label for label, category in enumerate(self.category_ids)}
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -193,14 +190,10 @@ class CocoDataset(Dataset[Sample]):
         entries = self.annotations(index)
         repeated = set(exact_copies(entries)) if drop_duplicates else set()
         return [
-            parse_annotation(entry, self._label[entry["category_id"]], size[0], size[1])
+            parse_annotation(entry, self.labels[entry["category_id"]], size[0], size[1])
             for position, entry in enumerate(entries)
             if position not in repeated
         ]
-
-    def label_of(self, annotation: dict[str, Any]) -> int:
-        """Return the label 0..C-1 of an annotation."""
-        return self._label[annotation["category_id"]]
 
     def __getitem__(self, index: int) -> Sample:
         """Return an image and its objects, as training uses them: exact copies are dropped."""

@@ -362,7 +362,7 @@ def test_a_file_with_some_of_the_classes(tmp_path, small_config):
     assert "matched by name with the 2" in check_classes(dataset, small_config)
     assert dataset.class_names == small_config.class_names
     assert len(set(dataset.category_ids)) == 2
-    assert {dataset.label_of(a) for a in dataset.annotations(0)} <= {1}
+    assert {dataset.labels[a["category_id"]] for a in dataset.annotations(0)} <= {1}
 
 
 def test_the_order_of_classes_can_be_given(tmp_path):

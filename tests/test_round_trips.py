@@ -84,7 +84,7 @@ def test_labelme(source, tmp_path):
         name = source.file_name(index)
         shapes = [
             {
-                "label": source.class_names[source.label_of(entry)],
+                "label": source.class_names[source.labels[entry["category_id"]]],
                 "points": [[p[i], p[i + 1]] for i in range(0, len(p), 2)],
                 "shape_type": "polygon",
                 "group_id": None,

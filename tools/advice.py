@@ -28,7 +28,7 @@ def objects_per_class(dataset: CocoDataset) -> tuple[np.ndarray, np.ndarray]:
         for entry in dataset.annotations(index):
             if entry["iscrowd"]:
                 continue
-            counts[dataset.label_of(entry)] += 1
+            counts[dataset.labels[entry["category_id"]]] += 1
             box = entry.get("bbox")
             if size is not None and isinstance(box, list) and len(box) == 4:
                 try:

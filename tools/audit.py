@@ -142,7 +142,7 @@ def _check_index(
     ids = [a.get("id") for some in listed for a in some] + [orphan["id"] for orphan in dataset.orphans]
     used = {label for report in reports for label in report.labels}
     if sampled:  # a class is unused only if no image of the file has it, read or not
-        used |= {dataset.label_of(a) for some in listed for a in some if not a["iscrowd"]}
+        used |= {dataset.labels[a["category_id"]] for some in listed for a in some if not a["iscrowd"]}
     problems["listed_twice"] = _repeated([dataset.file_name(i) for i in range(len(dataset))])
     problems["orphan"] = [f"annotation {orphan['id']} of image {orphan['image_id']}" for orphan in dataset.orphans]
     problems["same_id"] = [str(key) for key, n in Counter(map(str, ids)).items() for _ in range(n - 1)]
@@ -218,7 +218,7 @@ def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageRepo
     report.problems += [("same_annotation", where)] * len(exact_copies(annotations))
     for entry in annotations if size is not None else ():
         assert size is not None
-        annotation = parse_annotation(entry, dataset.label_of(entry), *size)
+        annotation = parse_annotation(entry, dataset.labels[entry["category_id"]], *size)
         for kind in _inspect_annotation(report, entry, annotation, config, size):
             report.problems.append((kind, f"annotation {entry.get('id')} of {where}"))
     return report

@@ -83,7 +83,7 @@ def add_masks(predictor: Predictor, dataset: CocoDataset, content: dict[str, Any
         height, width = image.shape[:2]
         parsed = []
         for entry in by_image[image_id]:
-            label = dataset.label_of({"category_id": as_id(entry["category_id"], "category_id")})
+            label = dataset.labels[as_id(entry["category_id"], "category_id")]
             annotation = parse_annotation(entry, label, height, width)
             if annotation.segmentation is None and annotation.box is not None:
                 parsed.append((entry, annotation))

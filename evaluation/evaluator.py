@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from config import Config
-from data.annotation import Annotation, exact_copies, to_rle
+from data.annotation import Annotation, to_rle
 from data.coco import CocoDataset
 from utils.distributed import ALONE, Ranks
 from utils.errors import UserError, join_names
@@ -157,23 +157,23 @@ def coco_metrics(
     Returns:
         The dictionary of `evaluate` without "results", "problems" and "sizes".
     """
-    truth = GroundTruth(dataset, sizes or {})
-    metrics: dict[str, Any] = {"table": "", "notes": truth.notes()}
+    metrics: dict[str, Any] = {"table": ""}
     image_ids = list(dataset.image_ids[:max_images])
-    for drop_duplicates in (False, True) if truth.num_copies else (False,):
+    for drop_duplicates in (False, True) if dataset.num_copies else (False,):
+        truth = GroundTruth(dataset, sizes or {}, drop_duplicates)
+        metrics.setdefault("notes", truth.notes())
         target = metrics.setdefault("without_copies", {}) if drop_duplicates else metrics
         for kind, title in IOU_TYPES.items():
-            annotated = truth.to_coco(kind, drop_duplicates)
-            evaluation, table = _coco_eval(annotated, _scored(results, kind), kind, image_ids)
+            evaluation, table = _coco_eval(truth.to_coco(kind), _scored(results, kind), kind, image_ids)
             target[kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
             if not drop_duplicates:
                 metrics["table"] += f"{title}\n{table}"
                 if per_class:
                     metrics.setdefault("per_class", {})[kind] = _per_class(evaluation, dataset)
-    if truth.num_copies:
+    if dataset.num_copies:
         box, mask = (metrics["without_copies"][kind]["AP"] for kind in IOU_TYPES)
         metrics["notes"].append(
-            f"{dataset.path}: {truth.num_copies} annotations repeat another one of the same image; without them "
+            f"{dataset.path}: {dataset.num_copies} annotations repeat another one of the same image; without them "
             f"box AP is {box:.3f} and mask AP {mask:.3f}"
         )
     return metrics
@@ -182,17 +182,14 @@ def coco_metrics(
 class GroundTruth:
     """The ground truth in the form that pycocotools needs: integer ids, valid areas, and masks that can be decoded."""
 
-    def __init__(self, dataset: CocoDataset, sizes: Sizes):
+    def __init__(self, dataset: CocoDataset, sizes: Sizes, drop_duplicates: bool = False):
         self.dataset = dataset
         self.images: list[dict[str, Any]] = []
         self.annotations: list[list[Annotation]] = []  # of each image
-        self.copies: list[list[int]] = []  # indices into these of exact copies of another one
         for index, image_id in enumerate(dataset.image_ids):
             height, width = dataset.stated_size(index) or sizes.get(image_id) or _size_on_disk(dataset, index)
             self.images.append({"id": image_id, "height": height, "width": width})
-            self.annotations.append(dataset.parsed(index, (height, width)))
-            self.copies.append(exact_copies(dataset.annotations(index)))
-        self.num_copies = sum(map(len, self.copies))
+            self.annotations.append(dataset.parsed(index, (height, width), drop_duplicates))
 
     def notes(self) -> list[str]:
         """Return messages about annotations that are ignored or corrected."""
@@ -209,18 +206,16 @@ class GroundTruth:
             )
         return notes
 
-    def to_coco(self, kind: str, drop_duplicates: bool = False) -> COCO:
-        """Return the ground truth for "bbox" or "segm", on request without exact copies of annotations.
+    def to_coco(self, kind: str) -> COCO:
+        """Return the ground truth for "bbox" or "segm".
 
         For "bbox", an annotation without a usable mask is an object like any other. For "segm", its box becomes a crowd
         region, as in training: detections there are ignored, because no mask could match and they may be correct.
         """
         entries: list[dict[str, Any]] = []
-        for image, listed, copies in zip(self.images, self.annotations, self.copies, strict=True):
+        for image, listed in zip(self.images, self.annotations, strict=True):
             height, width = image["height"], image["width"]
-            for position, annotation in enumerate(listed):
-                if drop_duplicates and position in copies:
-                    continue
+            for annotation in listed:
                 segmentation, crowd = annotation.segmentation, annotation.crowd
                 if segmentation is None:
                     if annotation.box is None:

@@ -34,12 +34,6 @@ class MaskWindow(NamedTuple):
         height, width = self.pixels.shape
         return slice(self.y, self.y + height), slice(self.x, self.x + width)
 
-    def whole(self, size: tuple[int, int]) -> np.ndarray:
-        """Return the mask, bool [H, W] for the image's `size`."""
-        mask = np.zeros(size, bool)
-        mask[self.place] = self.pixels
-        return mask
-
     def encode(self, size: tuple[int, int]) -> dict[str, Any]:
         """Return the mask as a COCO run-length encoding, the one that pycocotools makes of the whole mask."""
         height, width = size

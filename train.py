@@ -172,7 +172,7 @@ def validate(trainer: Trainer, val: CocoDataset | None, log: RunLog) -> str:
     if val is None:
         trainer.validated = trainer.iteration
         return ""
-    model, ranks = trainer.ema_or_model(), trainer.ranks
+    model, ranks = trainer.best_model, trainer.ranks
     ranks.broadcast(model.buffers())  # batch norm statistics differ between processes
     predictor = Predictor(model, trainer.device, trainer.dtype)
     metrics = evaluate(predictor, val, per_class=True, progress=sys.stderr.isatty(), ranks=ranks)

@@ -99,7 +99,7 @@ def test_ema(small_config, tmp_path):
     """averaged = d * averaged + (1 - d) * current, with d = min(decay, (1 + n) / (5 + n)); the first step copies."""
     trainer = Trainer(Yolact(override(small_config, ema=0.95)), tmp_path, Ranks(), "fp32")
     name = "fpn.lateral.0.weight"
-    weight, averaged = trainer.model.state_dict()[name], trainer.ema_or_model().state_dict()[name]
+    weight, averaged = trainer.model.state_dict()[name], trainer.best_model.state_dict()[name]
     wanted = weight.clone()
     for n in range(200):
         trainer.iteration = n

@@ -89,6 +89,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
+        self.best_model = self.ema or self.model  # for validation and inference
         averaged = {} if self.ema is None else self.ema.state_dict()
         names = [name for name, value in averaged.items() if value.is_floating_point()]
         self._averaged = [averaged[name] for name in names]
@@ -175,10 +176,6 @@ class Trainer:
         decay = min(self.config.ema, (1 + n) / (5 + n)) if n else 0.0
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
 
-    def ema_or_model(self) -> Yolact:
-        """Return the model for validation and inference: the EMA if there is one, otherwise the trained model."""
-        return self.model if self.ema is None else self.ema
-
     def save(self, name: str, args: dict[str, Any] | None = None) -> None:
         """Save a checkpoint as `name` in the run's folder. Only the main process writes; all raise if it fails.
 
@@ -203,7 +200,7 @@ class Trainer:
         problem = None
         if self.ranks.is_main:
             try:
-                save_checkpoint(self.folder / name, self.ema_or_model(), training)
+                save_checkpoint(self.folder / name, self.best_model, training)
             except UserError as error:
                 problem = error
         self.ranks.raise_in_all(problem)

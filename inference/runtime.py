@@ -7,6 +7,7 @@ code for the rest, so that all detection options work as with a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -160,10 +161,6 @@ class ExportedNetwork:
             raise UserError("precision fp16 is for GPUs; on a CPU use bf16 or fp32")
         return "bf16" if dtype == torch.bfloat16 else "fp32"
 
-    def anchors(self, height: int, width: int) -> Tensor:
-        """See `Yolact.anchors`."""
-        return make_anchors(height, width, self.config.model)
-
 
 class Part:
     """A part of an exported graph as a function of tensors. It is compiled again when it is unpickled."""
@@ -199,7 +196,8 @@ def exported_backend(
             raise UserError(f"{model.path}: a raw export lacks the mask re-scoring network; export without --raw")
         mask_iou = Part(model, (SOFT_MASKS,), (MASK_IOUS,), computed_in)
     network = Part(model, (NORMALISED,), RAW, computed_in)
-    return Backend(network, mask_iou, model.anchors, model.size, torch.device("cpu"), torch.float32)
+    anchors = functools.partial(make_anchors, config=model.config.model)
+    return Backend(network, mask_iou, anchors, model.size, torch.device("cpu"), torch.float32)
 
 
 def is_exported(path: str | Path) -> bool:

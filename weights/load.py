@@ -94,6 +94,7 @@ def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
     Raises UserError if the weights were trained with a different architecture, anchors or preprocessing.
     """
     stored = weights.config
+    ours, theirs = visible_in_state_dict(config), visible_in_state_dict(stored)
     if weights.layout == "own":
         different = differences(config.model, stored.model)
         if different:
@@ -101,21 +102,14 @@ def _reconcile(config: Config, weights: Weights, path: Path) -> Config:
                 f"{path}: trained with configuration {stored.name!r}, which has other {', '.join(different)} than "
                 f"{config.name!r}; omit --config to use the configuration in the file"
             )
-    elif visible_in_state_dict(config) != visible_in_state_dict(stored):
-        wrong = [
-            f"{key} is {value}"
-            for key, value in visible_in_state_dict(stored).items()
-            if visible_in_state_dict(config)[key] != value
-        ]
+    elif ours != theirs:
+        wrong = [f"{key} is {value}" for key, value in theirs.items() if ours[key] != value]
         raise _wrong_configuration(config, weights, path, f": their {', '.join(wrong)}")
     elif config.num_classes == stored.num_classes:
         # If no named configuration has this number of classes, the weights were trained on custom data. The file does
         # not store their anchors and preprocessing, so those of `config` are used.
-        fitting = [
-            c
-            for c in CONFIGS.values()
-            if visible_in_state_dict(c) == visible_in_state_dict(stored) and c.num_classes == config.num_classes
-        ]
+        same = [c for c in CONFIGS.values() if c.num_classes == config.num_classes]
+        fitting = [c for c in same if visible_in_state_dict(c) == theirs]
         if fitting and all(differences(config.model, known.model) for known in fitting):
             different = differences(config.model, fitting[0].model)
             raise UserError(

@@ -145,10 +145,6 @@ class ExportedNetwork:
         """Pickle the path: a process that unpickles opens the file again."""
         return ExportedNetwork, (self.path,)
 
-    def start_graph(self, precision: str | torch.dtype = "auto") -> Call:
-        """Compile the whole graph, from IMAGE to detections, as a program outside this project would use it."""
-        return self.runtime.start((), (), self.computed_in(precision))
-
     def computed_in(self, precision: str | torch.dtype) -> str:
         """Return the precision of floating-point operations, "fp32" or "bf16", for the requested `precision`.
 

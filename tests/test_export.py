@@ -79,7 +79,7 @@ def check_same(expected, boxes, scores, labels, masks):
 def check_graph(path, model, sizes, batch_sizes=(1, 3), **detection):
     network = ExportedNetwork(path)
     predictor = Predictor(model, device="cpu", precision="fp32", size=network.size, **detection).published()
-    graph = network.start_graph("fp32")
+    graph = network.runtime.start((), (), "fp32")
     total = 0
     for size in sizes:
         for count in batch_sizes:
@@ -217,7 +217,7 @@ def test_raw_export_is_the_network_alone(tmp_path, weights, suffix):
     images = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         expected = model(images)
-    found = ExportedNetwork(path).start_graph("fp32")(images.numpy())
+    found = ExportedNetwork(path).runtime.start((), (), "fp32")(images.numpy())
     for a, b in zip(expected, found, strict=False):
         assert np.abs(a.numpy() - b).max() <= (1e-3 if suffix == ".onnx" else 2e-2) * a.abs().max()  # float16 weights
     image = random_image()

@@ -69,7 +69,7 @@ def check_export(
     if network.raw:
         return report, problems
     pairs = _Pairs(tolerance.iou)
-    graph = network.start_graph("fp32")
+    graph = network.runtime.start((), (), "fp32")
     for image in _at_sizes(images):
         pairs.add(predictor(image), _run_graph(graph, image))
     report |= pairs.summary()

@@ -177,18 +177,12 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
     # A state_dict does not reveal the input size, or which of several data sets with this number of classes was used.
     choices = [c for c in fitting if c.num_classes == num_classes or (c.num_classes == 80 and num_classes != 80)]
     open_questions = len({c.model.max_size for c in choices}) > 1 or len({c.class_names for c in choices}) > 1
-    if names is not None and len(names) == num_classes:
-        if names != config.class_names:
-            config = replace(config, class_names=names, category_ids=tuple(range(1, num_classes + 1)))
-    elif config.num_classes != num_classes:
-        config = with_unnamed_classes(config, num_classes)
-    return config, () if named or not open_questions else tuple(c.name for c in choices)
-
-
-def with_unnamed_classes(config: Config, num_classes: int) -> Config:
-    """Return `config` with `num_classes` generic class names: class_1, class_2, ..."""
     ids = tuple(range(1, num_classes + 1))
-    return replace(config, class_names=tuple(f"class_{i}" for i in ids), category_ids=ids)
+    if names is None or len(names) != num_classes:
+        names = config.class_names if config.num_classes == num_classes else tuple(f"class_{i}" for i in ids)
+    if names != config.class_names:
+        config = replace(config, class_names=names, category_ids=ids)
+    return config, () if named or not open_questions else tuple(c.name for c in choices)
 
 
 def _backbone(state: State) -> str:

@@ -142,14 +142,8 @@ def _names_from_meta(meta: dict[str, Any]) -> tuple[str, ...] | None:
 
 def visible_in_state_dict(config: Config) -> dict[str, Any]:
     """Return the properties of a configuration that a state_dict reveals, except the number of classes."""
-    model = config.model
-    return {
-        "backbone": model.backbone,
-        "dcn_interval": model.dcn_interval,
-        "mask_iou": model.mask_iou,
-        "p6_from_c5": model.p6_from_c5,
-        "anchors per position": model.anchors_per_position,
-    }
+    keys = ("backbone", "dcn_interval", "mask_iou", "p6_from_c5", "anchors_per_position")
+    return {key: getattr(config.model, key) for key in keys}
 
 
 def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source: str) -> tuple[Config, tuple[str, ...]]:
@@ -161,7 +155,7 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
             "dcn_interval": _dcn_interval(state),
             "mask_iou": any(name.startswith("mask_iou.") for name in state),
             "p6_from_c5": layout == "mmdet",
-            "anchors per position": state["head.box.bias"].shape[0] // 4,
+            "anchors_per_position": state["head.box.bias"].shape[0] // 4,
         }
     except KeyError as error:
         raise UserError(f"{source}: incomplete weights, {error.args[0]!r} is missing") from None

@@ -95,7 +95,11 @@ def convert(content: dict[str, Any], source: str) -> Weights:
         if "head.box.bias" not in state:
             raise UserError(f"{source}: incomplete weights, 'bbox_head.conv_reg.bias' is missing")
         state = check_values(state, source)
-        state = {name: _background_first(name, value, state) for name, value in state.items()}
+        # The outputs are groups of C + 1 classes. The background is MMDetection's last class, here the first.
+        anchors = state["head.box.bias"].shape[0] // 4
+        for name in ("head.cls.weight", "head.cls.bias"):
+            if name in state:
+                state[name] = state[name].unflatten(0, (anchors, -1)).roll(1, dims=1).flatten(0, 1)
         names = _names_from_meta(content.get("meta") or {})
     elif any(str(name).startswith("prediction_layers.") for name in content):
         state, layout, names = check_values(_rename(content, AUTHORS, AUTHORS_OLD, source), source), "authors", None
@@ -120,17 +124,6 @@ def _rename(content: dict[str, Any], rules: tuple[tuple[str, str], ...], old: re
     if unknown:
         raise UserError(f"{source}: {len(unknown)} entries do not belong to a YOLACT model: {join_names(unknown)}")
     return state
-
-
-def _background_first(name: str, value: Tensor, state: State) -> Tensor:
-    """Move the background from the last class of each anchor, as in MMDetection, to the first.
-
-    The output channels are num_anchors groups of C + 1 classes.
-    """
-    if not name.startswith("head.cls."):
-        return value
-    num_anchors = state["head.box.bias"].shape[0] // 4
-    return value.unflatten(0, (num_anchors, -1)).roll(1, dims=1).flatten(0, 1)
 
 
 def _names_from_meta(meta: dict[str, Any]) -> tuple[str, ...] | None:

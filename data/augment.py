@@ -13,28 +13,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from pycocotools import mask as rle
+from torch import Tensor
 
 from config import AugmentationConfig, Config
 from data.annotation import Sample, to_mask
 from data.image import normalise
 from layers.anchors import prototype_size
+from layers.structures import Target
 
 MIN_VISIBLE = 0.2  # objects with a smaller visible fraction of their area are dropped
 CANVAS_BGR = (103.94, 116.78, 123.68)  # COCO's mean colour; fills the canvas around an expanded image
-
-
-@dataclass
-class Augmented:
-    """What the network and the loss receive, as arrays."""
-
-    image: np.ndarray  # float32 [3, S, S], RGB, normalised
-    boxes: np.ndarray  # float32 [n, 4], (x1, y1, x2, y2) relative to the input, 0..1
-    labels: np.ndarray  # int64 [n], 0..C-1
-    masks: np.ndarray  # uint8 [n, h, w], 0 or 1, at the resolution of the mask loss
-    has_mask: np.ndarray  # bool [n], false for objects of which only the box is known
-    crowds: np.ndarray  # float32 [m, 4], (x1, y1, x2, y2) relative to the input, 0..1
-    seed: np.ndarray  # int64 [], seeds the sampling of masks in the loss
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Window:
 
 
 class Augment:
-    """Augment samples as `config.augmentation` says: `augment(sample, rng)` returns an `Augmented`."""
+    """Augment samples as `config.augmentation` says: `augment(sample, rng)` returns [3, S, S] and a `Target`."""
 
     def __init__(self, config: Config):
         self.config: AugmentationConfig = config.augmentation
@@ -79,21 +69,22 @@ class Augment:
         rows, columns = prototype_size(self.size, self.size)
         self.mask_size = (rows * config.loss.mask_supersample, columns * config.loss.mask_supersample)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Augmented:
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Target]:
         window = self.choose_window(sample, rng)
         boxes, kept = self._boxes(sample.boxes, window)
         crowds, _ = self._boxes(sample.crowds, window)
         segmentations = [sample.segmentations[i] for i in np.flatnonzero(kept)]
         masks = [draw_mask(segmentation, window, self.mask_size) for segmentation in segmentations]
-        return Augmented(
-            self._image(sample.image, window, rng),
-            boxes,
-            sample.labels[kept],
-            np.stack(masks) if masks else np.zeros((0, *self.mask_size), np.uint8),
-            np.array([segmentation is not None for segmentation in segmentations], bool),
-            crowds,
-            np.array(rng.integers(2**62)),
-        )
+        image = self._image(sample.image, window, rng)
+        target = {
+            "boxes": boxes,
+            "labels": sample.labels[kept],
+            "masks": np.stack(masks) if masks else np.zeros((0, *self.mask_size), np.uint8),
+            "has_mask": np.array([segmentation is not None for segmentation in segmentations], bool),
+            "crowds": crowds,
+            "seed": np.array(rng.integers(2**62)),
+        }
+        return torch.from_numpy(image), {key: torch.from_numpy(value) for key, value in target.items()}
 
     def choose_window(self, sample: Sample, rng: np.random.Generator) -> Window:
         """Sample the expansion, the crop and the mirroring, and return them as one window."""

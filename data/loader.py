@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import Config
-from data.augment import Augment, Augmented, copy_paste
+from data.augment import Augment, copy_paste
 from data.coco import CocoDataset
 from layers.structures import Target
 from utils.distributed import ALONE, Ranks
@@ -29,7 +29,7 @@ from utils.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers pass batches on Linux; Docker's has 64 MiB
 TIMEOUT = 600  # seconds to wait for a batch
-Item = tuple["Augmented | None", int, list[str]]
+Item = tuple["tuple[Tensor, Target] | None", int, list[str]]
 
 
 class TrainingSet(Dataset[Item]):
@@ -119,12 +119,8 @@ def _collate(samples: list[Item]) -> Batch:
     messages = [message for some in problems for message in some]
     if None in augmented:
         return Batch(torch.empty(0), [], [], messages)
-    images = torch.stack([torch.from_numpy(a.image) for a in augmented])
-    targets = [
-        {key: torch.from_numpy(getattr(a, key)) for key in ("boxes", "labels", "masks", "has_mask", "crowds", "seed")}
-        for a in augmented
-    ]
-    return Batch(images, targets, list(image_ids), messages)
+    images, targets = zip(*augmented, strict=True)
+    return Batch(torch.stack(images), list(targets), list(image_ids), messages)
 
 
 def _start_worker(_worker: int) -> None:

@@ -127,7 +127,7 @@ def test_every_pixel_of_the_image_is_distorted(small_config):
     config = override(small_config, augment_crop=False, augment_expand=1.0, augment_mirror=False)
     augment, side = Augment(config), config.train_size
     grey = Sample(np.full((side, side, 3), 128, np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    images = [augment(grey, np.random.default_rng(seed)).image for seed in range(8)]
+    images = [augment(grey, np.random.default_rng(seed))[0].numpy() for seed in range(8)]
     assert len({image[:, 0, 0].tobytes() for image in images}) > 4
     assert max(np.ptp(image.reshape(3, -1), axis=1).max() for image in images) < 1e-5
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import make_dataset, spawn
 from pycocotools import mask as rle
 
@@ -158,13 +159,14 @@ def test_masks_and_boxes_stay_on_the_picture(tmp_path, seed):
     path = make_dataset(tmp_path, 1, size=(300, 400), seed=seed)
     sample = CocoDataset(path, tmp_path / "images")[0]
     config = get_config("yolact_resnet50", max_size=256, augment_photometric=False)
-    out = Augment(config)(sample, np.random.default_rng(seed))
-    drawn = denormalise(out.image, config.model.mean, config.model.std)
+    image, target = Augment(config)(sample, np.random.default_rng(seed))
+    boxes, masks = target["boxes"].numpy(), target["masks"].numpy()
+    drawn = denormalise(image.numpy(), config.model.mean, config.model.std)
     seen = np.zeros((256, 256), bool)
     for color in ((40, 60, 230), (220, 160, 40)):
         seen |= shapes(drawn, color)
-    assert out.masks.shape[1:] == (64, 64)
-    for box, mask in zip(out.boxes, out.masks, strict=True):
+    assert masks.shape[1:] == (64, 64)
+    for box, mask in zip(boxes, masks, strict=True):
         large = cv2.resize(mask, (256, 256), interpolation=cv2.INTER_LINEAR) > 0
         x1, y1, x2, y2 = (box * 256).round().astype(int)
         assert seen[large].mean() > 0.85  # the mask lies on the object
@@ -245,7 +247,7 @@ def test_masks_are_drawn_as_large_as_the_loss_wants_them(dataset, small_config):
     sample, size = CocoDataset(dataset, dataset.parent / "images")[0], small_config.model.max_size
     for supersample in (1, 2):
         augment = Augment(override(small_config, mask_supersample=supersample))
-        masks = augment(sample, np.random.default_rng(0)).masks
+        masks = augment(sample, np.random.default_rng(0))[1]["masks"]
         assert masks.shape[1:] == (size // 4 * supersample,) * 2
 
 
@@ -297,9 +299,9 @@ def test_objects_without_a_mask_keep_their_boxes(dataset, small_config):
     assert np.array_equal(sample.boxes, whole.boxes)
     assert [segmentation is None for segmentation in sample.segmentations] == [True, False]
     config = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
-    augmented = TrainingSet(data, config, seed=0)[(0, 0)][0]
-    assert augmented.has_mask.tolist() == [False, True]
-    assert [mask.any() for mask in augmented.masks] == [False, True]
+    _, augmented = TrainingSet(data, config, seed=0)[(0, 0)][0]
+    assert augmented["has_mask"].tolist() == [False, True]
+    assert [bool(mask.any()) for mask in augmented["masks"]] == [False, True]
     height, width = source.image.shape[:2]
     everything = [[0, 0, width, 0, width, height, 0, height]]
     source = replace(source, segmentations=[None, everything])
@@ -319,18 +321,18 @@ def test_copy_paste_gives_the_photos_without_objects_some(dataset, small_config)
     plain = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
     pasted = TrainingSet(data, override(plain, copy_paste=1.0), seed=0)
     empty = len(data) - 1
-    assert len(TrainingSet(data, plain, seed=0)[(0, empty)][0].boxes) == 0
+    assert len(TrainingSet(data, plain, seed=0)[(0, empty)][0][1]["boxes"]) == 0
     found = [pasted[(epoch, empty)][0] for epoch in range(10)]
-    assert sum(len(sample.boxes) > 0 for sample in found) >= 5
-    assert np.array_equal(found[3].image, pasted[(3, empty)][0].image)
+    assert sum(len(target["boxes"]) > 0 for _, target in found) >= 5
+    assert torch.equal(found[3][0], pasted[(3, empty)][0][0])
 
 
 def test_seed_and_key_decide_everything(dataset, small_config):
     data = CocoDataset(dataset, dataset.parent / "images")
     a, b = (TrainingSet(data, small_config, seed=3)[(2, 1)][0] for _ in range(2))
-    assert np.array_equal(a.image, b.image)
+    assert torch.equal(a[0], b[0])
     other = TrainingSet(data, small_config, seed=4)[(2, 1)][0]
-    assert not np.array_equal(a.image, other.image)
+    assert not torch.equal(a[0], other[0])
 
 
 def test_order_is_the_same_from_any_position_and_over_processes():

@@ -16,12 +16,7 @@ MaskIoU = Callable[[Tensor], Tensor]
 
 
 def mask_logits(prototypes: Tensor, coefficients: Tensor) -> Tensor:
-    """Return the mask logits [..., N, h, w], always float32 (equation 1).
-
-    Args:
-        prototypes: [..., h, w, K], with any leading batch dimensions.
-        coefficients: [..., N, K].
-    """
+    """Prototypes [..., h, w, K] and coefficients [..., N, K] -> logits [..., N, h, w], always float32 (equation 1)."""
     height, width = prototypes.shape[-3:-1]
     planes = prototypes.float().flatten(-3, -2).transpose(-2, -1)
     return (coefficients.float() @ planes).unflatten(-1, (height, width))
@@ -32,9 +27,6 @@ def crop_limits(boxes: Tensor, height: int, width: int, padding: int = 1) -> Ten
 
     Corners in the wrong order are swapped. A box contains the pixels with x1 <= x < x2 and y1 <= y < y2. As in the
     released code, the limits are not rounded; they are also not clipped to the image.
-
-    Returns:
-        [..., N, 4] limits (x1, y1, x2, y2) in pixels.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)
     low = torch.minimum(x1, x2) * width - padding, torch.minimum(y1, y2) * height - padding
@@ -55,28 +47,19 @@ def crop_window(boxes: Tensor, height: int, width: int, padding: int = 1) -> Ten
 
 
 def soft_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor | None = None) -> Tensor:
-    """Return soft masks [..., N, h, w] with values in 0..1 at the prototypes' resolution.
+    """Prototypes [..., h, w, K] and coefficients [..., N, K] -> soft masks [..., N, h, w] with values in 0..1.
 
-    Args:
-        prototypes: [..., h, w, K].
-        coefficients: [..., N, K].
-        boxes: [..., N, 4], relative and in corner form. If given, each mask is 0 outside its box.
+    If `boxes` are given, [..., N, 4], relative and in corner form, each mask is 0 outside its box.
     """
     masks = mask_logits(prototypes, coefficients).sigmoid()
     return masks if boxes is None else masks * crop_window(boxes, *masks.shape[-2:])
 
 
 def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
-    """Return the mean of each soft mask over its pixels above `threshold`, or 0 if there are none.
+    """Return the mean [..., N] of each soft mask [..., N, h, w] over its pixels above `threshold`, or 0 without any.
 
     It measures the quality of a mask, which the class score does not (Wang et al., "SOLO: A Simple Framework for
-    Instance Segmentation", 2021).
-
-    Args:
-        masks: [..., N, h, w] with values in 0..1.
-
-    Returns:
-        [..., N] with values in 0..1.
+    Instance Segmentation", 2021). All values are in 0..1.
     """
     inside = masks > threshold
     return (masks * inside).sum(dim=(-2, -1)) / inside.sum(dim=(-2, -1)).clamp(min=1)
@@ -85,16 +68,10 @@ def maskness(masks: Tensor, threshold: float = 0.5) -> Tensor:
 def mask_scores(
     scores: Tensor, labels: Tensor, masks: Tensor, config: DetectionConfig, mask_iou: MaskIoU | None
 ) -> Tensor:
-    """Multiply class scores by the mask IoU that YOLACT++ predicts, and by `maskness` if the configuration asks for it.
+    """Multiply class scores [..., N] by the mask IoU that YOLACT++ predicts, and by `maskness` if configured.
 
-    Args:
-        scores: [..., N] class scores.
-        labels: [..., N] with values in 0..C-1.
-        masks: [..., N, h, w] soft masks, cropped to their boxes.
-        mask_iou: the mask re-scoring network, from masks [M, h, w] to IoUs [M, C], or None.
-
-    Returns:
-        [..., N] mask scores; equal to `scores` if neither applies.
+    `labels` are [..., N], `masks` soft masks [..., N, h, w], cropped to their boxes, and `mask_iou` is the mask
+    re-scoring network, from masks [M, h, w] to IoUs [M, C], or None.
     """
     if mask_iou is not None:
         predicted = mask_iou(masks.flatten(0, -3))
@@ -117,13 +94,8 @@ def assemble_masks(
     input of 550 pixels): one from the padding of the crop, one from the interpolation. With `config.crop_after_resize`,
     the upsampled masks are cropped as well, so that no pixel lies outside a box.
 
-    Args:
-        prototypes: [h, w, K].
-        coefficients: [N, K].
-        boxes: [N, 4] in corner form, relative to the image.
-        size: height and width of the image.
-        config: `crop`, `crop_after_resize` and `mask_threshold` are used.
-        budget: approximate memory for one chunk, in bytes.
+    `prototypes` are [h, w, K], `coefficients` [N, K], `boxes` [N, 4] in corner form, relative to the image, and `size`
+    is the height and width of the image.
     """
     height, width = size
     chunk = max(1, budget // (height * width * 5))  # a float32 and a bool per pixel

@@ -5,6 +5,7 @@ Throughout this project an image is uint8 [H, W, 3] in BGR order, as OpenCV read
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 import zlib
@@ -62,20 +63,13 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         image = None
-    if image is None:
-        image = _read_with_pillow(data)
+    if image is None:  # OpenCV does not read one floating-point or 32-bit value per pixel
+        with contextlib.suppress(Exception):  # each format's parser has its own
+            picture = PIL.Image.open(io.BytesIO(data))
+            image = _repeated(picture) if picture.mode in ("F", "I") else None
     if image is None:
         raise UserError(f"{path}: cannot be read as an image")
     return _to_uint8(image, data, str(path))
-
-
-def _read_with_pillow(data: bytes) -> np.ndarray | None:
-    """Return an image with one floating-point or 32-bit value per pixel, which OpenCV does not read; else None."""
-    try:
-        image = PIL.Image.open(io.BytesIO(data))
-        return _repeated(image) if image.mode in ("F", "I") else None
-    except Exception:  # each format's parser has its own
-        return None
 
 
 def _repeated(image: PIL.Image.Image) -> np.ndarray:
@@ -148,21 +142,17 @@ def _to_uint8(image: np.ndarray, data: bytes, path: str) -> np.ndarray:
     if image.dtype == np.uint8:
         return image
     if image.dtype == np.uint16:
-        largest = 2 ** _significant_bits(data) - 1
-        return (image * np.float32(255 / largest)).round().clip(0, 255).astype(np.uint8)
+        # The bit depth in a PNG's sBIT chunk, for example 12 in a file from a 12-bit camera, or 16 without one.
+        header = data[: data.find(b"IDAT")] if data.startswith(PNG_SIGNATURE) else b""
+        position = header.rfind(b"sBIT") + 4
+        bits = header[position] if position > 4 and 1 <= header[position] <= 16 else 16
+        return (image * np.float32(255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8)
     if image.dtype.kind == "f":
         image = np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
         if np.median(image) > 1:
             raise UserError(f"{path}: floating-point images must have values of 0 to 1, but most values exceed 1")
         return (image * 255).round().clip(0, 255).astype(np.uint8)
     raise UserError(f"{path}: {image.dtype} pixels are not supported; save the image with 8 or 16 bits per channel")
-
-
-def _significant_bits(data: bytes) -> int:
-    """Return the bit depth in a PNG's sBIT chunk, for example 12 in a file from a 12-bit camera, or 16 without one."""
-    header = data[: data.find(b"IDAT")] if data.startswith(PNG_SIGNATURE) else b""
-    position = header.rfind(b"sBIT") + 4
-    return header[position] if position > 4 and 1 <= header[position] <= 16 else 16
 
 
 def input_size(image_size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -253,9 +253,8 @@ def build_predictor(args: argparse.Namespace, ranks: Ranks | None = None) -> Pre
     """Return the predictor that the arguments describe."""
     model = build_model(args)
     detection: dict[str, Any] = dict(parse_overrides(args.set, "nms_threshold=0.6"))
-    detection |= {key: getattr(args, key) for key in ("score_threshold", "top_k", "nms") if getattr(args, key)}
-    if args.score_threshold == 0:
-        detection["score_threshold"] = 0.0
+    flags = {key: getattr(args, key) for key in ("score_threshold", "top_k", "nms")}
+    detection |= {key: value for key, value in flags.items() if value is not None}
     with_detection(model.config, detection)  # raises for a key that is not a field, such as `size`
     if args.compile and isinstance(model, Yolact):
         print("compiling the network; this can take minutes. Its input is square unless --size is HxW", file=sys.stderr)

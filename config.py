@@ -393,14 +393,10 @@ def canonical_name(name: str) -> str:
 
 
 def get_config(name: str, /, **overrides: Any) -> Config:
-    """Return the configuration called `name`, with overrides.
+    """Return the configuration called `name`: a key of CONFIGS, a published alias, or a `.py` file that has `config`.
 
-    Args:
-        name: a key of CONFIGS, a published alias, or the path of a `.py` file that defines `config`.
-        overrides: new values by field name, for fields of any section. Strings are converted to the field's type.
-
-    Raises:
-        UserError: for an unknown name or key, or a value of the wrong type or out of range.
+    `overrides` are new values for fields of any section; strings are converted to the field's type. Raises UserError
+    for an unknown name or key, or a value of the wrong type or out of range.
     """
     if name.endswith(".py"):
         if not Path(name).is_file():

@@ -49,14 +49,8 @@ class PackedList(Generic[T]):
 class CocoDataset(Dataset[Sample]):
     """The images of a COCO annotation file in the order of the file, including images without objects.
 
-    `class_names` and `category_ids` have the order of the file's `categories`; label i is their i-th entry.
-
-    Args:
-        annotations: path of the COCO JSON file.
-        image_dir: the folder that the file names are relative to.
-
-    Raises:
-        UserError: if the file or the folder is missing, or the file is not a valid COCO annotation file.
+    `class_names` and `category_ids` have the order of the file's `categories`; label i is their i-th entry. File names
+    are relative to `image_dir`. Raises UserError if the file or the folder is missing, or the file is not valid.
     """
 
     def __init__(self, annotations: str | Path, image_dir: str | Path):

@@ -38,15 +38,9 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
 
     Grey, palette, CMYK and transparent images are converted to 8-bit colour. 16-bit images are scaled by the bit depth
     that the file declares, and floating-point images from 0..1. The scale never depends on the image's own range, so
-    that it is the same for all frames of a camera.
+    that it is the same for all frames of a camera. Images of more than `max_pixels` are refused and not decoded.
 
-    Args:
-        path: the file.
-        ignore_orientation: return the pixels as they are stored, without applying the EXIF orientation.
-        max_pixels: refuse larger images before they are decoded.
-
-    Raises:
-        UserError: if `path` is not a regular file, or the image is truncated, damaged, too large or unsupported.
+    Raises UserError if `path` is not a regular file, or the image is truncated, damaged, too large or unsupported.
     """
     path = Path(path)
     if not path.is_file():  # also refuses devices and pipes, which may never reach their end
@@ -110,15 +104,10 @@ def _check_file(data: bytes, path: Path, max_pixels: int) -> None:
 
 
 def as_image(image: ImageLike, channels: str = "bgr") -> np.ndarray:
-    """Return an image in any of the accepted forms as uint8 BGR [H, W, 3].
+    """Return uint8 [H, W, 3], a PIL image, or the file of a path as uint8 BGR [H, W, 3].
 
-    Args:
-        image: uint8 [H, W, 3], a PIL image, or the path of a file. The EXIF orientation of the last two is applied.
-        channels: the order of an array's channels, "bgr" (as OpenCV reads them) or "rgb".
-
-    Raises:
-        TypeError or ValueError: for another type, shape or channel order.
-        UserError: if a file cannot be read.
+    The EXIF orientation of the last two is applied. `channels` is the order of an array's channels, "bgr" or "rgb".
+    Raises TypeError or ValueError for another type, shape or order, and UserError if a file cannot be read.
     """
     if channels not in ("bgr", "rgb"):
         raise ValueError(f"channels must be 'bgr' or 'rgb', not {channels!r}")
@@ -158,12 +147,8 @@ def _to_uint8(image: np.ndarray, data: bytes, path: str) -> np.ndarray:
 def input_size(image_size: tuple[int, int], side: int) -> tuple[int, int]:
     """Return the (height, width) of the network's input that preserves an image's aspect ratio.
 
-    Its area is about `side` squared, as with `preserve_aspect_ratio` in the authors' code. Both sides are multiples of
-    INPUT_STEP, so the aspect ratio is not exact.
-
-    Args:
-        image_size: (height, width) of the image in pixels.
-        side: the side in pixels of the input for a square image.
+    `image_size` is the image's (height, width). The area is about `side` squared, as with `preserve_aspect_ratio` in
+    the authors' code. Both sides are multiples of INPUT_STEP, so the aspect ratio is not exact.
     """
     thinnest = side / INPUT_STEP  # more extreme images are distorted, so that the area is limited
     root = min(max((image_size[1] / image_size[0]) ** 0.5, 1 / thinnest), thinnest)
@@ -218,18 +203,11 @@ def resize_float(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_like_opencv(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as `cv2.resize(image, INTER_LINEAR)` does, on any device and in exported graphs.
+    """Resize uint8 [B, 3, H, W] to float32 [B, 3, h, w] with whole values, as `cv2.resize(image, INTER_LINEAR)` does.
 
-    For 8-bit images, OpenCV computes in fixed point: weights have 11 bits, and bits are dropped after each of the two
-    passes. Interpolating in floating point and rounding gives another value for 10 % of the pixels, which is enough to
-    change detections; this gives another value, by 1, for less than 0.5 %.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        size: height and width of the result.
-
-    Returns:
-        float32 [B, 3, h, w] with whole values in 0..255.
+    It runs on any device and in exported graphs. OpenCV computes 8-bit images in fixed point: weights have 11 bits, and
+    bits are dropped after each of the two passes. Interpolating in floating point and rounding gives another value for
+    10 % of the pixels, which is enough to change detections; this gives another value, by 1, for less than 0.5 %.
     """
     height, width = images.shape[2:]
     low, high, weight = _taps(width, size[1], images.device)

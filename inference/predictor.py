@@ -127,15 +127,8 @@ class Predictor:
     def __call__(self, images: Any, channels: str = "bgr") -> Any:
         """Return the detections of an image, or a list of detections for a list of images, whose sizes may differ.
 
-        For an iterator of images, return an iterator that reads and predicts one image at a time.
-
-        Args:
-            images: uint8 arrays [H, W, 3], PIL images, or paths.
-            channels: the order of the channels of arrays, "bgr" as cv2.imread returns them, or "rgb".
-
-        Raises:
-            TypeError or ValueError: if an input is none of these.
-            UserError: if a file cannot be read.
+        For an iterator of images, return an iterator that reads and predicts one image at a time. Images are uint8
+        arrays [H, W, 3], PIL images, or paths; see data.image.as_image for `channels` and errors.
         """
         if isinstance(images, Iterator):
             return (self(image, channels) for image in images)

@@ -61,12 +61,8 @@ class Trainer:
     the whole batch. The same holds for gradient accumulation. The exception is batch norm: where it is trained, its
     statistics are those of one micro-batch.
 
-    Args:
-        model: the model to train, modified in place.
-        folder: the folder of the run, for checkpoints and reports of errors.
-        ranks: the processes of the run, and the device of this one.
-        precision: see `utils.device.choose_precision`; the losses are always computed in float32.
-        accumulate: the number of micro-batches that a batch is split into.
+    The model is modified in place. `accumulate` is the number of micro-batches that a batch is split into; for
+    `precision` see `utils.device.choose_precision`. Checkpoints and reports of errors are written to `folder`.
     """
 
     def __init__(self, model: Yolact, folder: Path, ranks: Ranks, precision: str = "auto", accumulate: int = 1):

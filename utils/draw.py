@@ -47,12 +47,8 @@ def draw_objects(
     moved to a free place at its box. It is omitted if there is none, or if it is more than twice as wide as its box.
     Raises ValueError if `image` has another type or shape.
 
-    Args:
-        masks: n bool arrays [H, W], or windows of such masks.
-        boxes: [n, 4] in corner form, in pixels.
-        texts: n labels; an empty one is not drawn.
-        colors: n indices for `color_of`.
-        alpha: opacity of the masks, 0..1.
+    `masks` are n bool arrays [H, W] or windows of such masks, `boxes` [n, 4] in corner form, in pixels, `texts` n
+    labels, of which empty ones are not drawn, `colors` n indices for `color_of`, and `alpha` the masks' opacity, 0..1.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")

@@ -28,14 +28,10 @@ State = dict[str, Tensor]
 def save_checkpoint(
     path: str | Path, model: Yolact, training: dict[str, Any] | None = None, half: bool = False
 ) -> None:
-    """Write `model` and its configuration to `path`.
+    """Write `model` and its configuration to `path`, with `half` in float16, which halves the size of the file.
 
-    Args:
-        training: the training state for resuming: tensors, numbers, strings, and containers of these.
-        half: store the weights in float16, which halves the size of the file.
-
-    Raises:
-        UserError: if the disk is full or the folder is not writable. An existing file at `path` is then unchanged.
+    `training` is the state for resuming: tensors, numbers, strings, and containers of these. Raises UserError if the
+    disk is full or the folder is not writable. An existing file at `path` is then unchanged.
     """
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if half:

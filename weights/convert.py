@@ -80,15 +80,10 @@ def is_yolact(content: dict[str, Any]) -> bool:
 
 
 def convert(content: dict[str, Any], source: str) -> Weights:
-    """Convert the content of a file of released weights.
+    """Convert the content of a file of released weights, as `read_checkpoint` returns it.
 
-    Args:
-        content: what `read_checkpoint` returned.
-        source: the path of the file. It is used in error messages, and its name to choose between configurations that
-            the state_dict does not distinguish.
-
-    Raises:
-        UserError: if the weights are incomplete, invalid, or not those of a YOLACT model.
+    `source` is the path of the file, whose name chooses between configurations that the state_dict does not
+    distinguish. Raises UserError if the weights are incomplete, invalid, or not those of a YOLACT model.
     """
     if "state_dict" in content and isinstance(content["state_dict"], dict):
         state, layout = _rename(content["state_dict"], MMDET, None, source), "mmdet"

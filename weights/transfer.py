@@ -123,14 +123,9 @@ def _copy_classes(value: Tensor, theirs: Tensor, config: Config, other: Config, 
 
 
 def init_backbone(model: Yolact, content: dict[str, Any], source: str) -> None:
-    """Load ImageNet weights into the backbone of `model`, in place.
+    """Load ImageNet weights, a state_dict or a dictionary with one under "state_dict", into the backbone, in place.
 
-    Args:
-        content: a state_dict, or a dictionary with one under "state_dict".
-        source: the name of the weights in error messages.
-
-    Raises:
-        UserError: if the weights are not those of this backbone.
+    Raises UserError, which names `source`, if the weights are not those of this backbone.
     """
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

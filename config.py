@@ -131,7 +131,6 @@ class TrainingConfig:
     clip_grad: float = 0.0  # maximum norm of the gradient; 0: no clipping
     freeze_stages: int = 0  # freeze the stem and the next n - 1 stages (EfficientNet: blocks)
     freeze_bn: bool = False  # freeze the backbone's batch norm: statistics, scale and shift
-    sync_bn: bool = False  # compute batch norm statistics over the images of all GPUs
     # Side of the training input, as a fraction of max_size. Random crops make objects larger, so that they have the
     # same size in a smaller training input as in inference (Touvron et al. 2019).
     train_scale: float = 1.0

@@ -248,8 +248,7 @@ def describe(trainer: Trainer, schedule: Schedule, train: CocoDataset) -> None:
     from tools.advice import objects_per_class, unlikely_settings
 
     config, ranks = trainer.model.config, trainer.ranks
-    synchronised = config.training.sync_bn and ranks.size > 1
-    mode = "frozen" if config.training.freeze_bn else "synchronised" if synchronised else "trained"
+    mode = "frozen" if config.training.freeze_bn else "trained"
     size = f"{config.train_size} px"
     if config.train_size != config.model.max_size:
         size += f" (train_scale {config.training.train_scale:g} of max_size {config.model.max_size})"
@@ -261,7 +260,7 @@ def describe(trainer: Trainer, schedule: Schedule, train: CocoDataset) -> None:
     )
     # The number of images that batch norm computes its statistics over in one forward pass.
     batch_size = config.training.batch_size
-    per_pass = batch_size // trainer.accumulate // (1 if synchronised else ranks.size)
+    per_pass = batch_size // trainer.accumulate // ranks.size
     if per_pass < batch_size and not config.training.freeze_bn:
         print(
             f"batch norm statistics are computed over {per_pass} of {batch_size} images at a time; "

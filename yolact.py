@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # also of SyncBatchNorm
 
 from backbone import find_backbone
 from config import Config
@@ -156,7 +155,7 @@ class Yolact(nn.Module):
         super().train(mode)
         frozen = self.backbone.stages()[: self.config.training.freeze_stages]
         if self.config.training.freeze_bn:
-            frozen += [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+            frozen += [module for module in self.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
         for module in frozen:
             module.eval().requires_grad_(False)
         return self

@@ -152,12 +152,6 @@ def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_sync_batch_norm_is_for_gpus(dataset, tmp_path):
-    args = train_args(dataset, "--batch_size", "2", "--max_iter", "1", "--output_dir", tmp_path)
-    assert "sync_bn=true needs GPUs" in spawn(*TORCHRUN, *args, "--set", "sync_bn=true", code=1)
-
-
-@pytest.mark.slow
 def test_no_process_group_is_left_when_the_interpreter_ends(dataset, tmp_path):
     # Gloo's threads abort a process (SIGABRT, once in dozens of runs) that ends before its process group does.
     probe = (

@@ -70,10 +70,6 @@ class Trainer:
         self.config, self.folder, self.ranks, self.device = config, folder, ranks, ranks.device
         self.dtype, self.tf32 = choose_precision(precision, self.device), precision == "tf32"
         self.accumulate = accumulate
-        if config.sync_bn and ranks.size > 1:
-            if self.device.type != "cuda":
-                raise UserError("sync_bn=true needs GPUs: PyTorch synchronises batch norm only between them")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(memory_format=torch.channels_last).to(self.device)
         # In training mode, layers that the configuration freezes have no gradients; what follows has to know them.
         self.network_and_loss = NetworkAndLoss(model).to(self.device).train()

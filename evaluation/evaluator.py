@@ -67,7 +67,7 @@ def predict_dataset(
     """
     check_classes(dataset, predictor.config)
     predictor = predictor.published()
-    found: list[tuple[int, tuple[int, int] | None, list[dict[str, Any]], str]] = []
+    found = CocoResults()
     indices = range(len(dataset))[:max_images][ranks.rank :: ranks.size]
     # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
@@ -76,19 +76,13 @@ def predict_dataset(
         try:
             image = dataset.read_image(index)
         except UserError as error:
-            found.append((image_id, None, [], str(error)))
+            found.problems.append(str(error))
             continue
-        results = predictor(image).to_coco(image_id)
-        for result in results:
-            result["category_id"] = to_file[result["category_id"]]
-        found.append((image_id, (image.shape[0], image.shape[1]), results, ""))
-    prediction = CocoResults()
-    for image_id, size, results, problem in ranks.gather(found):
-        prediction.results += results
-        prediction.problems += [problem] if problem else []
-        if size is not None:
-            prediction.sizes[image_id] = size
-    return prediction
+        found.sizes[image_id] = image.shape[0], image.shape[1]
+        for result in predictor(image).to_coco(image_id):
+            found.results.append(result | {"category_id": to_file[result["category_id"]]})
+    sizes = dict(ranks.gather(list(found.sizes.items())))
+    return CocoResults(ranks.gather(found.results), sizes, ranks.gather(found.problems))
 
 
 def evaluate(

@@ -234,12 +234,8 @@ class Detections:
         Raises ValueError if the image is not of the detections' size.
         """
         image = self._own(image)
-        found = []
-        for window in self.windows():
-            _, _, pixels = tight = window.tight()
-            alpha = pixels[..., None].astype(np.uint8) * 255
-            found.append(np.concatenate((image[tight.place], alpha), axis=2))
-        return found
+        tight = (window.tight() for window in self.windows())
+        return [np.dstack((image[window.place], window.pixels.astype(np.uint8) * 255)) for window in tight]
 
     def blur(self, image: np.ndarray | None = None) -> np.ndarray:
         """Return a copy of `image`, uint8 BGR [H, W, 3], in which every instance is blurred.

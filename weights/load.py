@@ -135,14 +135,12 @@ def load_state(model: Yolact, weights: Weights, path: str | Path) -> None:
     own = model.state_dict()
     # The batch counters are not used, and files written before PyTorch 0.4.1 do not have them.
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights.state}
-    problems = []
-    for what, names in (
-        ("missing", [k for k in own if k not in state]),
-        ("unexpected", [k for k in state if k not in own]),
-        ("of a different shape", [k for k in own if k in state and own[k].shape != state[k].shape]),
-    ):
-        if names:
-            problems.append(f"{len(names)} {what}: {join_names(names, 3)}")
+    wrong = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "of a different shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+    }
+    problems = [f"{len(names)} {what}: {join_names(names, 3)}" for what, names in wrong.items() if names]
     if problems:
         raise _wrong_configuration(model.config, weights, path, f" ({'; '.join(problems)})")
     model.load_state_dict(state)

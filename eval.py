@@ -33,7 +33,7 @@ except ImportError as error:  # libGL, for instance, in a container
 
 from tqdm import tqdm
 
-from config import DISPLAY, get_config, parse_overrides, with_detection
+from config import get_config, parse_overrides, with_detection
 from data.image import MAX_PIXELS, read_image
 from evaluation import evaluate
 from evaluation.evaluator import Segmenter, check_classes, per_class_table, predict_dataset, write_coco_results
@@ -71,11 +71,7 @@ def build_parser() -> ArgumentParser:
     )
     several: Any = {"nargs": "+", "action": "extend", "default": []}
     add = parser.add_argument
-    add(
-        "--weights",
-        "--trained_model",
-        help="a file, a run's folder, a released name (see weights/README.md), or an exported model",
-    )
+    add("--weights", "--trained_model", help="a file, a run's folder, a released name, or an exported model")
     add("--config", help="a configuration named in config.py, or a .py file (default: the weights' own)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
     add("--precision", default="auto", choices=["auto", *PRECISIONS], help="precision of the network")
@@ -89,26 +85,14 @@ def build_parser() -> ArgumentParser:
     task("--image_dir", type=Path, help="folder of the annotated images")
     task("--benchmark", action="store_true", help="measure the time of each stage")
     out = parser.add_argument_group("output").add_argument
-    out(
-        "--output",
-        type=Path,
-        help="a folder (default: results), an image file for a single image, or a JSON file for AP and benchmark",
-    )
-    out(
-        "--save",
-        default="overlay,json",
-        help="comma-separated: overlay,json,masks,polygons,prototypes,cutout,blur (default: %(default)s)",
-    )
+    out("--output", type=Path, help="a folder (default: results), an image file, or a JSON file for AP and benchmark")
+    out("--save", default="overlay,json", help="of overlay,json,masks,polygons,prototypes,cutout,blur (%(default)s)")
     out("--track", action="store_true", help="number the objects of --video across its frames, with ByteTrack")
     out("--report", type=Path, help="folder for a page with curves, errors and the worst mistakes (for --annotations)")
     out("--store_threshold", action="store_true", help="with --report, store the best score threshold in --weights")
     out("--per_class", action="store_true", help="report AP, precision and recall of each class")
     how = parser.add_argument_group("detection").add_argument
-    how(
-        "--score_threshold",
-        type=fraction_or_best,
-        help=f"a number, or best (default: {DISPLAY['score_threshold']} for images and videos, 0.05 for AP)",
-    )
+    how("--score_threshold", type=fraction_or_best, help="a number, or best (default: 0.3, and 0.05 for AP)")
     how("--top_k", type=integer(1), help="maximum detections per image (default: the configuration's, 100)")
     how("--nms", choices=list(NMS), help="NMS method (default: the configuration's, usually fast)")
     how("--size", help="the network's input: HxW, or a number for a square (yolact_lite: for an input of its area)")

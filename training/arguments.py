@@ -57,11 +57,7 @@ def build_parser() -> ArgumentParser:
     add("--val_annotations", help="annotations of the validation set, in COCO format")
     add("--val_images", help="folder of the validation images (default: --train_images)")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--init",
-        help="weights to start from: a file, a run's folder, a released name, imagenet (the default), or none; "
-        "without --config, the configuration in the file is used",
-    )
+    start.add_argument("--init", help="a file, a run's folder, a released name, imagenet (the default), or none")
     start.add_argument("--resume", type=Path, help="continue a run, given its folder or a checkpoint")
     add("--batch_size", help="images per step over all processes; learning rate, length and EMA follow if not set")
     add("--lr", help="learning rate")

@@ -26,20 +26,10 @@ FIXED = ("config", "set", "batch_size", "lr", "init", "seed")
 # Values of arguments that are neither given nor stored. None means: without validation, one worker per core of a GPU's
 # process, one thread per core, never; see the help.
 DEFAULTS: dict[str, Any] = {
-    "val_annotations": None,
-    "val_images": None,
-    "init": "imagenet",
-    "accumulate": 1,
-    "device": "auto",
-    "precision": "auto",
-    "workers": None,
-    "threads": None,
-    "val_interval": None,
-    "patience": None,
-    "tensorboard": False,
-    "ignore_audit": False,
-    "seed": 0,
-}
+    **dict.fromkeys(("val_annotations", "val_images", "workers", "threads", "val_interval", "patience")),
+    "init": "imagenet", "accumulate": 1, "device": "auto", "precision": "auto", "seed": 0,
+    "tensorboard": False, "ignore_audit": False,
+}  # fmt: skip
 
 
 def build_parser() -> ArgumentParser:

@@ -7,6 +7,7 @@ Two layouts are supported: the authors' (dbolya/yolact, a bare state_dict) and t
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +17,16 @@ from config import CONFIGS, Config, canonical_name
 from utils.errors import UserError, join_names
 from weights.checkpoint import State, check_values
 
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 # Patterns for names in the file -> names in Yolact. An entry that matches no pattern is an error.
-AUTHORS = (
+AUTHORS: Rules = (
     (r"backbone\.(layers\.|conv1\.|bn1\.|_preconv\.)(.+)", r"backbone.\1\2"),
     (r"proto_net\.([024])\.(.+)", r"protonet.\1.\2"),
     (r"proto_net\.8\.(.+)", r"protonet.7.\1"),  # no ReLU after upsampling here: it changes nothing
     (r"proto_net\.10\.(.+)", r"protonet.9.\1"),
     # The authors number these layers from C5 to C3; here C3 comes first.
-    (r"fpn\.lat_layers\.0\.(.+)", r"fpn.lateral.2.\1"),
-    (r"fpn\.lat_layers\.1\.(.+)", r"fpn.lateral.1.\1"),
-    (r"fpn\.lat_layers\.2\.(.+)", r"fpn.lateral.0.\1"),
-    (r"fpn\.pred_layers\.0\.(.+)", r"fpn.output.2.\1"),
-    (r"fpn\.pred_layers\.1\.(.+)", r"fpn.output.1.\1"),
-    (r"fpn\.pred_layers\.2\.(.+)", r"fpn.output.0.\1"),
+    (r"fpn\.lat_layers\.([012])\.(.+)", lambda match: f"fpn.lateral.{2 - int(match[1])}.{match[2]}"),
+    (r"fpn\.pred_layers\.([012])\.(.+)", lambda match: f"fpn.output.{2 - int(match[1])}.{match[2]}"),
     (r"fpn\.downsample_layers\.([01])\.(.+)", r"fpn.downsample.\1.\2"),
     (r"prediction_layers\.0\.upfeature\.0\.(.+)", r"head.trunk.\1"),
     (r"prediction_layers\.0\.bbox_layer\.(.+)", r"head.box.\1"),
@@ -40,11 +38,8 @@ AUTHORS = (
 # Unused entries of the authors' v1.0 code that released files still contain. The authors' loader drops them, too.
 AUTHORS_OLD = re.compile(r"backbone\.layer\d|fpn\.downsample_layers\.([2-9]|\d\d)")
 
-MMDET = (
-    (r"backbone\.layer1\.(.+)", r"backbone.layers.0.\1"),
-    (r"backbone\.layer2\.(.+)", r"backbone.layers.1.\1"),
-    (r"backbone\.layer3\.(.+)", r"backbone.layers.2.\1"),
-    (r"backbone\.layer4\.(.+)", r"backbone.layers.3.\1"),
+MMDET: Rules = (
+    (r"backbone\.layer([1-4])\.(.+)", lambda match: f"backbone.layers.{int(match[1]) - 1}.{match[2]}"),
     (r"backbone\.(conv1|bn1)\.(.+)", r"backbone.\1.\2"),
     (r"neck\.lateral_convs\.([012])\.conv\.(.+)", r"fpn.lateral.\1.\2"),
     (r"neck\.fpn_convs\.([012])\.conv\.(.+)", r"fpn.output.\1.\2"),
@@ -104,15 +99,15 @@ def convert(content: dict[str, Any], source: str) -> Weights:
     return Weights(state, layout, config, ambiguous)
 
 
-def _rename(content: dict[str, Any], rules: tuple[tuple[str, str], ...], old: re.Pattern | None, source: str) -> State:
+def _rename(content: dict[str, Any], rules: Rules, old: re.Pattern | None, source: str) -> State:
     state: State = {}
     unknown = []
     for name, value in content.items():
         if old is not None and old.match(str(name)):
             continue
         for pattern, replacement in rules:
-            if isinstance(value, Tensor) and (match := re.fullmatch(pattern, str(name))):
-                state[match.expand(replacement)] = value
+            if isinstance(value, Tensor) and re.fullmatch(pattern, str(name)):
+                state[re.sub(pattern, replacement, name)] = value
                 break
         else:
             unknown.append(str(name))

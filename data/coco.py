@@ -192,22 +192,14 @@ class CocoDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Return an image and its objects, as training uses them: exact copies are dropped."""
         image = self.read_image(index)
-        boxes, labels, segmentations, crowds = [], [], [], []
-        for annotation in self.parsed(index, image.shape[:2], drop_duplicates=True):
-            if annotation.box is None:
-                continue
-            if annotation.crowd:
-                crowds.append(annotation.box)
-            else:
-                boxes.append(annotation.box)
-                labels.append(annotation.label)
-                segmentations.append(annotation.segmentation)
+        usable = [a for a in self.parsed(index, image.shape[:2], drop_duplicates=True) if a.box is not None]
+        objects = [annotation for annotation in usable if not annotation.crowd]
         return Sample(
             image,
-            np.array(boxes, np.float32).reshape(-1, 4),
-            np.array(labels, np.int64),
-            segmentations,
-            np.array(crowds, np.float32).reshape(-1, 4),
+            boxes=np.array([annotation.box for annotation in objects], np.float32).reshape(-1, 4),
+            labels=np.array([annotation.label for annotation in objects], np.int64),
+            segmentations=[annotation.segmentation for annotation in objects],
+            crowds=np.array([annotation.box for annotation in usable if annotation.crowd], np.float32).reshape(-1, 4),
         )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.models import get_model_weights
 
 from backbone import BACKBONES
 from config import Config, as_set_arguments, differences
-from utils.errors import UserError, join_names, suggestion
+from utils.errors import UserError, join_names
 from weights.checkpoint import read_checkpoint
 from weights.convert import Weights, is_yolact
 from weights.load import read_weights
@@ -157,8 +158,6 @@ def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
         path = files[0].get_model_file_path()
         return read_checkpoint(path), path
     if kind == "torchvision":
-        from torchvision.models import get_model_weights  # imports every model of torchvision
-
         weights = get_model_weights(name)["IMAGENET1K_V1"]  # used for the published results
         try:
             return dict(weights.get_state_dict(progress=True, check_hash=True)), weights.url
@@ -166,7 +165,4 @@ def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
             raise UserError(
                 f"{weights.url}: cannot be downloaded ({error}); download it by hand and give the file with --init"
             ) from None
-    known = [key for key, value in BACKBONES.items() if value.imagenet]
-    raise UserError(
-        f"no ImageNet weights are available for {backbone!r}; give a file with --init{suggestion(backbone, known)}"
-    )
+    raise UserError(f"no ImageNet weights are available for {backbone!r}; give a file with --init")

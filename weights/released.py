@@ -33,17 +33,22 @@ class Released(NamedTuple):
     mask_ap: str  # as published, on COCO
 
 
+def _authors(name: str, mask_ap: str) -> Released:
+    folder = f"https://huggingface.co/dbolya/{name.replace('_', '-')}/resolve/main"
+    return Released(f"{folder}/{name}_54_800000.pth", f"{mask_ap} (test-dev)")
+
+
 RELEASED = {
     "yolact_r50": Released(_MMDET + "r50_1x8_coco/yolact_r50_1x8_coco_20200908-f38d58df.pth", "29.0 (val2017)"),
     "yolact_r50_8xb8": Released(_MMDET + "r50_8x8_coco/yolact_r50_8x8_coco_20200908-ca34f5db.pth", "28.4 (val2017)"),
     "yolact_r101": Released(_MMDET + "r101_1x8_coco/yolact_r101_1x8_coco_20200908-4cbe9101.pth", "30.4 (val2017)"),
+    "yolact_resnet50": _authors("yolact_resnet50", "28.2"),
+    "yolact_darknet53": _authors("yolact_darknet53", "28.7"),
+    "yolact_base": _authors("yolact_base", "29.8"),
+    "yolact_im700": _authors("yolact_im700", "31.2"),
+    "yolact_plus_resnet50": _authors("yolact_plus_resnet50", "34.1"),
+    "yolact_plus_base": _authors("yolact_plus_base", "34.6"),
 }
-for _name, _mask_ap in (
-    ("yolact_resnet50", "28.2"), ("yolact_darknet53", "28.7"), ("yolact_base", "29.8"), ("yolact_im700", "31.2"),
-    ("yolact_plus_resnet50", "34.1"), ("yolact_plus_base", "34.6"),
-):  # fmt: skip
-    _folder = f"https://huggingface.co/dbolya/{_name.replace('_', '-')}/resolve/main"
-    RELEASED[_name] = Released(f"{_folder}/{_name}_54_800000.pth", f"{_mask_ap} (test-dev)")
 
 
 def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:

@@ -34,13 +34,20 @@ def test_sliders_do_not_run_the_network_again(weights, tmp_path):
     predictor.backend.network = lambda batch: runs.append(1) or network(batch)
     counts = {}
     for threshold, top_k in ((0.0, 10), (0.5, 10), (0.0, 2)):
-        text, *_, json_file, _ = segmenter(str(upload), threshold, top_k, "fast", 96)
+        text, table, *_, json_file, _ = segmenter(str(upload), threshold, top_k, "fast", 96, [], 0.9)
+        assert len(table) == int(text.split()[0])
         counts[threshold, top_k] = len(json.loads(Path(json_file).read_text())["annotations"])
         wanted = predictor.with_detection(score_threshold=threshold, top_k=top_k)(str(upload))
         assert counts[threshold, top_k] == len(wanted)
         runs.pop()  # that of `wanted`
         assert text.startswith(f"{len(wanted)} detection")
     assert counts[0.0, 10] > counts[0.0, 2] == 2
+    name = table[0][0]
+    text, table, overlay, compared, *_ = segmenter(str(upload), 0.0, 10, "fast", 96, [name], 1.0)
+    assert {row[0] for row in table} == {name}
+    assert compared.shape[1] == 2 * overlay.shape[1]
+    assert (compared[:, : overlay.shape[1]] == overlay).all()
+    assert (compared[:, overlay.shape[1] :] == cv2.imread(str(upload))[..., ::-1]).all()  # nothing scores 1
     assert len(runs) == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a1b2"]  # replaced at each step
 
@@ -161,7 +168,7 @@ def test_the_page(address, browser, tmp_path):
     assert len({shape["group_id"] for shape in labelme["shapes"]}) == few
     page.set_slider("Maximum number", 1)
     wait_for(lambda: page.count == 1, what="the count")
-    for name in ("Prototypes", "Composition of masks"):
+    for name in ("Compare", "Prototypes", "Composition of masks"):
         # Gradio keeps an invisible copy of the tabs, to measure their width.
         next(
             tab for tab in page.all("button[role=tab]") if tab.text == name and tab.get_attribute("tabindex") != "-1"

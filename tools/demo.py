@@ -37,6 +37,8 @@ MAX_PIXELS = 50_000_000  # larger uploads are refused
 MAX_UPLOAD = "50mb"
 COMPOSED = 2  # detections whose masks are explained, each in two rows of four tiles
 COLUMNS = 6  # prototypes in a row
+TABLE = ("class", "mask_score", "x1", "y1", "x2", "y2", "area")  # columns
+EXAMPLES = [Path(__file__).parents[1] / "data/demo" / name for name in ("astronaut.jpg", "camera.jpg")]
 KEPT_SECONDS = 3600  # for which downloads stay available
 
 
@@ -66,28 +68,36 @@ class Segmenter:
             int(np.max(self.model.size)) if isinstance(self.model, ExportedNetwork) else self.config.model.max_size
         )
 
-    def __call__(self, path: str | None, threshold: float, top_k: int, nms: str, size: int) -> list[Any]:
-        """Return what the page shows: a line of text, three images in RGB, and the paths of three files."""
+    def __call__(
+        self, path: str | None, threshold: float, top_k: int, nms: str, size: int, classes: Sequence[str], second: float
+    ) -> list[Any]:
+        """Return what the page shows: a line of text, a table, four images in RGB, and the paths of three files.
+
+        Without `classes`, all are shown. One of the images compares the threshold with a `second` one.
+        """
         if path is None:
-            return ["Choose an image.", *[None] * 6]
+            return ["Choose an image.", *[None] * 8]
         try:
             image, predictions = self.raw(path, int(size))
         except UserError as error:
-            return [f"**{str(error).replace(str(Path(path).parent) + '/', '')}**", *[None] * 6]
-        options = {"score_threshold": threshold, "top_k": int(top_k), "nms": nms}
-        predictor = self.predictor(int(size)).with_detection(**options)
-        with torch.inference_mode():
-            selected = predictor.detect(predictions)
-        found = predictor.postprocess(selected, predictions.prototypes, [image.shape[:2]])[0]
+            return [f"**{str(error).replace(str(Path(path).parent) + '/', '')}**", *[None] * 8]
+
+        def at(score: float) -> Detections:
+            predictor = self.predictor(int(size)).with_detection(score_threshold=score, top_k=int(top_k), nms=nms)
+            with torch.inference_mode():
+                selected = predictor.detect(predictions)
+            found = predictor.postprocess(selected, predictions.prototypes, [image.shape[:2]])[0]
+            return found[[not classes or found.class_names[label] in classes for label in found.labels.tolist()]]
+
+        found = at(threshold)
+        overlay = found.draw(image)
+        pages = [overlay, np.hstack((overlay, at(second).draw(image))), *explained(found, image)]
         names = sorted({found.class_names[label] for label in found.labels.tolist()})
         text = f"{len(found)} detection{'' if len(found) == 1 else 's'}{': ' if names else ''}{', '.join(names)}"
-        overlay = found.draw(image)
-        prototypes = prototype_tiles(found, image)
-        pages = [overlay, arrange([prototypes[i : i + COLUMNS] for i in range(0, len(prototypes), COLUMNS)])]
-        tiles = [composition_tiles(found, i, height=200) for i in range(min(COMPOSED, len(found)))]
-        rows = [row[start : start + 4] for row in tiles for start in (0, 4)]
-        pages.append(arrange(rows) if rows else np.full((138, 138, 3), 255, np.uint8))
-        return [text, *(page[..., ::-1] for page in pages), *self.write(Path(path), overlay, found)]
+        table = [
+            [row[key] if isinstance(row[key], str) else round(row[key], 2) for key in TABLE] for row in found.to_dicts()
+        ]
+        return [text, table, *(page[..., ::-1] for page in pages), *self.write(Path(path), overlay, found)]
 
     def _raw(self, path: str, size: int) -> tuple[np.ndarray, Predictions]:
         """Return an uploaded image, and the network's outputs for it at an input size."""
@@ -110,6 +120,17 @@ class Segmenter:
         write_json(files[1], content)
         write_json(files[2], found.to_labelme(path.name))
         return [str(file) for file in files]
+
+
+def explained(found: Detections, image: np.ndarray) -> list[np.ndarray]:
+    """Return images of the prototypes and of the masks of the best detections as sums of them."""
+    prototypes = prototype_tiles(found, image)
+    tiles = [composition_tiles(found, i, height=200) for i in range(min(COMPOSED, len(found)))]
+    rows = [row[start : start + 4] for row in tiles for start in (0, 4)]
+    return [
+        arrange([prototypes[i : i + COLUMNS] for i in range(0, len(prototypes), COLUMNS)]),
+        arrange(rows) if rows else np.full((138, 138, 3), 255, np.uint8),
+    ]
 
 
 def build_page(segmenter: Segmenter, title: str) -> Any:
@@ -136,10 +157,17 @@ def build_page(segmenter: Segmenter, title: str) -> Any:
                     128, max(1024, segmenter.size), segmenter.size, step=32, label="Input size of the network, px",
                     interactive=not segmenter.fixed,
                 )  # fmt: skip
+                classes = gr.Dropdown(list(segmenter.config.class_names), multiselect=True, label="Classes (none: all)")
+                gr.Examples([str(path) for path in EXAMPLES], image)
             with gr.Column(scale=2):
                 text = gr.Markdown("Choose an image.", elem_id="status")
                 with gr.Tab("Overlay"):
                     overlay = gr.Image(**shown)
+                with gr.Tab("Compare"):
+                    second = gr.Slider(0, 1, 0.5, step=0.01, label="Threshold on the right")
+                    compared = gr.Image(**shown)
+                with gr.Tab("Table"):
+                    table = gr.Dataframe(headers=list(TABLE), interactive=False)
                 with gr.Tab("Prototypes"):
                     gr.Markdown("The prototypes and their coefficients for the best detection. Red is positive.")
                     prototypes = gr.Image(**shown)
@@ -150,13 +178,15 @@ def build_page(segmenter: Segmenter, title: str) -> Any:
                     )
                     composition = gr.Image(**shown)
                 with gr.Row():
-                    files = [gr.DownloadButton(label) for label in ("Overlay PNG", "COCO JSON", "LabelMe JSON")]
+                    files = [
+                        gr.DownloadButton(label, size="sm") for label in ("Overlay PNG", "COCO JSON", "LabelMe JSON")
+                    ]
 
         gr.on(
-            [image.change, threshold.change, top_k.change, nms.change, size.change],
+            [item.change for item in (image, threshold, top_k, nms, size, classes, second)],
             segmenter,
-            [image, threshold, top_k, nms, size],
-            [text, overlay, prototypes, composition, *files],
+            [image, threshold, top_k, nms, size, classes, second],
+            [text, table, overlay, compared, prototypes, composition, *files],
             trigger_mode="always_last",
             show_progress="minimal",
         )

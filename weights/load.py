@@ -16,14 +16,10 @@ from yolact import Yolact
 def load_model(path_or_name: str | Path, config: Config | None = None) -> Yolact:
     """Load a model, in evaluation mode on the CPU.
 
-    Args:
-        path_or_name: a checkpoint of this project, the folder of a run, a released file, or the name of released
-            weights, which are downloaded once.
-        config: a configuration to use instead of the file's. It must agree in all fields that the weights depend on.
-            With a checkpoint of this project, the class names remain those of the file.
-
-    Raises:
-        UserError: if the file is missing, damaged, of an unknown format, or does not match `config`.
+    `path_or_name` is a checkpoint of this project, the folder of a run, a released file, or the name of released
+    weights, which are downloaded once. A `config` used instead of the file's must agree in all fields that the weights
+    depend on; with a checkpoint of this project, the class names remain those of the file. Raises UserError if the file
+    is missing, damaged, of an unknown format, or does not match `config`.
     """
     path = find_weights(path_or_name)
     weights = read_weights(path)

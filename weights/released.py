@@ -74,12 +74,9 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     given = str(path_or_name)
     name = canonical_name(given)
     if path.parent == Path("."):
-        local = [folder / given, folder / f"{given}.pth"]
-        if not path.suffix:  # also find files of this configuration saved by hand
-            local += [p for p in sorted(folder.glob("*.pth")) if canonical_name(p.name) == name]
-        for candidate in local:
-            if candidate.is_file():
-                return candidate
+        for file in sorted(folder.glob("*.pth")):  # also files of this configuration that were saved by hand
+            if given in (file.name, file.stem) or (not path.suffix and canonical_name(file.name) == name):
+                return file
         # Names of other projects are accepted, but not files of other steps or dates, which may be somebody's own.
         known = [name, f"{name}_config", *(alias for alias, key in ALIASES.items() if key == name)]
         if name in RELEASED and given.removesuffix(".pth") in (*known, Path(RELEASED[name].url).stem):

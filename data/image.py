@@ -262,12 +262,3 @@ def _marked(data: bytes) -> bytes:
         length, checksum = (len(chunk) - 4).to_bytes(4, "big"), zlib.crc32(chunk).to_bytes(4, "big")
         return data[:33] + length + chunk + checksum + data[33:]
     return data
-
-
-def is_result(path: Path) -> bool:
-    """Return whether an image file carries MARK, so was written by an earlier run."""
-    try:
-        with path.open("rb") as file:
-            return MARK in file.read(256)
-    except OSError:  # reported when it is segmented
-        return False

@@ -22,17 +22,7 @@ from config import DetectionConfig, LossConfig, get_config, override
 from data.annotation import Sample, is_crowd, parse_annotation
 from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, sample_crop
 from data.coco import CocoDataset
-from data.image import (
-    MARK,
-    PNG_SIGNATURE,
-    _to_uint8,
-    input_size,
-    is_result,
-    read_image,
-    resize,
-    resize_like_opencv,
-    write_image,
-)
+from data.image import MARK, PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv, write_image
 from data.loader import TrainingSet, check_shared_memory
 from layers.boxes import box_iou
 from layers.detect import detect
@@ -41,6 +31,7 @@ from layers.matching import IGNORED
 from layers.nms import NMS, cluster_nms, standard_nms
 from layers.structures import Predictions
 from layers.voting import VOTING_IOU, vote
+from tools.images import is_result
 from utils.distributed import ALONE
 from utils.errors import UserError
 

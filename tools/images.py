@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.image import SUFFIXES, is_result
+from data.image import MARK, SUFFIXES
 from utils.errors import UserError
 
 # An --output with one of these suffixes is refused, unless it is an existing folder: here only a folder or an image
@@ -31,6 +31,15 @@ class Source:
     path: Path
     output: Path
     suffix: str
+
+
+def is_result(path: Path) -> bool:
+    """Return whether an image file carries MARK, so was written by an earlier run."""
+    try:
+        with path.open("rb") as file:
+            return MARK in file.read(256)
+    except OSError:  # reported when it is segmented
+        return False
 
 
 def split_output(text: str) -> tuple[str, str | None]:

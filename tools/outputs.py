@@ -15,8 +15,9 @@ import numpy as np
 from pycocotools import mask as rle
 
 from config import Config
-from data.image import is_result, write_image
+from data.image import write_image
 from inference.detections import Detections
+from tools.images import is_result
 from tools.prototypes import prototype_sheet
 from utils.errors import UserError, suggestion
 from utils.files import atomic_write, write_error, write_json

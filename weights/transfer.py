@@ -108,18 +108,14 @@ def _copy_classes(value: Tensor, theirs: Tensor, config: Config, other: Config, 
 
     The first dimension of both is anchors * classes. Returns False if the layers differ in more than their classes.
     """
-    mine, their_names = config.class_names, other.class_names
-    ours_per_anchor, theirs_per_anchor = len(mine) + background, len(their_names) + background
-    anchors = value.shape[0] // ours_per_anchor
-    if theirs.shape[0] != anchors * theirs_per_anchor or theirs.shape[1:] != value.shape[1:]:
+    mine, yours = ([None] * background + [*names] for names in (config.class_names, other.class_names))
+    anchors = value.shape[0] // len(mine)
+    if theirs.shape[0] != anchors * len(yours) or theirs.shape[1:] != value.shape[1:]:
         return False
-    target = value.view(anchors, ours_per_anchor, *value.shape[1:])
-    source = theirs.view(anchors, theirs_per_anchor, *theirs.shape[1:])
-    if background:
-        target[:, 0] = source[:, 0]
-    for name in mine:
-        if name in their_names:
-            target[:, mine.index(name) + background] = source[:, their_names.index(name) + background]
+    target, source = value.unflatten(0, (anchors, -1)), theirs.unflatten(0, (anchors, -1))
+    for i, name in enumerate(mine):
+        if name in yours:
+            target[:, i] = source[:, yours.index(name)]
     return True
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to a device, except the seeds, which the loss reads on the host."""
-        images = self.images.to(device, non_blocking=True)
-        targets = [
-            {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in target.items()}
-            for target in self.targets
-        ]
-        return Batch(images, targets, self.image_ids, self.problems)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, parts: int) -> list[Batch]:
         """Split into `parts` micro-batches of equal size, as far as the size allows."""
@@ -110,8 +105,11 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Pin the tensors in memory, for faster copies to a GPU. The DataLoader calls this."""
-        targets = [{k: v.pin_memory() for k, v in target.items()} for target in self.targets]
-        return Batch(self.images.pin_memory(), targets, self.image_ids, self.problems)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        targets = [{k: v if k == "seed" else move(v) for k, v in target.items()} for target in self.targets]
+        return Batch(move(self.images), targets, self.image_ids, self.problems)
 
 
 def _collate(samples: list[Item]) -> Batch:

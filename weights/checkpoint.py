@@ -66,8 +66,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if head[:2] == b"PK" and zipfile.ZipFile(path).testzip() is not None:
             raise damaged
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:

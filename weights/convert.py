@@ -131,11 +131,13 @@ def visible_in_state_dict(config: Config) -> dict[str, Any]:
 
 def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source: str) -> tuple[Config, tuple[str, ...]]:
     """Find the configuration that matches a state_dict; also return the names of all that match if it is ambiguous."""
+    # The second block of C3 is deformable with an interval of 1, but not with 3, the only other released interval.
+    second = "backbone.layers.1.1.conv2.conv_offset_mask.weight" in state
     try:
         num_classes = state["semantic.bias"].shape[0]
         shown = {
             "backbone": _backbone(state),
-            "dcn_interval": _dcn_interval(state),
+            "dcn_interval": (1 if second else 3) if any("conv_offset_mask" in name for name in state) else 0,
             "mask_iou": any(name.startswith("mask_iou.") for name in state),
             "p6_from_c5": layout == "mmdet",
             "anchors_per_position": state["head.box.bias"].shape[0] // 4,
@@ -167,11 +169,3 @@ def _backbone(state: State) -> str:
         return "darknet53"
     # C4 has 23 blocks in ResNet-101 and 6 in ResNet-50.
     return "resnet101" if "backbone.layers.2.22.conv1.weight" in state else "resnet50"
-
-
-def _dcn_interval(state: State) -> int:
-    offsets = [name for name in state if "conv_offset_mask.weight" in name]
-    if not offsets:
-        return 0
-    # The second block of C3 is deformable with an interval of 1, but not with 3, the only other released interval.
-    return 1 if "backbone.layers.1.1.conv2.conv_offset_mask.weight" in state else 3

@@ -2,10 +2,7 @@
 
 Every strided layer pads by half its kernel, so that a side of n pixels becomes ceil(n / 2). The sizes of the feature
 maps, and therefore the anchors, depend on the size of the image only.
-
-To add a backbone, derive from `Backbone` and register the class in BACKBONES. The class declares its channels, the
-stages that can be frozen, the (convolution, batch norm) pairs that can be folded, and the source of its ImageNet
-weights.
+docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations

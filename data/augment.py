@@ -139,11 +139,8 @@ def sample_crop(
     SSD also requires a minimum overlap of the crop with a box, but in its released code and in YOLACT's that check
     never fails, and fixing it was reported to halve YOLACT's AP. It is therefore omitted here. Each round returns the
     whole area with probability 1/6; otherwise it tries up to 50 crops with sides of `min_side` to 1 times those of the
-    area and h / w of 1/2 to 2. Images without objects may be cropped anywhere.
-
-    Args:
-        area: (x1, y1, x2, y2) in pixels of the image; with expansion it extends beyond the image.
-        boxes: [n, 4], (x1, y1, x2, y2) in pixels of the image.
+    area and h / w of 1/2 to 2. Images without objects may be cropped anywhere. `area` and `boxes` [n, 4] are
+    (x1, y1, x2, y2) in pixels of the image, which `area` exceeds after expansion.
     """
     x1, y1, x2, y2 = area
     width, height = x2 - x1, y2 - y1

@@ -56,22 +56,15 @@ class MultiBoxLoss:
         num_positives: Tensor | float | None = None,
         num_images: float | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
+        """Return a scalar for each of TERMS, already multiplied by its weight. Their sum is the loss.
 
         Args:
-            predictions: raw outputs of B images, in training mode.
+            predictions: raw outputs of B images. Raises ValueError if they are not those of training mode.
             anchors: [A, 4] in centre form, relative to the image.
             targets: B dictionaries, see `Target`.
             mask_iou_net: the model's `mask_iou`, for YOLACT++.
-            num_positives: the number of positive anchors to divide by. Needed if `targets` is only one process's share
-                of a batch, or a micro-batch. Default: the number in `targets`.
-            num_images: the number of images to divide the semantic term by. Default: B.
-
-        Returns:
-            A scalar for each of TERMS, already multiplied by its weight. Their sum is the loss.
-
-        Raises:
-            ValueError: if the predictions have no semantic maps, because the model was in evaluation mode.
+            num_positives, num_images: what to divide by if `targets` is only one process's share of a batch, or a
+                micro-batch. Default: the numbers in `targets`.
         """
         offsets, logits = predictions.boxes.float(), predictions.logits.float()
         matches = self.match(anchors, targets, positions_per_level(predictions))

@@ -90,7 +90,10 @@ def convert(content: dict[str, Any], source: str) -> Weights:
         for name in ("head.cls.weight", "head.cls.bias"):
             if name in state:
                 state[name] = state[name].unflatten(0, (anchors, -1)).roll(1, dims=1).flatten(0, 1)
-        names = _names_from_meta(content.get("meta") or {})
+        meta = content.get("meta") or {}
+        dataset = meta.get("dataset_meta") or {}  # MMDetection 3.x; 2.x has CLASSES
+        classes = meta.get("CLASSES") or dataset.get("classes") or dataset.get("CLASSES")
+        names = tuple(map(str, classes)) if classes else None
     elif any(str(name).startswith("prediction_layers.") for name in content):
         state, layout, names = check_values(_rename(content, AUTHORS, AUTHORS_OLD, source), source), "authors", None
     else:
@@ -116,13 +119,6 @@ def _rename(content: dict[str, Any], rules: Rules, old: re.Pattern | None, sourc
     return state
 
 
-def _names_from_meta(meta: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return the class names that MMDetection 2.x (`CLASSES`) or 3.x (`dataset_meta`) stored, or None."""
-    dataset = meta.get("dataset_meta") or {}
-    names = meta.get("CLASSES") or dataset.get("classes") or dataset.get("CLASSES")
-    return tuple(map(str, names)) if names else None
-
-
 def visible_in_state_dict(config: Config) -> dict[str, Any]:
     """Return the properties of a configuration that a state_dict reveals, except the number of classes."""
     keys = ("backbone", "dcn_interval", "mask_iou", "p6_from_c5", "anchors_per_position")
@@ -133,10 +129,11 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
     """Find the configuration that matches a state_dict; also return the names of all that match if it is ambiguous."""
     # The second block of C3 is deformable with an interval of 1, but not with 3, the only other released interval.
     second = "backbone.layers.1.1.conv2.conv_offset_mask.weight" in state
+    deep = "backbone.layers.2.22.conv1.weight" in state  # C4 has 23 blocks in ResNet-101 and 6 in ResNet-50
     try:
         num_classes = state["semantic.bias"].shape[0]
         shown = {
-            "backbone": _backbone(state),
+            "backbone": "darknet53" if "backbone._preconv.0.weight" in state else f"resnet{101 if deep else 50}",
             "dcn_interval": (1 if second else 3) if any("conv_offset_mask" in name for name in state) else 0,
             "mask_iou": any(name.startswith("mask_iou.") for name in state),
             "p6_from_c5": layout == "mmdet",
@@ -162,10 +159,3 @@ def _recognise(state: State, layout: str, names: tuple[str, ...] | None, source:
     if names != config.class_names:
         config = replace(config, class_names=names, category_ids=ids)
     return config, () if named or not open_questions else tuple(c.name for c in choices)
-
-
-def _backbone(state: State) -> str:
-    if "backbone._preconv.0.weight" in state:
-        return "darknet53"
-    # C4 has 23 blocks in ResNet-101 and 6 in ResNet-50.
-    return "resnet101" if "backbone.layers.2.22.conv1.weight" in state else "resnet50"

@@ -33,9 +33,8 @@ class Predictor:
 
     The model is copied, so later changes to its weights have no effect.
 
-    By default, the detections are those that a person wants to see: a score of at least 0.3, and no part of a mask
-    outside its box (`config.DISPLAY`). `evaluation.evaluate` asks for `published()` instead, the configuration's own
-    setting. Options that are given here hold in both.
+    By default, the detections are those for people, see `config.DISPLAY`. `evaluation.evaluate` asks for `published()`,
+    the configuration's own setting. Options that are given here hold in both.
 
     Args:
         model: a trained model, or an `ExportedNetwork`, for which `size`, `compile` and `optimize` are fixed.

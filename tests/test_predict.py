@@ -599,13 +599,12 @@ def test_overlay_reads_on_small_and_large_pictures():
 
 def test_names_of_neighbours_do_not_hide_each_other():
     """Boxes one beside the other, as in a crowd: every name finds a place of its own."""
-    from utils.draw import _free_place, _overlap
-
     taken = []
     for shift in (0, 4, 8, 12):
         box = np.array([40 + shift, 60 + shift, 160 + shift, 200 + shift])
-        taken.append(_free_place((300, 300), (70, 18), box, taken))
-    assert not any(_overlap(a, b) for i, a in enumerate(taken) for b in taken[:i])
+        taken.append(free((300, 300), (70, 18), box, taken))
+    pairs = [(a, b) for i, a in enumerate(taken) for b in taken[:i]]
+    assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in pairs)
     assert all(x1 >= 0 and y1 >= 0 and x2 <= 300 and y2 <= 300 for x1, y1, x2, y2 in taken)
 
 

@@ -135,13 +135,8 @@ def _free_place(
     left, top, right, bottom = (round(float(v)) for v in box)
     above = top - h if top >= h else top
     wanted = [(left, above), (left, top), (right - w, above), (right - w, top), (left, bottom - h), (left, bottom)]
-    places = []
     for x, y in wanted:
         x, y = int(np.clip(x, 0, max(0, width - w))), int(np.clip(y, 0, max(0, height - h)))
-        places.append((x, y, x + w, y + h))
-    free = (p for p in places if not any(_overlap(p, other) for other in taken))
-    return next(free, None)
-
-
-def _overlap(a: Place, b: Place) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+        if not any(x < x2 and x1 < x + w and y < y2 and y1 < y + h for x1, y1, x2, y2 in taken):
+            return x, y, x + w, y + h
+    return None

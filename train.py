@@ -218,9 +218,8 @@ def load_data(
     from tools.formats.readers import open_coco
 
     train = open_coco(args["train_annotations"], args["train_images"])
-    datasets, notes = [train], [""]
-    if resumed:
-        notes.append(check_classes(train, config, "in the run"))
+    datasets = [train]
+    notes = [check_classes(train, config, "in the run")] if resumed else []
     if args["val_annotations"]:
         datasets.append(open_coco(args["val_annotations"], args["val_images"] or args["train_images"]))
         known = override(config, class_names=train.class_names, category_ids=train.category_ids)
@@ -237,9 +236,7 @@ def load_data(
             problem = UserError(f"{errors[0]} (use --ignore_audit to train anyway)".removeprefix("error: "))
         ranks.raise_in_all(problem)
     if train.num_copies:
-        print(
-            f"{train.path}: {train.num_copies} annotations repeat another one of the same image; training ignores them"
-        )
+        print(f"{train.path}: {train.num_copies} annotations repeat another one of their image; training ignores them")
     return train, datasets[1] if len(datasets) > 1 else None
 
 

@@ -72,8 +72,7 @@ def as_id(value: Any, where: str) -> int:
     if as_text or (isinstance(value, float) and value.is_integer()):
         number = int(value)
     if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= LARGEST_ID:
-        shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:37]}..."
-        raise UserError(f"{where} {shown} is not a whole number")
+        raise UserError(f"{where} {value!r:.40} is not a whole number")
     return number
 
 

@@ -24,10 +24,10 @@ def vote(
     smaller. An object that many anchors agree on is thus ranked above a single anchor that happens to score high; in
     the same way, weighted boxes fusion (Solovyev et al. 2021) lowers the scores of boxes that few models agree on.
 
-    The detections of B images are boxes [B, M, 4] in corner form, scores [B, M], -1 for unused slots, and labels [B, M].
-    `voters` are boxes before NMS [B, V, 4], and `voter_scores` [B, C, V] is 0 for boxes that do not vote. Returns the
-    boxes; the scores, none higher than before; and the order [B, M] of decreasing scores, in which the two are
-    returned, as indices into the arguments.
+    The detections of B images are boxes [B, M, 4] in corner form, scores [B, M], -1 for unused slots, and labels
+    [B, M]. `voters` are boxes before NMS [B, V, 4], and `voter_scores` [B, C, V] is 0 for boxes that do not vote.
+    Returns the boxes; the scores, none higher than before; and the order [B, M] of decreasing scores, in which the two
+    are returned, as indices into the arguments.
     """
     count = voters.shape[1]
     votes = voter_scores.gather(1, labels[..., None].expand(-1, -1, count))  # [B, M, V]

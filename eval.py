@@ -43,7 +43,6 @@ from utils.distributed import Ranks, process_group
 from utils.errors import ArgumentParser, UserError, count, fraction_or_best, integer, join_names, parse_size, run_main
 from utils.files import write_json
 from weights import load_model
-from weights.load import store_threshold
 from weights.released import BUNDLED
 from yolact import Yolact
 
@@ -210,7 +209,7 @@ def measure_ap(args: argparse.Namespace, ranks: Ranks) -> int:
         print(f"metrics -> {args.output}, detections -> {', '.join(paths)}")
     if args.report is not None:
         from tools.advice import better_size
-        from tools.report import write_report
+        from tools.report import store_threshold, write_report
 
         title = f"{predictor.config.name} on {args.annotations.name}"
         report = write_report(args.report, dataset, metrics, results, sizes, title)

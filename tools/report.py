@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from config import override
 from data.annotation import to_mask
 from data.coco import CocoDataset
 from data.image import write_image
@@ -29,6 +30,10 @@ from tools.error_analysis import (
 from utils.draw import draw_objects
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
+from weights.checkpoint import save_checkpoint
+from weights.load import load_state, read_weights
+from weights.released import find_weights
+from yolact import Yolact
 
 MISTAKES_PER_SHEET = 8  # images on a sheet of mistakes
 COLUMNS = 2
@@ -91,6 +96,21 @@ def write_report(
     images = {name: (folder / name).read_bytes() for name in (*figures, *sheets)}
     write_bytes(folder / "index.html", page(summary, outcome, names, images).encode())
     return summary
+
+
+def store_threshold(path_or_name: str | Path, threshold: float) -> Path:
+    """Store the best score threshold in a checkpoint of this project without training state, and return its path.
+
+    Raises UserError for a file of another kind.
+    """
+    path = find_weights(path_or_name)
+    weights = read_weights(path)
+    if weights.layout != "own" or weights.training is not None:
+        raise UserError(f"{path}: only the best.pth of a run can store a threshold")
+    model = Yolact(override(weights.config, best_score_threshold=threshold))
+    load_state(model, weights, path)
+    save_checkpoint(path, model)
+    return path
 
 
 def need_matplotlib() -> None:

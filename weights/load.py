@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from config import CONFIGS, Config, differences, from_dict, override
+from config import CONFIGS, Config, differences, from_dict
 from utils.errors import UserError, join_names
-from weights.checkpoint import FORMAT, check_values, read_checkpoint, save_checkpoint
+from weights.checkpoint import FORMAT, check_values, read_checkpoint
 from weights.convert import Weights, convert, visible_in_state_dict
 from weights.released import find_weights
 from yolact import Yolact
@@ -67,21 +67,6 @@ def read_weights(path: str | Path) -> Weights:
     training = content.get("training")
     state = check_values(content["model"], path)
     return Weights(state, "own", config, training=training if isinstance(training, dict) else None)
-
-
-def store_threshold(path_or_name: str | Path, threshold: float) -> Path:
-    """Store the best score threshold in a checkpoint of this project without training state, and return its path.
-
-    Raises UserError for a file of another kind.
-    """
-    path = find_weights(path_or_name)
-    weights = read_weights(path)
-    if weights.layout != "own" or weights.training is not None:
-        raise UserError(f"{path}: only the best.pth of a run can store a threshold")
-    model = Yolact(override(weights.config, best_score_threshold=threshold))
-    load_state(model, weights, path)
-    save_checkpoint(path, model)
-    return path
 
 
 def _reconcile(config: Config, weights: Weights, path: Path) -> Config:

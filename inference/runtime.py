@@ -133,13 +133,21 @@ class ExportedNetwork:
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
         self.runtime = OnnxRuntime(self.path) if self.path.suffix == ".onnx" else OpenVino(self.path)
-        description = _read_description(self.runtime.description(), self.path)
-        self.config: Config = from_dict(description["config"])
-        size = description["size"]
-        # As in `Backend`: a fixed height and width, or the side of a square whose area the input of each image has.
-        self.size: int | tuple[int, int] = size if isinstance(size, int) else (size[0], size[1])
-        self.precision: str = description["precision"]  # of the weights in the file: fp32, fp16 or int8
-        self.raw: bool = description["raw"]
+        text = self.runtime.description()
+        if not text:
+            raise UserError(f"{path}: not written by tools.export: it has no description of the model")
+        try:
+            values = json.loads(text)
+            if values["version"] != VERSION:
+                raise UserError(f"{path}: its description has version {values['version']}, not {VERSION}; export again")
+            self.config: Config = from_dict(values["config"])
+            size = values["size"]
+            # As in `Backend`: a fixed height and width, or the side of a square whose area the input of each image has.
+            self.size: int | tuple[int, int] = size if isinstance(size, int) else (size[0], size[1])
+            self.precision: str = values["precision"]  # of the weights in the file: fp32, fp16 or int8
+            self.raw: bool = values["raw"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: its description is damaged ({error}); export it again") from None
 
     def __reduce__(self) -> Any:
         """Pickle the path: a process that unpickles opens the file again."""
@@ -211,18 +219,3 @@ def _unreadable(path: Path, kind: str) -> Iterator[None]:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path}: cannot be used as {kind} ({reason[:160]}); export it again") from None
-
-
-def _read_description(text: str, path: Path) -> dict[str, Any]:
-    """Parse the description that `tools.export.onnx_export.describe` wrote."""
-    if not text:
-        raise UserError(f"{path}: not written by tools.export: it has no description of the model")
-    try:
-        values = json.loads(text)
-        if values["version"] != VERSION:
-            raise UserError(f"{path}: its description has version {values['version']}, not {VERSION}; export again")
-        for key in ("config", "size", "precision", "raw"):
-            values[key]
-        return values
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its description is damaged ({error}); export it again") from None

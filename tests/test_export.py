@@ -137,7 +137,10 @@ def test_every_layout_exports(tmp_path, name, suffix):
     # Random anchors do not agree, so voting lowers their scores; a threshold above 0.05 would drop all detections.
     threshold = 0.05 if model.config.detection.box_voting else 0.1
     detection = {"score_threshold": threshold, "top_k": 30}  # at few anchors of many classes, ties are rare
-    path = export(model, tmp_path, suffix, "--score_threshold", threshold, "--top_k", 30)
+    # A graph that follows the aspect ratio takes twice as long to trace, so that one of these models has it.
+    side = model.config.model.max_size
+    size = ["--size", f"{side}x{side}"] if name in ("voting", "penalty") else []
+    path = export(model, tmp_path, suffix, "--score_threshold", threshold, "--top_k", 30, *size)
     check_graph(path, model, SIZES, **detection)
     predictor = Predictor.from_weights(path, precision="fp32", **detection)
     image = random_image(120, 100)
@@ -147,7 +150,7 @@ def test_every_layout_exports(tmp_path, name, suffix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["64", "96x160", "200x96"])
+@pytest.mark.parametrize("size", ["64x64", "96x160", "200x96"])
 def test_sizes_of_the_network(tmp_path, weights, size):
     path = tmp_path / "model.onnx"
     run("tools.export", "--weights", weights, "--output", path, "--size", size)

@@ -128,9 +128,17 @@ MODELS = {
 }
 
 
+# The two that differ from "lite" only in what follows the network are exported to one format each.
+LAYOUTS = [
+    (name, suffix)
+    for name in MODELS
+    for suffix in (".onnx", ".xml")
+    if (name, suffix) not in (("voting", ".onnx"), ("penalty", ".xml"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "suffix"), LAYOUTS)
 def test_every_layout_exports(tmp_path, name, suffix):
     config, overrides = MODELS[name]
     model = random_model(config, **overrides)
@@ -386,7 +394,8 @@ def test_an_export_that_differs_is_not_written(weights, tmp_path, monkeypatch):
             return boxes * torch.tensor([1.0, 1.0, 1.2, 1.0]), *rest
 
     monkeypatch.setattr(onnx_export, "DetectionGraph", Wrong)
-    text = run("tools.export", "--weights", weights, "--output", tmp_path / "m.onnx", code=2)
+    words = ["--weights", weights, "--output", tmp_path / "m.onnx", "--size", "96x96"]
+    text = run("tools.export", *words, code=2)
     assert "not written, because its results differ from the model's: only" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -41,13 +41,13 @@ def write_export(
         UserError: if a package is missing, the NMS cannot be exported, there are no calibration images, or the file
             cannot be written.
     """
+    batches = [_graph_input(image, model, size, raw) for image in calibration or ()]
+    if calibration is not None and not batches:
+        raise UserError("int8 needs calibration images, and none could be read")
     proto = to_onnx(model, size, detection, raw)
     if path.suffix == ".onnx":
         write_bytes(path, proto.SerializeToString())
         return 0
-    batches = [_graph_input(image, model, size, raw) for image in calibration or ()]
-    if calibration is not None and not batches:
-        raise UserError("int8 needs calibration images, and none could be read")
     precision = "int8" if batches else "fp16"
     converted = to_openvino(proto, describe(model, size, detection, raw, precision))
     write_openvino(quantise(converted, batches) if batches else converted, path)

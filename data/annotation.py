@@ -6,6 +6,7 @@ huge coordinates make it read out-of-bounds memory, hang or crash.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,14 +98,13 @@ def parse_annotation(annotation: dict[str, Any], label: int, height: int, width:
     segmentation = normalise_segmentation(annotation.get("segmentation"), height, width)
     stated = _numbers(annotation.get("bbox"))
     stated_box = stated.tolist() if stated is not None and len(stated) == 4 else None
-    area = _numbers([annotation.get("area")])
     return Annotation(
         label,
         is_crowd(annotation),
         _clipped_box(stated_box, segmentation, height, width),
         stated_box,
         segmentation,
-        float(area[0]) if area is not None and len(area) == 1 and area[0] >= 0 else None,
+        _area(annotation.get("area")),
     )
 
 
@@ -245,6 +245,15 @@ def _clipped_box(stated: list[float] | None, segmentation: Any, height: int, wid
         return None
     x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     return (float(x1), float(y1), float(x2), float(y2)) if x2 > x1 and y2 > y1 else None
+
+
+def _area(value: Any) -> float | None:
+    """Return an area, also one stored as text, as a float; None unless it is a finite, non-negative number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number >= 0 and not isinstance(value, bool) else None
 
 
 def _numbers(values: Any) -> np.ndarray | None:

@@ -126,7 +126,7 @@ class CocoDataset(Dataset[Sample]):
         if not any((self.image_dir / self.file_name(index)).is_file() for index in range(len(self))):
             raise UserError(
                 f"{self.image_dir}: none of the images of {self.path} exists, such as {self.file_name(0)}; is it the "
-                "right folder? If only the names differ, python -m tools.formats finds the images and mends the names"
+                "right folder? If only the names differ, python -m tools.formats finds them and corrects the names"
             )
 
     def check_images(self) -> None:

@@ -59,8 +59,8 @@ def read_image(path: str | Path, ignore_orientation: bool = False, max_pixels: i
         image = None
     if image is None:  # OpenCV does not read one floating-point or 32-bit value per pixel
         with contextlib.suppress(Exception):  # each format's parser has its own
-            picture = PIL.Image.open(io.BytesIO(data))
-            image = _repeated(picture) if picture.mode in ("F", "I") else None
+            decoded = PIL.Image.open(io.BytesIO(data))
+            image = _repeated(decoded) if decoded.mode in ("F", "I") else None
     if image is None:
         raise UserError(f"{path}: cannot be read as an image")
     return _to_uint8(image, data, str(path))

@@ -76,6 +76,7 @@ def test_exact_copies():
     [
         (5000.0, 5000.0, False),  # agrees: kept, so COCO's own figures do not move
         (4100.0, 4100.0, False),
+        ("4100", 4100.0, False),
         (0, 5000.0, True),
         (350.0, 5000.0, True),  # fourteen times too small
         (70000.0, 5000.0, True),

@@ -296,6 +296,9 @@ def test_files_saved_by_hand_are_found_and_names_of_others_download_nothing(tmp_
     (tmp_path / "yolact_im400_54_800000.pth").touch()
     for name in ("yolact_im400", "yolact_im400_54_800000", "yolact_im400_54_800000.pth"):
         assert released.find_weights(name, tmp_path).name == "yolact_im400_54_800000.pth"
+    (tmp_path / "yolact_im400.pth").touch()  # comes first, but is another file
+    assert released.find_weights("yolact_im400_54_800000", tmp_path).name == "yolact_im400_54_800000.pth"
+    assert released.find_weights("yolact_im400", tmp_path).name == "yolact_im400.pth"
     for name in ("yolact_base_12_34567.pth", "runs/yolact_base.pth"):
         with pytest.raises(UserError, match="no such weights file"):
             released.find_weights(name, tmp_path)

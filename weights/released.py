@@ -74,8 +74,12 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
     given = str(path_or_name)
     name = canonical_name(given)
     if path.parent == Path("."):
-        for file in sorted(folder.glob("*.pth")):  # also files of this configuration that were saved by hand
-            if given in (file.name, file.stem) or (not path.suffix and canonical_name(file.name) == name):
+        local = sorted(folder.glob("*.pth"))
+        for file in local:
+            if given in (file.name, file.stem):
+                return file
+        for file in local:  # files of this configuration that were saved by hand
+            if not path.suffix and canonical_name(file.name) == name:
                 return file
         # Names of other projects are accepted, but not files of other steps or dates, which may be somebody's own.
         known = [name, f"{name}_config", *(alias for alias, key in ALIASES.items() if key == name)]

@@ -71,7 +71,7 @@ def _images(root: ET.Element, finder: ImageFinder, problems: Problems) -> Iterat
         objects = []
         for (label, _), members in groups.items():
             polygons, masks = [], []
-            outlines = [shape for shape in members if shape.tag != "box"]
+            outlines = [shape for shape in members if shape.tag not in ("box", "skeleton")]
             if 0 < len(outlines) < len(members):  # Datumaro writes the bounding box beside the outline
                 problems.note("boxes in a group with outlines left out", name)
             for shape in outlines or members:

@@ -33,9 +33,14 @@ def find_yaml(source: Path) -> Path | None:
     """Return the data.yaml that `source` is or contains; other names are found by the key `names` inside."""
     if source.is_file():
         return source if source.suffix.lower() in (".yaml", ".yml") else None
-    found = [path for path in [*source.glob("*.yaml"), *source.glob("*.yml")] if not path.name.startswith(".")]
-    named = [path for path in found if re.search(rb"^\W{0,4}names\W? *:", path.read_bytes(), re.MULTILINE)]
-    return min(named, key=lambda path: (path.stem != "data", path.name), default=None)
+    found = [path for path in [*source.glob("data.y*ml"), *sorted(source.glob("*.y*ml"))] if path.is_file()]
+    for path in found:
+        named = re.search(rb"^\W{0,4}names\W? *:", path.read_bytes(), re.MULTILINE)
+        if path.stem == "data" or (
+            named and not path.name.startswith(".")
+        ):  # `_load` says what is wrong with the first
+            return path
+    return None
 
 
 def recognise(source: Path) -> bool:

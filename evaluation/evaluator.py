@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
+THREADS, AHEAD = 4, 8  # threads that read images and encode masks beside the network, and images read in advance
 Sizes = dict[int, tuple[int, int]]
 
 
@@ -67,22 +71,43 @@ def predict_dataset(
     """
     check_classes(dataset, predictor.config)
     predictor = predictor.published()
-    found = CocoResults()
+    found, encoded = CocoResults(), list[Future[list[dict[str, Any]]]]()
     indices = range(len(dataset))[:max_images][ranks.rank :: ranks.size]
     # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
-    for index in tqdm(indices, desc="evaluating", disable=None if progress and ranks.is_main else True):
-        image_id = dataset.image_ids[index]
-        try:
-            image = dataset.read_image(index)
-        except UserError as error:
-            found.problems.append(str(error))
-            continue
-        found.sizes[image_id] = image.shape[0], image.shape[1]
-        for result in predictor(image).to_coco(image_id):
-            found.results.append(result | {"category_id": to_file[result["category_id"]]})
+    shown = tqdm(total=len(indices), desc="evaluating", disable=None if progress and ranks.is_main else True)
+    # Images wait in one queue with the masks of earlier ones, so that few detections are in memory.
+    with ThreadPoolExecutor(THREADS) as pool, shown:
+        for index, image in zip(indices, _read_ahead(pool, dataset, indices), strict=True):
+            if isinstance(image, UserError):
+                found.problems.append(str(image))
+            else:
+                found.sizes[dataset.image_ids[index]] = image.shape[0], image.shape[1]
+                encoded.append(pool.submit(predictor(image).to_coco, dataset.image_ids[index]))
+            shown.update()
+    for future in encoded:
+        found.results += [result | {"category_id": to_file[result["category_id"]]} for result in future.result()]
     sizes = dict(ranks.gather(list(found.sizes.items())))
     return CocoResults(ranks.gather(found.results), sizes, ranks.gather(found.problems))
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, dataset: CocoDataset, indices: Sequence[int]
+) -> Iterator[np.ndarray | UserError]:
+    """Yield the images in order, or the error of one that cannot be read, and read the next AHEAD meanwhile."""
+
+    def read(index: int) -> np.ndarray | UserError:
+        try:
+            return dataset.read_image(index)
+        except UserError as error:
+            return error
+
+    reading = deque[Future[np.ndarray | UserError]]()
+    for index in indices:
+        reading.append(pool.submit(read, index))
+        if len(reading) > AHEAD:
+            yield reading.popleft().result()
+    yield from (future.result() for future in reading)
 
 
 def evaluate(

@@ -50,7 +50,7 @@ class Detections:
     size: tuple[int, int]  # height and width of the image
     coefficients: Tensor  # [N, K]
     prototypes: Tensor  # [h, w, K]
-    relative_boxes: Tensor  # [N, 4] as predicted, relative to the image, not clipped
+    relative_boxes: Tensor  # [N, 4] as predicted, relative to the image, not clipped; on the CPU
     config: DetectionConfig = field(default_factory=DetectionConfig)  # how masks are cropped and thresholded
     track_ids: Tensor | None = None  # [N] numbers of objects across frames, -1 for none, see tools.track
     image: np.ndarray | None = None  # the image itself, uint8 BGR [H, W, 3], as `Predictor` received it
@@ -100,7 +100,7 @@ class Detections:
 
     def windows(self) -> Iterator[MaskWindow]:
         """Yield each mask, in order, as the part of it around the object: for large images the fastest form."""
-        if self.config.crop and self.prototypes.device.type == "cpu":
+        if self.config.crop:
             fields = self.prototypes.detach(), self.coefficients.detach(), self.relative_boxes
             yield from mask_windows(*fields, self.size, self.config)
         else:

@@ -222,7 +222,7 @@ class Predictor:
                     size=(height, width),
                     coefficients=selected.coefficients[i, :count].clone(),
                     prototypes=prototypes[i].clone(),
-                    relative_boxes=selected.boxes[i, :count].clone(),
+                    relative_boxes=corners.clone(),
                     config=self.config.detection,
                 )
             )

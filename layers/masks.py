@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import DetectionConfig
+from utils.device import to_device, to_host
 from utils.windows import MaskWindow
 
 MASK_BUDGET = 256 * 2**20  # bytes for one chunk of masks
@@ -94,8 +95,8 @@ def assemble_masks(
     input of 550 pixels): one from the padding of the crop, one from the interpolation. With `config.crop_after_resize`,
     the upsampled masks are cropped as well, so that no pixel lies outside a box.
 
-    `prototypes` are [h, w, K], `coefficients` [N, K], `boxes` [N, 4] in corner form, relative to the image, and `size`
-    is the height and width of the image.
+    `prototypes` are [h, w, K], `coefficients` [N, K], `boxes` [N, 4] in corner form, relative to the image, also if
+    the others are on a GPU, on the CPU, and `size` is the height and width of the image.
     """
     height, width = size
     chunk = max(1, budget // (height * width * 5))  # a float32 and a bool per pixel
@@ -108,39 +109,77 @@ def assemble_masks(
                 mask[window.place] = window.pixels
             yield masks
             continue
-        soft = soft_masks(prototypes, coefficients[part], boxes[part] if config.crop else None)
+        corners = to_device(boxes[part], prototypes.device)
+        soft = soft_masks(prototypes, coefficients[part], corners if config.crop else None)
         masks = F.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > config.mask_threshold
         if config.crop and config.crop_after_resize:
-            masks &= crop_window(boxes[part], height, width, padding=0)
+            masks &= crop_window(corners, height, width, padding=0)
         yield masks
 
 
 def mask_windows(
-    prototypes: Tensor, coefficients: Tensor, boxes: Tensor, size: tuple[int, int], config: DetectionConfig
+    prototypes: Tensor,
+    coefficients: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    config: DetectionConfig,
+    budget: int = MASK_BUDGET // 4,
 ) -> Iterator[MaskWindow]:
     """Yield the masks of `assemble_masks`, cropped to their boxes, as windows: only the pixels that each box affects.
 
-    For tensors on a CPU; on a GPU, reading the boxes on the host would synchronise with the device.
-
     Bilinear upsampling is the matrix product R @ mask @ C. A window of the result needs only some rows of R and columns
     of C, and the result is the same as for whole masks.
+
+    `boxes` are on the CPU, so that no device has to be waited for to read them. On a GPU, one product computes as many
+    windows as `budget` bytes allow, and they come to the host in one copy.
     """
     height, width = prototypes.shape[:2]
-    rows, columns = (_upsampling_matrix(n, m) for n, m in zip((height, width), size, strict=True))
-    columns = columns.T.contiguous()
+    rows, columns = (_upsampling_matrix(*pair, prototypes.device) for pair in zip((height, width), size, strict=True))
     # For integers p, x1 <= p < x2 is the same as ceil(x1) <= p < ceil(x2), so ceil turns the limits into slices.
     inner = _slices(crop_limits(boxes, height, width), (height, width))
     outer = _slices(crop_limits(boxes, *size, padding=0), size)
-    logits = mask_logits(prototypes, coefficients)
-    for logit, (x1, y1, x2, y2), limits in zip(logits, inner, outer, strict=True):
+    reaches = []
+    for (x1, y1, x2, y2), limits in zip(inner, outer, strict=True):
         top, bottom = _reach(y1, y2, size[0] / height, size[0])
         left, right = _reach(x1, x2, size[1] / width, size[1])
         if config.crop_after_resize:
             left, top = max(left, limits[0]), max(top, limits[1])
             right, bottom = max(left, min(right, limits[2])), max(top, min(bottom, limits[3]))
-        soft = logit[y1:y2, x1:x2].sigmoid()
-        upsampled = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
-        yield MaskWindow(left, top, upsampled.numpy() > config.mask_threshold)
+        reaches.append((left, top, right, bottom))
+    logits = mask_logits(prototypes, coefficients)
+    if prototypes.device.type == "cpu":
+        columns = columns.T.contiguous()
+        for logit, (x1, y1, x2, y2), (left, top, right, bottom) in zip(logits, inner, reaches, strict=True):
+            soft = logit[y1:y2, x1:x2].sigmoid()
+            upsampled = rows[top:bottom, y1:y2] @ soft @ columns[x1:x2, left:right]
+            yield MaskWindow(left, top, upsampled.numpy() > config.mask_threshold)
+        return
+    soft = logits.sigmoid() * crop_window(to_device(boxes, prototypes.device), height, width)
+    for part, (rows_high, columns_wide) in _chunks(reaches, budget):
+        # Every window of a chunk has the size of the largest; what it has too much is cut off below.
+        corners = to_device(torch.tensor(reaches[part]), prototypes.device)
+        y = (corners[:, 1:2] + torch.arange(rows_high, device=corners.device)).clamp(max=size[0] - 1)
+        x = (corners[:, 0:1] + torch.arange(columns_wide, device=corners.device)).clamp(max=size[1] - 1)
+        upsampled = rows[y] @ soft[part] @ columns[x].transpose(1, 2)
+        inside = to_host(upsampled > config.mask_threshold).numpy()
+        for pixels, (left, top, right, bottom) in zip(inside, reaches[part], strict=True):
+            yield MaskWindow(left, top, pixels[: bottom - top, : right - left])
+
+
+def _chunks(windows: list[tuple[int, int, int, int]], budget: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """Split windows (x1, y1, x2, y2) into slices, each with its largest height and width.
+
+    As float32 and bool of that size, the windows of a slice take at most `budget` bytes, unless there is only one.
+    """
+    start, height, width = 0, 0, 0
+    for index, (x1, y1, x2, y2) in enumerate(windows):
+        larger = max(height, y2 - y1), max(width, x2 - x1)
+        if index > start and (index + 1 - start) * larger[0] * larger[1] * 5 > budget:
+            yield slice(start, index), (height, width)
+            start, larger = index, (y2 - y1, x2 - x1)
+        height, width = larger
+    if windows:
+        yield slice(start, len(windows)), (height, width)
 
 
 def _slices(limits: Tensor, size: tuple[int, int]) -> list[list[int]]:
@@ -148,9 +187,9 @@ def _slices(limits: Tensor, size: tuple[int, int]) -> list[list[int]]:
     return limits.ceil().clamp(min=0).minimum(limits.new_tensor((size[1], size[0]) * 2)).int().tolist()
 
 
-def _upsampling_matrix(size: int, target: int) -> Tensor:
+def _upsampling_matrix(size: int, target: int, device: torch.device) -> Tensor:
     """Return the matrix [target, size] that upsamples a line of `size` pixels to `target` pixels bilinearly."""
-    return F.interpolate(torch.eye(size)[None], target, mode="linear", align_corners=False)[0].T
+    return F.interpolate(torch.eye(size, device=device)[None], target, mode="linear", align_corners=False)[0].T
 
 
 def _reach(first: int, end: int, scale: float, size: int) -> tuple[int, int]:

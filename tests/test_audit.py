@@ -152,7 +152,7 @@ def test_polygons_as_points(dataset):
 def test_swapped_sides_are_said_before_training(dataset):
     path = edit(dataset, swap_sizes)
     (error, *_) = quick_audit(CocoDataset(path, path.parent / "images"), get_config("yolact_r50"))
-    assert re.search("all 8 images are unreadable.*width and height are swapped", str(error))
+    assert re.search("images are unreadable.*8 of 8.*width and height are swapped", str(error))
     assert "are swapped" in run(*train_args(path), code=2)
 
 
@@ -182,7 +182,7 @@ def test_command_line(tmp_path):
     assert report["objects"] == 12
     edit(path, swap_sizes)
     out = run(*args, code=1)
-    assert re.search("error: all 6 images are unreadable or not of the stated size", out)
+    assert re.search(r"error: images are unreadable or not of the stated size \(6 of 6\)", out)
     assert "no such annotation file" in run(
         "-m", "tools.audit", "--annotations", "none.json", "--image_dir", ".", code=2
     )
@@ -249,7 +249,7 @@ def test_defects_of_data_sets_as_downloaded(dataset, change, kind, count, is_err
 
 def findings_are_complete(finding):
     """A finding says how many, of how many, gives an example and what to do."""
-    return re.fullmatch(r"(error|warning): (all \d+|\d+ of \d+) .+: .+\. [A-Z].+", str(finding))
+    return re.fullmatch(r"(error|warning): .+ \(\d+ of \d+\): .+\. [A-Z].+", str(finding))
 
 
 def test_fractional_ids_of_images_are_refused(dataset):
@@ -271,8 +271,8 @@ def test_train_and_val_are_compared(tmp_path):
     out = run(*args, code=1)
     assert "image_3.png is identical to image_0.png" in out
     assert "image_4.png and image_1.png" in out
-    assert "error: 1 of 3 classes are in the validation set only: plate" in out
-    assert "1 of 6 images of the validation set are near-duplicates of" in out
+    assert "error: classes are in the validation set only (1 of 3): plate" in out
+    assert "images of the validation set are near-duplicates of training images (1 of 6): " in out
 
 
 def test_the_basis_is_stated_and_earlier_audits_are_kept(dataset, tmp_path, monkeypatch):

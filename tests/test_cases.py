@@ -78,7 +78,7 @@ def test_the_stated_size_decides_how_a_rotated_photo_was_annotated(tmp_path, siz
     text, found = convert(source, "--images", tmp_path / "images")
     assert (found["images"][0]["height"], found["images"][0]["width"]) == size
     assert mask_of(found)[10:70, 10:90].mean() > 0.95
-    assert ("refer to the pixels as they are stored: phone.jpg" in text) == (size == (240, 320))
+    assert ("refer to the pixels as they are stored (1): phone.jpg" in text) == (size == (240, 320))
     (tmp_path / "converted.json").rename(tmp_path / "c.json")
     assert CocoDataset(tmp_path / "c.json", tmp_path / "images")[0].image.shape[:2] == size
 
@@ -101,7 +101,7 @@ def test_coco_files_that_contradict_themselves(tmp_path):
         coco(tmp_path / "x.json", [first, second], [annotation(1, "1"), annotation(2, 2.0), annotation(3, 9)])
     )
     assert [a["image_id"] for a in found["annotations"]] == [1, 2]
-    assert "not used: 1 annotations of images that are not listed: image_id 9" in text
+    assert "not used: annotations of images that are not listed (1): image_id 9" in text
 
 
 def test_the_longest_common_end_of_a_path_decides(tmp_path):
@@ -112,7 +112,7 @@ def test_the_longest_common_end_of_a_path_decides(tmp_path):
     _, found = convert(source, "--images", tmp_path / "photos")
     assert [image["file_name"] for image in found["images"]] == ["siteB/0001.jpg", "siteA/0001.jpg"]
     text, _ = convert(coco(tmp_path / "x.json", [(1, "0001.jpg", 240, 320)]), "--images", tmp_path / "photos", code=2)
-    assert "images whose name fits several files: 0001.jpg (siteA/0001.jpg and siteB/0001.jpg)" in text
+    assert "images whose name fits several files (1): 0001.jpg (siteA/0001.jpg and siteB/0001.jpg)" in text
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_crowd_flags_that_a_tool_has_set(tmp_path):
     image, crowd = [(1, "a.jpg", 240, 320)], {"iscrowd": 1}
     source = coco(tmp_path / "x.json", image, [annotation(1, 1, **crowd), annotation(2, 1, **crowd), annotation(3, 1)])
     text, found = convert(source, "--images", tmp_path / "images")
-    assert "note: 2 crowd flags cleared, which CVAT and supervision set" in text
+    assert "note: crowd flags cleared, which CVAT and supervision set for RLE masks (2)" in text
     assert [a["iscrowd"] for a in found["annotations"]] == [0, 0, 0]
     shown = run("tools.audit", "--annotations", source, "--image_dir", tmp_path / "images", "--output", tmp_path / "o")
-    assert "2 of 3 annotations are crowd regions" in shown
+    assert "annotations are crowd regions (iscrowd 1), which training and AP ignore (2 of 3)" in shown
     source = coco(tmp_path / "x.json", image, [annotation(i, 1, iscrowd=int(i == 0)) for i in range(8)])
     _, found = convert(source, "--images", tmp_path / "images")
     assert sum(a["iscrowd"] for a in found["annotations"]) == 1
@@ -157,7 +157,7 @@ def test_exact_copies_are_dropped_and_counted(tmp_path):
     listed = [annotation(1, 1), annotation(1, 1), annotation(1, 1, category_id=2), annotation(2, 1)]
     text, found = convert(coco(tmp_path / "x.json", [(1, "a.jpg", 240, 320)], listed))
     assert [a["category_id"] for a in found["annotations"]] == [1, 2, 1]
-    assert "not used: 1 exact copies of another object of their image: a.jpg" in text
+    assert "not used: exact copies of another object of their image (1): a.jpg" in text
 
 
 def test_folders_of_coco_files(tmp_path):
@@ -195,14 +195,14 @@ def test_yolo_as_people_have_it(tmp_path):
     text, _ = convert(yolo(tmp_path / "conf", label="0 0.1 0.1 0.5 0.1 0.5 0.5 0.93\n"), code=2)
     assert "if predictions end with a confidence" in text
     text, _ = convert(yolo(tmp_path / "none", target="Other/a.txt"), code=2)
-    assert "1 images without a label file; looked for:" in text
+    assert "images without a label file (1): looked for " in text
     norway = yolo(tmp_path / "norway", names="[no, yes]", label="0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.1 0.1 0.5 0.1 0.5 0.5")
     run("tools.formats", norway, "--output", tmp_path / "n.json")
     names = [entry["name"] for entry in json.loads((tmp_path / "n_train.json").read_text())["categories"]]
     assert names == ["no", "yes"]
     chinese = yolo(tmp_path / "gbk", label="0 0.1 0.1 0.5 0.1 0.5 0.5 # 狗".encode("gbk"))
     text, _ = convert(chinese, code=2)
-    assert "files that are not UTF-8 text; save them as UTF-8: a.txt" in text
+    assert "files that are not UTF-8 text; save them as UTF-8 (1): a.txt" in text
     (chinese / "data.yaml").unlink()
     (chinese / "classes.txt").write_bytes("狗".encode("gbk"))
     assert "classes.txt: not UTF-8 text" in convert(chinese, code=2)[0]
@@ -256,7 +256,7 @@ def test_labelme_groups_with_masks_and_holes(tmp_path):
     text, found = convert(tmp_path / "x")
     assert mask_of(found, 0).sum() == 50 * 60 - 20 * 15
     assert mask_of(found, 1).sum() == 50 * 59
-    assert "not used: 1 holes without the object that they are in: a.json" in text
+    assert "not used: holes without the object that they are in (1): a.json" in text
 
 
 def test_labels_that_are_nearly_equal_or_reserved(tmp_path):

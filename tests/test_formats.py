@@ -90,8 +90,8 @@ def test_yolo(tmp_path, names):
     (tmp_path / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames: {names}\n")
     text = convert(tmp_path / "data.yaml", tmp_path / "coco.json")
     assert "2 images, 3 objects, 2 classes" in text
-    assert "not used: 1 boxes without an outline (a detection label): straße.txt line 1" in text
-    assert "not used: 2 lines that are not a class index (0 to 1) followed by numbers" in text
+    assert "not used: boxes without an outline (a detection label) (1): straße.txt line 1" in text
+    assert "not used: lines that are not a class index (0 to 1) followed by numbers (2)" in text
     found = load(tmp_path / "coco_train.json", tmp_path / "images/train")
     check(found, "a b.jpg", ("person", drawn(SQUARE)), ("car", drawn(SECOND)))
     check(found, "straße.jpg", ("person", drawn(SECOND)))
@@ -105,7 +105,7 @@ def test_yolo_class_indices_may_have_gaps(tmp_path):
     (tmp_path / "labels/c.txt").write_text(f"7 {relative(SQUARE)}\n1 {relative(SECOND)}\n")
     (tmp_path / "data.yaml").write_text("train: images\nnames: {0: person, 7: truck}\n")
     text = convert(tmp_path / "data.yaml", tmp_path / "coco.json")
-    assert "not used: 1 lines that are not a class index (0, 7) followed by numbers: c.txt line 2" in text
+    assert "not used: lines that are not a class index (0, 7) followed by numbers (1): c.txt line 2" in text
     check(load(tmp_path / "coco_train.json", tmp_path / "images"), "c.png", ("truck", drawn(SQUARE)))
 
 
@@ -168,9 +168,9 @@ def test_labelme(tmp_path):
     labelme(tmp_path / "gone.json", "gone.jpg", [{"label": "pair", "points": SQUARE}])
     labelme(tmp_path / "other.json", "c.png", [{"label": "pair", "points": SQUARE}], size=(10, 10))
     text = convert(tmp_path, tmp_path / "out/coco.json")
-    assert "not used: 1 shapes of the type line without an area: a b.json" in text
-    assert "not used: 1 images that were not found: gone.jpg" in text
-    assert "not used: 1 images of another size than their labels were made for: c.png (10x10 in the labels" in text
+    assert "not used: shapes of the type line without an area (1): a b.json" in text
+    assert "not used: images that were not found (1): gone.jpg" in text
+    assert "not used: images of another size than their labels were made for (1): c.png (10x10 in the labels" in text
     found = load(tmp_path / "out/coco.json", tmp_path)
     ring = drawn(SQUARE, holes=[HOLE])
     circle = cv2.circle(np.zeros((HEIGHT, WIDTH), np.uint8), (45, 35), 20, 1, -1) > 0
@@ -218,9 +218,9 @@ def test_via(tmp_path, version):
     content = files if version == 1 else {"_via_settings": {}, "_via_img_metadata": files, "_via_attributes": {}}
     (tmp_path / "via.json").write_text(json.dumps(content))
     text = convert(tmp_path / "via.json", tmp_path / "coco.json", "--images", tmp_path / "images")
-    assert "not used: 1 regions of the shape point without an area: a b.jpg" in text
-    assert "not used: 1 regions without a class: a b.jpg" in text
-    assert "not used: 1 images that were not found: x.jpg" in text
+    assert "not used: regions of the shape point without an area (1): a b.jpg" in text
+    assert "not used: regions without a class (1): a b.jpg" in text
+    assert "not used: images that were not found (1): x.jpg" in text
     ellipse = cv2.ellipse(np.zeros((HEIGHT, WIDTH), np.uint8), (45, 35), (30, 20), 0, 0, 360, 1, -1) > 0
     found = load(tmp_path / "coco.json", tmp_path / "images")
     check(found, "a b.jpg", ("cat", drawn(SQUARE)), ("dog", drawn(SECOND)), ("cat", ellipse))
@@ -260,7 +260,7 @@ def test_voc(tmp_path):
     (lists / "train.txt").write_text("one\n")
     (lists / "val.txt").write_text("two\n")
     text = convert(tmp_path, tmp_path / "coco.json")
-    assert "not used: 1 masks that are missing or cannot be read: two.png" in text
+    assert "not used: masks that are missing or cannot be read (1): two.png" in text
     found = load(tmp_path / "coco_train.json", tmp_path / "JPEGImages")
     check(found, "one.jpg", ("person", ring), ("car", second))
 
@@ -343,8 +343,8 @@ def test_coco_exports_of_annotation_tools(tmp_path):
     }
     (tmp_path / "export.json").write_text(json.dumps(content))
     text = convert(tmp_path / "export.json", tmp_path / "coco.json", "--images", tmp_path / "images")
-    assert "note: 1 crowd flags cleared" in text
-    assert "not used: 1 annotations without a usable mask" in text
+    assert "set for RLE masks (1)" in text
+    assert "not used: annotations without a usable mask or box (1)" in text
     found = load(tmp_path / "coco.json", tmp_path / "images")
     check(found, "a b.jpg", ("thing", drawn(SQUARE)))
     check(found, "straße.jpg", ("thing", drawn(SECOND)))
@@ -404,8 +404,8 @@ def test_boxes_without_masks_are_kept_and_said(dataset, tmp_path):
     content["annotations"].append(content["annotations"][0] | {"id": 99})
     dataset.write_text(json.dumps(content))
     out = run("tools.formats", dataset, "--images", dataset.parent / "images", "--output", tmp_path / "coco.json")
-    assert "2 objects without a mask, of which only the box is kept" in out
-    assert "not used: 1 exact copies" in out
+    assert "objects without a mask, of which only the box is kept (2)" in out
+    assert "not used: exact copies of another object of their image (1)" in out
     first, *rest = json.loads((tmp_path / "coco.json").read_text())["annotations"]
     assert first["bbox"] == pytest.approx(content["annotations"][0]["bbox"])
     assert "segmentation" not in first

@@ -114,7 +114,7 @@ def test_several_entries_of_one_image_are_not_guessed(tmp_path):
         coco_file(images, [{"image_id": 0}, {"image_id": 1, "segmentation": [OTHER]}, {"image_id": 2}]),
     )
     text = convert(tmp_path, "c.json")
-    assert "not used: 1 images that several entries of the source name, with different objects: 1.jpg" in text
+    assert "not used: images that several entries of the source name, with different objects (1): 1.jpg" in text
     assert objects(tmp_path / "out.json", tmp_path / "siteA") == {"2.jpg": [("cat", 400)]}
 
 
@@ -261,3 +261,40 @@ def test_turned_tiff(tmp_path):
     )
     convert(tmp_path, ".")
     assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.tif": [("class_0", 400)]}
+
+
+@pytest.mark.parametrize(("orientation", "side"), [(3, None), (6, HEIGHT)])
+def test_photos_whose_size_does_not_tell_their_rotation_are_said(tmp_path, orientation, side):
+    """Turned by 180 degrees, or square: the stated size fits both readings of the coordinates."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image = random_image(HEIGHT, side or WIDTH, 0)
+    Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif)
+    size = {"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": side or WIDTH}
+    write(tmp_path / "coco.json", coco_file([size]))
+    assert "refer to them upright; they are taken to do (1): a.jpg" in convert(tmp_path, "coco.json")
+    args = "--annotations", tmp_path / "coco.json", "--image_dir", tmp_path, "--output", tmp_path / "audit"
+    assert "warning: photos are turned or mirrored by EXIF" in run("-m", "tools.audit", *args)
+    Image.fromarray(image).save(tmp_path / "a.jpg")
+    assert "EXIF" not in convert(tmp_path, "coco.json") + run("-m", "tools.audit", *args)
+
+
+def test_the_audit_says_that_labels_refer_to_the_pixels_as_they_are_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(random_image(HEIGHT, WIDTH, 0)).save(tmp_path / "a.jpg", exif=exif)
+    write(tmp_path / "coco.json", coco_file())
+    args = "--annotations", tmp_path / "coco.json", "--image_dir", tmp_path, "--output", tmp_path / "audit"
+    assert "warning: rotated photos have the size of their pixels as they are stored (1 of 1)" in run("-m", "tools.audit", *args)
+
+
+def test_a_damaged_outline_beside_good_ones_is_said(tmp_path):
+    photo(tmp_path / "a.jpg")
+    write(tmp_path / "coco.json", coco_file(annotations=[{"segmentation": [SQUARE, [40, 5, 50, 5]]}]))
+    printed = convert(tmp_path, "coco.json")
+    assert "note: objects of several outlines, of which a damaged one is left out (1): a.jpg" in printed
+    assert objects(tmp_path / "out.json", tmp_path) == {"a.jpg": [("cat", 400)]}
+    args = "--annotations", tmp_path / "coco.json", "--image_dir", tmp_path, "--output", tmp_path / "audit"
+    assert "warning: objects have several outlines, of which some are damaged" in run("-m", "tools.audit", *args)
+    write(tmp_path / "coco.json", coco_file(annotations=[{"segmentation": [SQUARE, OTHER], "bbox": [10, 5, 40, 25]}]))
+    assert "outlines" not in convert(tmp_path, "coco.json") + run("-m", "tools.audit", *args)

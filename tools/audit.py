@@ -33,6 +33,7 @@ from data.image import input_size, write_image
 from layers.anchors import prototype_size
 from tools.findings import EXAMPLES_PER_FINDING, FINDING_KINDS, Finding, too_many_crowds
 from tools.formats.readers import open_coco
+from tools.formats.structures import image_sizes, lost_parts
 from tools.sheets import truth_sheet
 from utils.device import configure_process
 from utils.errors import ArgumentParser, UserError, run_main
@@ -209,6 +210,10 @@ def inspect_image(dataset: CocoDataset, index: int, config: Config) -> ImageRepo
             size = (image.shape[0], image.shape[1])
             report.digest = hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()  # of the pixels
             report.fingerprint = fingerprint(image)
+            upright, stored, changed = image_sizes(path)
+            if changed and dataset.stated_size(index) == stored:
+                kind = "unsure_rotation" if upright == stored else "stored_pixels"
+                report.problems.append((kind, dataset.file_name(index)))
     except UserError as error:
         outside = "out of the image folder" in str(error)
         report.problems.append(("missing" if outside else "unreadable", str(error)))
@@ -258,6 +263,8 @@ def _inspect_annotation(
             yield "corner_box"
         yield "no_mask"
         return
+    if lost_parts(entry["segmentation"], annotation.segmentation):
+        yield "lost_part"
     code = to_rle(annotation.segmentation, height, width)
     if rle.area(code) == 0:
         yield "empty_mask"

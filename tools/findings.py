@@ -34,6 +34,14 @@ FINDING_KINDS = {
     "unreadable": Kind(
         "images are unreadable or not of the stated size", "repair or remove them", 0.01, "images", tolerated=1
     ),
+    "stored_pixels": Kind(
+        "rotated photos have the size of their pixels as they are stored",
+        "their annotations are taken to refer to these; look at sheet.jpg", of="images",
+    ),
+    "unsure_rotation": Kind(
+        "photos are turned or mirrored by EXIF, and their size does not tell if annotations refer to them so",
+        "they are taken to refer to the upright photo; look at sheet.jpg", of="images",
+    ),
     "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
     "same_image": Kind("images have exactly the same pixels as another image", "remove the copies", of="images"),
     "orphan": Kind("annotations belong to images that are not listed", "check image_id", 0.1, "listed annotations"),
@@ -49,6 +57,10 @@ FINDING_KINDS = {
     "no_mask": Kind(
         "annotations have a box and no usable mask",
         "they train boxes and classes only; mask AP ignores their regions, and box AP counts them", of="annotations",
+    ),
+    "lost_part": Kind(
+        "objects have several outlines, of which some are damaged or outside the image", "the others are used",
+        of="annotations",
     ),
     "detection_only": Kind(
         "annotations have no segmentation at all",
@@ -124,6 +136,5 @@ class Finding:
     def __str__(self) -> str:
         kind = FINDING_KINDS[self.kind]
         examples = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
-        share = f"{self.count} of {self.total}" if self.total != self.count else f"all {self.total}"
         level = "error" if self.is_error else "warning"
-        return f"{level}: {share} {kind.text}: {examples}. {kind.advice[0].upper()}{kind.advice[1:]}"
+        return f"{level}: {kind.text} ({self.count} of {self.total}): {examples}. {kind.advice[0].upper()}{kind.advice[1:]}"

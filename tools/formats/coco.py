@@ -16,7 +16,7 @@ import numpy as np
 
 from data.annotation import is_crowd, normalise_segmentation, parse_annotation
 from tools.findings import too_many_crowds
-from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, read_text
+from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, lost_parts, read_text
 from utils.errors import UserError
 
 LISTS = ("images", "annotations", "categories")
@@ -156,6 +156,8 @@ def _images(
             elif isinstance(segmentation, list) and max(map(np.max, segmentation)) <= 1.0:
                 problems.add("outlines that are relative (0 to 1) instead of in pixels", file_name)
             else:
+                if lost_parts(entry["segmentation"], segmentation):
+                    problems.note("objects of several outlines, of which a damaged one is left out", file_name)
                 if crowd and clear_crowds:
                     problems.note("crowd flags cleared, which CVAT and supervision set for RLE masks", file_name)
                 objects.append(LabelledObject(name, segmentation, crowd and not clear_crowds))

@@ -24,6 +24,7 @@ from data.image import SUFFIXES, read_image
 from utils.errors import UserError
 
 NOT_FOUND = "images that were not found"  # a kind of problem that --images can solve
+UNSURE = "photos turned by EXIF whose size does not tell if labels refer to them upright; they are taken to do"
 NOT_UTF8 = "files that are not UTF-8 text; save them as UTF-8"
 EXAMPLES_PER_LINE = 3  # number of examples shown for each kind of problem
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
@@ -94,7 +95,7 @@ class Problems:
         for kind, count in self.counts.items():
             more = ", ..." if count > len(self.examples[kind]) else ""
             level = "note" if kind in self.used else "not used"
-            lines.append(f"{level}: {count} {kind}: {', '.join(self.examples[kind])}{more}")
+            lines.append(f"{level}: {kind} ({count}): {', '.join(self.examples[kind])}{more}")
         return lines
 
 
@@ -119,24 +120,25 @@ def visible_files(folder: Path, suffixes: set[str]) -> list[Path]:
     ]
 
 
-def image_sizes(path: Path) -> tuple[Size, Size]:
-    """Return the size of an image upright and as its pixels are stored. Raises UserError if it is unreadable.
+def image_sizes(path: Path) -> tuple[Size, Size, bool]:
+    """Return the size of an image upright and as its pixels are stored, and whether EXIF turns or mirrors it.
 
-    Only the header is read, unless Pillow does not know the format.
+    Only the header is read, unless Pillow does not know the format. Raises UserError if the image is unreadable.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with PIL.Image.open(path) as image:
                 stored = image.height, image.width
-                turned = image.getexif().get(ORIENTATION) in TURNED
+                orientation = image.getexif().get(ORIENTATION, 1)
+                turned = orientation in TURNED
                 if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # every reader turns these, Pillow since 12
                     stored = image.tag_v2[257], image.tag_v2[256]
-                    return (stored[::-1], stored[::-1]) if turned else (stored, stored)
+                    return (stored[::-1], stored[::-1], False) if turned else (stored, stored, False)
     except Exception:  # each format's parser has its own
         height, width = read_image(path).shape[:2]
-        return (height, width), (height, width)
-    return stored[::-1] if turned else stored, stored
+        return (height, width), (height, width), False
+    return stored[::-1] if turned else stored, stored, 2 <= orientation <= 8
 
 
 class ImageFinder:
@@ -216,7 +218,7 @@ class ImageFinder:
     def settle(self, path: Path, stated: tuple[Any, Any] | None = None) -> tuple[Path, Size] | None:
         """Do the second half of `open`."""
         try:
-            upright, stored = image_sizes(path)
+            upright, stored, changed = image_sizes(path)
             size = None if stated is None or None in stated else (int(float(stated[0])), int(float(stated[1])))
         except UserError as error:
             self.problems.add("images that cannot be read", error)
@@ -224,6 +226,8 @@ class ImageFinder:
         except (TypeError, ValueError, OverflowError):
             size = None
         if size in (None, upright) or min(size) <= 0:  # some tools write 0 for an unknown size
+            if changed and size == stored:
+                self.problems.note(UNSURE, path.name)
             return path, upright
         if size == stored:
             self.problems.note("rotated photos whose labels refer to the pixels as they are stored", path.name)
@@ -245,6 +249,12 @@ def polygon_from(points: Any) -> list[float] | None:
     except (ValueError, TypeError):
         return None
     return values.ravel().tolist() if len(values) >= 3 and np.isfinite(values).all() else None
+
+
+def lost_parts(stated: Any, used: Any) -> bool:
+    """Whether fewer polygons of a COCO segmentation can be used than are stated: some are damaged or off the image."""
+    nested = isinstance(stated, list) and isinstance(used, list) and all(isinstance(p, (list, tuple)) for p in stated)
+    return nested and len(used) < len(stated)
 
 
 def rectangle(x1: float, y1: float, x2: float, y2: float, angle: float = 0.0) -> list[float]:

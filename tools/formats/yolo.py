@@ -203,7 +203,7 @@ def _images(
         labelled += label.is_file()
         yield LabelledImage(*opened, list(_objects(label, opened[1], names, problems)))
     if without and not labelled:  # an image without objects has no file, but not all images
-        problems.add("images without a label file; looked for", without[0], len(without))
+        problems.add("images without a label file", f"looked for {without[0]}", len(without))
 
 
 def _objects(path: Path, size: Size, names: dict[int, str], problems: Problems) -> Iterator[LabelledObject]:

@@ -317,6 +317,7 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
     """Return jobs for a training step in float32 and in the precision that "auto" selects."""
 
     from config import get_config
+    from data.augment import Distortion
     from data.loader import Batch
     from training.trainer import Trainer
     from utils.device import choose_precision
@@ -335,13 +336,14 @@ def our_training_step(args: argparse.Namespace) -> Jobs:
         }
         for boxes, masks in training_targets(size, args.batch_size)
     ]
-    images = torch.randn(args.batch_size, 3, size, size)
+    images = torch.randint(256, (args.batch_size, size, size, 3), dtype=torch.uint8)
+    distortions = torch.tensor([Distortion.draw(np.random.default_rng(i)) for i in range(args.batch_size)])
     jobs: Jobs = {}
     device = torch.device(args.device)
     best = str(choose_precision("auto", device)).removeprefix("torch.")
     for name, precision in {"float32": "fp32", best: "auto"}.items():
         run = Trainer(Yolact(config), Path(tempfile.mkdtemp()), Ranks(device), precision)
-        batch = Batch(images, targets, list(range(args.batch_size)), []).to(device)
+        batch = Batch(images, distortions, targets, list(range(args.batch_size)), []).to(device)
         jobs[f"training {name}"] = lambda run=run, batch=batch: run.step(batch, 1e-4)
     return jobs
 

@@ -9,7 +9,7 @@ computed for regions that the crop removes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from config import AugmentationConfig, Config
 from data.annotation import Sample, to_mask
-from data.image import normalise
 from layers.anchors import prototype_size
 from layers.structures import Target
 
@@ -61,21 +60,32 @@ class Window:
 
 
 class Augment:
-    """Augment samples as `config.augmentation` says: `augment(sample, rng)` returns [3, S, S] and a `Target`."""
+    """Augment samples as `config.augmentation` says.
+
+    `augment(sample, rng)` returns the input, uint8 BGR [S, S, 3], the `Distortion` of its colours, and a `Target`.
+    """
 
     def __init__(self, config: Config):
         self.config: AugmentationConfig = config.augmentation
-        self.size, self.mean, self.std = config.train_size, config.model.mean, config.model.std
+        self.size = config.train_size
         rows, columns = prototype_size(self.size, self.size)
         self.mask_size = (rows * config.loss.mask_supersample, columns * config.loss.mask_supersample)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Target]:
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Distortion, Target]:
         window = self.choose_window(sample, rng)
         boxes, kept = self._boxes(sample.boxes, window)
         crowds, _ = self._boxes(sample.crowds, window)
         segmentations = [sample.segmentations[i] for i in np.flatnonzero(kept)]
         masks = [draw_mask(segmentation, window, self.mask_size) for segmentation in segmentations]
-        image = self._image(sample.image, window, rng)
+        image = cv2.warpAffine(
+            sample.image,
+            window.matrix(self.size, self.size),
+            (self.size, self.size),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=CANVAS_BGR,
+        )
+        distortion = self._distortion(sample.image.shape, window, rng)
         target = {
             "boxes": boxes,
             "labels": sample.labels[kept],
@@ -84,7 +94,7 @@ class Augment:
             "crowds": crowds,
             "seed": np.array(rng.integers(2**62)),
         }
-        return torch.from_numpy(image), {key: torch.from_numpy(value) for key, value in target.items()}
+        return torch.from_numpy(image), distortion, {key: torch.from_numpy(value) for key, value in target.items()}
 
     def choose_window(self, sample: Sample, rng: np.random.Generator) -> Window:
         """Sample the expansion, the crop and the mirroring, and return them as one window."""
@@ -111,24 +121,14 @@ class Augment:
         kept = inside & ((high - low) > smallest).all(axis=1)
         return np.concatenate((low, high), axis=1)[kept].astype(np.float32), kept
 
-    def _image(self, image: np.ndarray, window: Window, rng: np.random.Generator) -> np.ndarray:
-        size = self.size
-        pixels = cv2.warpAffine(
-            image,
-            window.matrix(size, size),
-            (size, size),
-            flags=cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_CONSTANT,
-            borderValue=CANVAS_BGR,
-        ).astype(np.float32)
-        if self.config.augment_photometric:
-            # Only pixels of the image are distorted, so that the canvas around it keeps the mean colour.
-            height, width = image.shape[:2]
-            corners = window.points(np.array([[0.0, 0.0], [width, height]]), size, size)
-            (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)).clip(0), np.ceil(corners.max(axis=0)).clip(0)
-            inside = np.s_[int(y1) : int(y2), int(x1) : int(x2)]
-            pixels[inside] = Distortion.draw(rng).apply(pixels[inside])
-        return normalise(pixels, self.mean, self.std)
+    def _distortion(self, size: tuple[int, ...], window: Window, rng: np.random.Generator) -> Distortion:
+        """Sample the distortion of an image of `size` (H, W)."""
+        if not self.config.augment_photometric:
+            return Distortion()
+        # Only pixels of the image are distorted, so that the canvas around it keeps the mean colour.
+        corners = window.points(np.array([[0.0, 0.0], [size[1], size[0]]]), self.size, self.size)
+        (x1, y1), (x2, y2) = np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0))
+        return Distortion.draw(rng)._replace(x1=x1, y1=y1, x2=x2, y2=y2)
 
 
 def sample_crop(
@@ -160,44 +160,61 @@ def sample_crop(
     return area
 
 
-@dataclass(frozen=True)
-class Distortion:
-    """SSD's photometric distortion: brightness, contrast, saturation and hue. The result is not clipped to 0..255."""
+class Distortion(NamedTuple):
+    """SSD's photometric distortion of the pixels in a region: brightness, contrast, saturation and hue."""
 
     brightness: float = 0.0  # added
     contrast: float = 1.0  # factor
-    contrast_first: bool = True  # before saturation and hue, or after
+    contrast_first: float = 1.0  # 1: before saturation and hue, 0: after them
     saturation: float = 1.0  # factor
     hue: float = 0.0  # degrees
+    x1: float = 0.0  # the region, in pixels of the input; it may exceed it
+    y1: float = 0.0
+    x2: float = 0.0
+    y2: float = 0.0
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Distortion:
         """Sample a distortion. Each of the four parameters is changed with probability 0.5."""
         brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
         contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
-        contrast_first = rng.random() < 0.5
+        contrast_first = float(rng.random() < 0.5)
         saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
         hue = rng.uniform(-18, 18) if rng.random() < 0.5 else 0.0
         return cls(brightness, contrast, contrast_first, saturation, hue)
 
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        """Distort a float32 BGR image [H, W, 3] with values 0..255; the result may exceed that range."""
-        if image.size == 0:
-            return image
-        image = image + np.float32(self.brightness)
-        if self.contrast_first:
-            image *= np.float32(self.contrast)
-        if self.saturation != 1 and not self.hue:
-            # Scaling the saturation in HSV scales each channel's distance from the largest one. Computed directly,
-            # this also handles negative values, which a lower brightness produces.
-            largest = image.max(axis=2, keepdims=True)
-            image = largest + (image - largest) * np.float32(self.saturation)
-        elif self.hue:
-            hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)  # for float images, hue is in degrees
-            hsv[..., 0] = (hsv[..., 0] + np.float32(self.hue)) % 360
-            hsv[..., 1] *= np.float32(self.saturation)
-            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
-        return image if self.contrast_first else image * np.float32(self.contrast)
+
+def distort(images: Tensor, distortions: Tensor) -> Tensor:
+    """Apply a `Distortion` to each image, on the images' device: their values are floats, so workers pass the images
+    on with 8 bits and the distortions beside them.
+
+    Args:
+        images: uint8 BGR [B, S, S, 3].
+        distortions: float32 [B, 9].
+
+    Returns:
+        float32 RGB [B, 3, S, S]; values may exceed 0..255.
+    """
+    brightness, contrast, first, saturation, hue, x1, y1, x2, y2 = distortions[..., None, None].unbind(1)  # [B, 1, 1]
+    original = images.permute(0, 3, 1, 2).flip(1).float()
+    red, green, blue = ((original + brightness[:, None]) * contrast.where(first > 0, 1)[:, None]).unbind(1)
+    # Hue, saturation and value (Smith 1978) with the saturation times the value, which is also defined for negative
+    # values, such as a lower brightness produces.
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    chroma = largest - torch.minimum(torch.minimum(red, green), blue)
+    divisor = chroma.clamp(min=1e-6)
+    sixth = torch.where(green == largest, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    sixth = (green - blue).div(divisor).where(red == largest, sixth) + hue / 60
+    scaled = chroma * saturation
+    channels = []
+    for shift in (5, 3, 1):  # red, green, blue
+        position = (sixth + shift) % 6
+        channels.append(largest - scaled * torch.minimum(position, 4 - position).clamp(0, 1))
+    distorted = torch.stack(channels, dim=1) * contrast.where(first == 0, 1)[:, None]
+    place = torch.arange(images.shape[1], device=images.device)
+    rows, columns = (place >= y1[:, 0]) & (place < y2[:, 0]), (place >= x1[:, 0]) & (place < x2[:, 0])  # [B, S]
+    inside = rows[:, :, None] & columns[:, None]
+    return torch.where(inside[:, None], distorted, original)
 
 
 def draw_mask(segmentation: Any, window: Window, size: tuple[int, int]) -> np.ndarray:

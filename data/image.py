@@ -193,8 +193,14 @@ def to_network(image: np.ndarray, size: tuple[int, int], config: ModelConfig, de
         pixels = pixels.pin_memory()  # so that the copy does not wait
     planes = pixels.to(device, non_blocking=True).permute(2, 0, 1)[None]
     resized = resize_like_opencv(planes, size) if config.resize_uint8 else resize_float(planes, size)
-    channels = [resized[0, 2 - i] * (1 / config.std[i]) - config.mean[i] / config.std[i] for i in range(3)]
-    return torch.stack(channels)
+    return normalise_planes(resized.flip(1), config)[0]
+
+
+def normalise_planes(planes: Tensor, config: ModelConfig) -> Tensor:
+    """Normalise RGB [B, 3, h, w] with values of about 0..255 on any device, with the values of `normalise`."""
+    # One channel after the other: tensors of means and deviations would have to be copied to the device.
+    channels = zip(planes.unbind(1), config.mean, config.std, strict=True)
+    return torch.stack([plane * (1 / std) - mean / std for plane, mean, std in channels], dim=1)
 
 
 def resize_float(images: Tensor, size: tuple[int, int]) -> Tensor:

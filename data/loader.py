@@ -20,16 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from config import Config
-from data.augment import Augment, copy_paste
+from config import Config, ModelConfig
+from data.augment import Augment, Distortion, copy_paste, distort
 from data.coco import CocoDataset
+from data.image import normalise_planes
 from layers.structures import Target
 from utils.distributed import ALONE, Ranks
 from utils.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers pass batches on Linux; Docker's has 64 MiB
 TIMEOUT = 600  # seconds to wait for a batch
-Item = tuple["tuple[Tensor, Target] | None", int, list[str]]
+Item = tuple["tuple[Tensor, Distortion, Target] | None", int, list[str]]
 
 
 class TrainingSet(Dataset[Item]):
@@ -85,7 +86,8 @@ def endless_shuffle(
 class Batch:
     """A batch, or one of the micro-batches that it is split into."""
 
-    images: Tensor  # [B, 3, S, S] normalised RGB; empty if ten images in a row were unusable
+    images: Tensor  # uint8 BGR [B, S, S, 3]; empty if ten images in a row were unusable
+    distortions: Tensor  # float32 [B, 9], the `Distortion` of each image
     targets: list[Target]
     image_ids: list[int]
     problems: list[str]  # about images that could not be used and were replaced
@@ -94,11 +96,15 @@ class Batch:
         """Copy the tensors to a device, except the seeds, which the loss reads on the host."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def normalised(self, config: ModelConfig) -> Tensor:
+        """Return the images with distorted colours as the network takes them, float32 RGB [B, 3, S, S]."""
+        return normalise_planes(distort(self.images, self.distortions), config)
+
     def split(self, parts: int) -> list[Batch]:
         """Split into `parts` micro-batches of equal size, as far as the size allows."""
         cuts = [round(i * len(self.images) / parts) for i in range(parts + 1)]
         return [
-            Batch(self.images[a:b], self.targets[a:b], self.image_ids[a:b], [])
+            Batch(self.images[a:b], self.distortions[a:b], self.targets[a:b], self.image_ids[a:b], [])
             for a, b in itertools.pairwise(cuts)
             if b > a
         ]
@@ -109,16 +115,17 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         targets = [{k: v if k == "seed" else move(v) for k, v in target.items()} for target in self.targets]
-        return Batch(move(self.images), targets, self.image_ids, self.problems)
+        return Batch(move(self.images), move(self.distortions), targets, self.image_ids, self.problems)
 
 
 def _collate(samples: list[Item]) -> Batch:
     augmented, image_ids, problems = zip(*samples, strict=True)
     messages = [message for some in problems for message in some]
     if None in augmented:
-        return Batch(torch.empty(0), [], [], messages)
-    images, targets = zip(*augmented, strict=True)
-    return Batch(torch.stack(images), list(targets), list(image_ids), messages)
+        return Batch(torch.empty(0), torch.empty(0), [], [], messages)
+    images, distortions, targets = zip(*augmented, strict=True)
+    rows = torch.tensor(distortions, dtype=torch.float32)
+    return Batch(torch.stack(images), rows, list(targets), list(image_ids), messages)
 
 
 def _start_worker(_worker: int) -> None:
@@ -211,8 +218,8 @@ def check_shared_memory(config: Config, workers: int, ranks: Ranks) -> None:
     """Raise UserError if the batches of the workers do not fit. PyTorch would wait for them for ever."""
     images = config.training.batch_size // ranks.size
     in_flight = 2 * workers + 1  # PyTorch reads two batches ahead with each worker
-    # Three float32 planes an image, and a fifth more for masks.
-    needed = int(1.2 * in_flight * images * 3 * 4 * config.train_size**2)
+    # Three bytes a pixel, and about as much again for the masks of an image.
+    needed = int(6 * in_flight * images * config.train_size**2)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise UserError(

@@ -14,11 +14,10 @@ from pycocotools import mask as rle
 
 from config import get_config, override
 from data.annotation import normalise_segmentation, to_rle
-from data.augment import Augment, Distortion, Window, copy_paste, draw_mask, sample_crop
+from data.augment import Augment, Distortion, Window, copy_paste, distort, draw_mask, sample_crop
 from data.coco import CocoDataset, PackedList
 from data.image import read_image
 from data.loader import TrainingSet, endless_shuffle, training_batches
-from tools.sheets import denormalise
 from utils.errors import UserError
 
 
@@ -159,9 +158,9 @@ def test_masks_and_boxes_stay_on_the_picture(tmp_path, seed):
     path = make_dataset(tmp_path, 1, size=(300, 400), seed=seed)
     sample = CocoDataset(path, tmp_path / "images")[0]
     config = get_config("yolact_resnet50", max_size=256, augment_photometric=False)
-    image, target = Augment(config)(sample, np.random.default_rng(seed))
+    image, _, target = Augment(config)(sample, np.random.default_rng(seed))
     boxes, masks = target["boxes"].numpy(), target["masks"].numpy()
-    drawn = denormalise(image.numpy(), config.model.mean, config.model.std)
+    drawn = image.numpy()
     seen = np.zeros((256, 256), bool)
     for color in ((40, 60, 230), (220, 160, 40)):
         seen |= shapes(drawn, color)
@@ -200,23 +199,49 @@ def test_window_turns_points_as_it_turns_pixels():
         assert abs(y + 0.5 - py) <= 1
 
 
+def distorted(image, **changes):
+    """The result of a distortion of the whole image, BGR as `image`."""
+    whole = Distortion(**changes, x2=image.shape[1], y2=image.shape[0])
+    result = distort(torch.from_numpy(image.astype(np.uint8))[None], torch.tensor([whole]))
+    return result[0].flip(0).permute(1, 2, 0).numpy()
+
+
 def test_distortion_is_what_its_definition_says():
     """Each change alone, on values computed by hand."""
-    grey = np.full((2, 3, 3), 100, np.float32)
-    assert np.allclose(Distortion(brightness=-120).apply(grey), -20)  # not clipped
-    assert np.allclose(Distortion(contrast=1.5).apply(grey), 150)
-    assert np.allclose(Distortion(brightness=10, contrast=2).apply(grey), 220)
-    image = np.zeros((1, 1, 3), np.float32)
-    image[0, 0] = (50, 100, 200)  # blue, green, red
+    grey = np.full((3, 3, 3), 100)
+    assert np.allclose(distorted(grey, brightness=-120), -20)  # not clipped
+    assert np.allclose(distorted(grey, contrast=1.5), 150)
+    assert np.allclose(distorted(grey, brightness=10, contrast=2), 220)
+    image = np.full((1, 1, 3), (50, 100, 200))  # blue, green, red
     # Saturation scales the distance from the largest channel.
-    assert np.allclose(Distortion(saturation=0.5).apply(image)[0, 0], (125, 150, 200), atol=1e-3)
-    dark = Distortion(brightness=-100, saturation=0.5).apply(image)[0, 0]
-    assert np.allclose(dark, (25, 50, 100), atol=1e-3)  # of (-50, 0, 100): negative values keep their meaning
-    assert np.allclose(Distortion(contrast=0.5, contrast_first=False).apply(image), image / 2)
+    assert np.allclose(distorted(image, saturation=0.5)[0, 0], (125, 150, 200), atol=1e-3)
+    # Of (-50, 0, 100): negative values keep their meaning.
+    assert np.allclose(distorted(image, brightness=-100, saturation=0.5)[0, 0], (25, 50, 100), atol=1e-3)
+    assert np.allclose(distorted(image, contrast=0.5, contrast_first=0), image / 2)
+    # Contrast before the hue also scales the brightness.
+    assert np.allclose(distorted(image, brightness=20, contrast=0.5, contrast_first=0)[0, 0], (35, 60, 110), atol=1e-3)
     # A third of the circle moves red to green, green to blue and blue to red.
-    assert np.allclose(Distortion(hue=120).apply(image)[0, 0], (100, 200, 50), atol=1e-3)
-    assert np.allclose(Distortion(hue=-120).apply(image)[0, 0], (200, 50, 100), atol=1e-3)
-    assert np.array_equal(image[0, 0], (50, 100, 200))
+    assert np.allclose(distorted(image, hue=120)[0, 0], (100, 200, 50), atol=1e-3)
+    assert np.allclose(distorted(image, hue=-120)[0, 0], (200, 50, 100), atol=1e-3)
+
+
+def test_colours_turn_as_in_opencv():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for hue, saturation in ((18, 1), (-17.5, 0.5), (3, 1.5)):
+        hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_BGR2HSV)  # hue in degrees
+        hsv[..., 0] = (hsv[..., 0] + hue) % 360
+        hsv[..., 1] *= saturation
+        wanted = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+        assert np.abs(distorted(image, hue=hue, saturation=saturation) - wanted).max() < 0.05
+
+
+def test_only_the_region_is_distorted():
+    image = torch.randint(256, (1, 8, 8, 3), dtype=torch.uint8)
+    region = Distortion(brightness=30, x1=2, y1=-3, x2=5, y2=4)
+    change = distort(image, torch.tensor([region]))[0] - image[0].flip(2).permute(2, 0, 1)
+    wanted = torch.zeros(3, 8, 8)
+    wanted[:, :4, 2:5] = 30
+    assert torch.allclose(change, wanted, atol=1e-3)
 
 
 def test_each_change_is_made_in_half_of_the_cases():
@@ -247,7 +272,7 @@ def test_masks_are_drawn_as_large_as_the_loss_wants_them(dataset, small_config):
     sample, size = CocoDataset(dataset, dataset.parent / "images")[0], small_config.model.max_size
     for supersample in (1, 2):
         augment = Augment(override(small_config, mask_supersample=supersample))
-        masks = augment(sample, np.random.default_rng(0))[1]["masks"]
+        masks = augment(sample, np.random.default_rng(0))[2]["masks"]
         assert masks.shape[1:] == (size // 4 * supersample,) * 2
 
 
@@ -299,7 +324,7 @@ def test_objects_without_a_mask_keep_their_boxes(dataset, small_config):
     assert np.array_equal(sample.boxes, whole.boxes)
     assert [segmentation is None for segmentation in sample.segmentations] == [True, False]
     config = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
-    _, augmented = TrainingSet(data, config, seed=0)[(0, 0)][0]
+    _, _, augmented = TrainingSet(data, config, seed=0)[(0, 0)][0]
     assert augmented["has_mask"].tolist() == [False, True]
     assert [bool(mask.any()) for mask in augmented["masks"]] == [False, True]
     height, width = source.image.shape[:2]
@@ -321,9 +346,9 @@ def test_copy_paste_gives_the_photos_without_objects_some(dataset, small_config)
     plain = override(small_config, augment_crop=False, augment_expand=1.0, copy_paste=0)
     pasted = TrainingSet(data, override(plain, copy_paste=1.0), seed=0)
     empty = len(data) - 1
-    assert len(TrainingSet(data, plain, seed=0)[(0, empty)][0][1]["boxes"]) == 0
+    assert len(TrainingSet(data, plain, seed=0)[(0, empty)][0][2]["boxes"]) == 0
     found = [pasted[(epoch, empty)][0] for epoch in range(10)]
-    assert sum(len(target["boxes"]) > 0 for _, target in found) >= 5
+    assert sum(len(target["boxes"]) > 0 for _, _, target in found) >= 5
     assert torch.equal(found[3][0], pasted[(3, empty)][0][0])
 
 
@@ -365,7 +390,8 @@ def test_batches(dataset, small_config, workers):
         assert cv2.getNumThreads() == 4
         batch = next(batches)
     assert not multiprocessing.active_children()
-    assert batch.images.shape == (3, 3, 96, 96)
+    assert batch.images.shape == (3, 96, 96, 3)
+    assert batch.normalised(small_config.model).shape == (3, 3, 96, 96)
     assert len(batch.targets) == len(batch.image_ids) == 3
     assert set(batch.targets[0]) == {"boxes", "labels", "masks", "has_mask", "crowds", "seed"}
 

@@ -109,7 +109,7 @@ def test_gradients_of_parts_add_up(dataset, small_config):
     def gradients(parts, **given):
         step.zero_grad(set_to_none=True)
         for part in parts:
-            sum(step(part.images, part.targets, **given).values()).backward()
+            sum(step(part.normalised(small_config.model), part.targets, **given).values()).backward()
         return {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad}
 
     positives = step.count_positives(batch.targets)
@@ -126,7 +126,7 @@ def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
     batch = first_batch(data, small_config, 2)
     empty = [without_objects(target) for target in batch.targets]
     step = NetworkAndLoss(Yolact(small_config)).train()
-    sum(step(batch.images, empty, None, 2).values()).backward()
+    sum(step(batch.normalised(small_config.model), empty, None, 2).values()).backward()
     assert all(p.grad is not None for p in step.parameters() if p.requires_grad)
 
 

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, noisy_model
 
 from config import get_config
+from data.augment import Distortion
 from data.image import read_image
 from data.loader import Batch
 from inference import Predictor
@@ -155,7 +156,9 @@ def make_batch(config, objects, images):
             }
         )
     size = config.train_size
-    return Batch(torch.randn(images, 3, size, size), targets, list(range(images)), []).pin_memory()
+    pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8)
+    distortions = torch.tensor([Distortion.draw(np.random.default_rng(seed)) for seed in range(images)])
+    return Batch(pixels, distortions, targets, list(range(images)), []).pin_memory()
 
 
 @pytest.mark.parametrize("name", ["yolact_resnet50", "yolact_plus_resnet50", "yolact_lite"])

@@ -137,4 +137,5 @@ class Finding:
         kind = FINDING_KINDS[self.kind]
         examples = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
         level = "error" if self.is_error else "warning"
-        return f"{level}: {kind.text} ({self.count} of {self.total}): {examples}. {kind.advice[0].upper()}{kind.advice[1:]}"
+        advice = kind.advice[0].upper() + kind.advice[1:]
+        return f"{level}: {kind.text} ({self.count} of {self.total}): {examples}. {advice}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from config import Config
 from data.annotation import Sample, to_mask
+from data.augment import distort
 from data.coco import CocoDataset
 from data.loader import Batch
 from evaluation.evaluator import Sizes
@@ -57,8 +58,9 @@ def truth_sheet(dataset: CocoDataset, seed: int = 0) -> np.ndarray:
 def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
     """Draw up to 16 images of a batch, augmented, with the boxes and masks that the loss uses as targets."""
     images = []
-    for planes, target in zip(batch.images[:LARGEST_SHEET], batch.targets, strict=False):
-        image = denormalise(planes.cpu().float().numpy(), config.model.mean, config.model.std)
+    distorted = distort(batch.images[:LARGEST_SHEET], batch.distortions[:LARGEST_SHEET])
+    for planes, target in zip(distorted.round().clamp(0, 255).byte(), batch.targets, strict=False):
+        image = np.ascontiguousarray(planes.flip(0).permute(1, 2, 0).cpu().numpy())
         side = image.shape[0]
         masks = [
             cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0
@@ -118,9 +120,3 @@ def contact_sheet(
     blank = np.full_like(tiles[0], 255)
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     return np.vstack([np.hstack(row + [blank] * (columns - len(row))) for row in rows])
-
-
-def denormalise(planes: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Undo `normalise` for display: RGB float [3, H, W] -> uint8 BGR [H, W, 3]."""
-    pixels = planes * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
-    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0))

@@ -136,7 +136,7 @@ class Trainer:
             with self.module.no_sync() if postpone else nullcontext():  # type: ignore[operator]
                 half = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
                 with half, float32_math(self.tf32):
-                    images = part.images.contiguous(memory_format=torch.channels_last)
+                    images = part.normalised(self.model.config.model).contiguous(memory_format=torch.channels_last)
                     losses = self.module(images, part.targets, num_positives, len(batch.images))
                     total = torch.stack([*losses.values()]).sum()
                 with float32_math(self.tf32):

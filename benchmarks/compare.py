@@ -42,7 +42,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls per round, after one warm-up call")
     parser.add_argument("--training", action="store_true", help="also time a training step")
-    parser.add_argument("--exports", action="store_true", help="also the exported model in its runtimes, on a CPU")
     parser.add_argument("--batch_size", type=int, default=8, help="batch size of the training step")
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[1], help="batch sizes of inference; none for training alone"
@@ -226,7 +225,7 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     if args.no_compile:
         variants = {name: options for name, options in variants.items() if "compile" not in options}
     jobs: Jobs = {}
-    size = (model.config.model.max_size,) * 2  # that of the exported models
+    size = (model.config.model.max_size,) * 2
     for name, options in variants.items():
         predictor = Predictor(
             model, args.device, size=size, score_threshold=THRESHOLD, crop_after_resize=False, **options
@@ -238,10 +237,6 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
             jobs[f"image {label(name, count)}"] = lambda predictor=predictor, images=images: [
                 list(found.iter_masks()) for found in predictor(images)
             ]
-    if args.exports:
-        for name, predictor in exported(model, args.weights.parent, image).items():
-            jobs[f"network {name}"] = network_job(predictor, predictor.preprocess(image)[None])
-            jobs[f"image {name}"] = lambda predictor=predictor: predictor(image).masks
     for job in jobs.values():  # warm-up
         for _ in range(3):
             job()
@@ -250,28 +245,6 @@ def our_jobs(args: argparse.Namespace) -> Jobs:
     jobs["answer"] = lambda: found | {"areas": exact.masks.sum(dim=(1, 2)).tolist()}
     jobs["machine"] = lambda: device_name(device)
     return jobs
-
-
-def exported(model: Any, folder: Path, image: np.ndarray) -> dict[str, Any]:
-    """Return predictors of the model in ONNX Runtime and OpenVINO, in each precision that they have.
-
-    int8 is calibrated on noisy copies of one image, which is enough for measuring speed, and for nothing else.
-    """
-    from inference import Predictor
-    from tools.export.exporting import write_export
-
-    side = model.config.model.max_size
-    rng = np.random.default_rng(0)
-    noisy = [(image + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8) for _ in range(10)]
-    files = {"onnx": folder / "model.onnx", "float": folder / "float.xml", "int8": folder / "int8.xml"}
-    for name, path in files.items():
-        write_export(model, path, (side, side), model.config.detection, calibration=noisy if name == "int8" else None)
-    variants = {"ONNX Runtime float32": ("onnx", "fp32"), "OpenVINO float32": ("float", "fp32")}
-    variants |= {"OpenVINO bfloat16": ("float", "bf16"), "OpenVINO int8": ("int8", "auto")}
-    return {
-        name: Predictor.from_weights(files[key], precision=precision, score_threshold=THRESHOLD)
-        for name, (key, precision) in variants.items()
-    }
 
 
 def label(variant: str, batch_size: int) -> str:

@@ -193,11 +193,11 @@ def distort(images: Tensor, distortions: Tensor) -> Tensor:
         distortions: float32 [B, 9].
 
     Returns:
-        float32 RGB [B, 3, S, S]; values may exceed 0..255.
+        float32 BGR [B, 3, S, S]; values may exceed 0..255.
     """
     brightness, contrast, first, saturation, hue, x1, y1, x2, y2 = distortions[..., None, None].unbind(1)  # [B, 1, 1]
-    original = images.permute(0, 3, 1, 2).flip(1).float()
-    red, green, blue = ((original + brightness[:, None]) * contrast.where(first > 0, 1)[:, None]).unbind(1)
+    original = images.permute(0, 3, 1, 2).float()
+    blue, green, red = ((original + brightness[:, None]) * contrast.where(first > 0, 1)[:, None]).unbind(1)
     # Hue, saturation and value (Smith 1978) with the saturation times the value, which is also defined for negative
     # values, such as a lower brightness produces.
     largest = torch.maximum(torch.maximum(red, green), blue)
@@ -207,7 +207,7 @@ def distort(images: Tensor, distortions: Tensor) -> Tensor:
     sixth = (green - blue).div(divisor).where(red == largest, sixth) + hue / 60
     scaled = chroma * saturation
     channels = []
-    for shift in (5, 3, 1):  # red, green, blue
+    for shift in (1, 3, 5):  # blue, green, red
         position = (sixth + shift) % 6
         channels.append(largest - scaled * torch.minimum(position, 4 - position).clamp(0, 1))
     distorted = torch.stack(channels, dim=1) * contrast.where(first == 0, 1)[:, None]

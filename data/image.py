@@ -169,16 +169,11 @@ def resize(image: np.ndarray, size: tuple[int, int], uint8: bool) -> np.ndarray:
     return F.interpolate(planes[None], size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
 
 
-def normalise(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Convert a BGR image [H, W, 3] with values 0..255 to RGB float32 [3, H, W] and normalise it: (x - mean) / std.
-
-    `mean` and `std` are in RGB order.
-    """
-    out = np.empty((3, *image.shape[:2]), np.float32)
-    for channel in range(3):
-        np.multiply(image[..., 2 - channel], np.float32(1 / std[channel]), out=out[channel])
-        out[channel] -= np.float32(mean[channel] / std[channel])
-    return out
+def normalise(planes: Tensor, config: ModelConfig) -> Tensor:
+    """Normalise BGR [B, 3, h, w] with values of about 0..255 to float32 RGB [B, 3, h, w]: (x - mean) / std."""
+    # One channel after the other: tensors of means and deviations would have to be copied to the device.
+    channels = zip(reversed(planes.unbind(1)), config.mean, config.std, strict=True)
+    return torch.stack([plane * (1 / std) - mean / std for plane, mean, std in channels], dim=1)
 
 
 def to_network(image: np.ndarray, size: tuple[int, int], config: ModelConfig, device: torch.device) -> Tensor:
@@ -187,20 +182,12 @@ def to_network(image: np.ndarray, size: tuple[int, int], config: ModelConfig, de
     A GPU receives the 8-bit image and computes the rest itself, with the values of the CPU.
     """
     if device.type == "cpu":
-        return torch.from_numpy(normalise(resize(image, size, config.resize_uint8), config.mean, config.std))
+        return normalise(torch.from_numpy(resize(image, size, config.resize_uint8)).permute(2, 0, 1)[None], config)[0]
     pixels = torch.from_numpy(np.ascontiguousarray(image))
     if device.type == "cuda":
         pixels = pixels.pin_memory()  # so that the copy does not wait
     planes = pixels.to(device, non_blocking=True).permute(2, 0, 1)[None]
-    resized = resize_like_opencv(planes, size) if config.resize_uint8 else resize_float(planes, size)
-    return normalise_planes(resized.flip(1), config)[0]
-
-
-def normalise_planes(planes: Tensor, config: ModelConfig) -> Tensor:
-    """Normalise RGB [B, 3, h, w] with values of about 0..255 on any device, with the values of `normalise`."""
-    # One channel after the other: tensors of means and deviations would have to be copied to the device.
-    channels = zip(planes.unbind(1), config.mean, config.std, strict=True)
-    return torch.stack([plane * (1 / std) - mean / std for plane, mean, std in channels], dim=1)
+    return normalise((resize_like_opencv if config.resize_uint8 else resize_float)(planes, size), config)[0]
 
 
 def resize_float(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 # As in train.py and eval.py, and for the same reason: beside another process, a step would take seconds.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: each, and those it starts, use one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
 import numpy as np

@@ -89,7 +89,7 @@ def test_different_answers_stop_the_comparison():
 
 @pytest.mark.slow
 def test_our_side_of_the_comparison(weights):
-    given = {"exports": False, "device": "cpu", "weights": weights, "configs": ["yolact_lite"], "batch_size": 2}
+    given = {"device": "cpu", "weights": weights, "configs": ["yolact_lite"], "batch_size": 2}
     args = argparse.Namespace(**given, batches=[1], no_compile=False)
     jobs = compare.our_jobs(args) | compare.our_training_step(args)
     assert {"network float32", "image float32 compiled", "training float32"} <= set(jobs)

@@ -203,7 +203,7 @@ def distorted(image, **changes):
     """The result of a distortion of the whole image, BGR as `image`."""
     whole = Distortion(**changes, x2=image.shape[1], y2=image.shape[0])
     result = distort(torch.from_numpy(image.astype(np.uint8))[None], torch.tensor([whole]))
-    return result[0].flip(0).permute(1, 2, 0).numpy()
+    return result[0].permute(1, 2, 0).numpy()
 
 
 def test_distortion_is_what_its_definition_says():
@@ -238,7 +238,7 @@ def test_colours_turn_as_in_opencv():
 def test_only_the_region_is_distorted():
     image = torch.randint(256, (1, 8, 8, 3), dtype=torch.uint8)
     region = Distortion(brightness=30, x1=2, y1=-3, x2=5, y2=4)
-    change = distort(image, torch.tensor([region]))[0] - image[0].flip(2).permute(2, 0, 1)
+    change = distort(image, torch.tensor([region]))[0] - image[0].permute(2, 0, 1)
     wanted = torch.zeros(3, 8, 8)
     wanted[:, :4, 2:5] = 30
     assert torch.allclose(change, wanted, atol=1e-3)

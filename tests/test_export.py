@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, random_image, run, spawn
 
 from config import get_config, to_dict
-from data.image import normalise, resize, resize_like_opencv
+from data.image import resize, resize_like_opencv
 from inference import Predictor
 from inference.runtime import ExportedNetwork
 from tools.export.graph import DetectionGraph
@@ -39,9 +39,8 @@ def random_model(name, **overrides):
     model = Yolact(config).eval()
     model.load_state_dict(recipe.state_dict({k: list(v.shape) for k, v in model.state_dict().items()}, seed=3))
     side = config.model.max_size
-    images = torch.from_numpy(
-        np.stack([normalise(random_image(side, side, i), (127,) * 3, (64,) * 3) for i in range(4)])
-    )
+    images = torch.from_numpy(np.stack([random_image(side, side, i) for i in range(4)])).permute(0, 3, 1, 2)
+    images = (images.flip(1) - 127.0) / 64
     with torch.no_grad():
         model.head.cls.weight *= 2 / model(images).logits.std()
         logits = model(images).logits

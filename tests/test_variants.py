@@ -132,7 +132,7 @@ def test_coco_entries(tmp_path):
     write(tmp_path / "c.JSON", coco_file(annotations=changes))
     text = convert(tmp_path, "c.JSON")
     assert "annotations whose iscrowd is 'yes', but it must be 0 or 1 (1)" in text
-    assert "1 objects without an area inside their image" in text
+    assert "objects without an area inside their image (1)" in text
     assert objects(tmp_path / "out.json", tmp_path) == {"a.jpg": [("cat", 100), ("cat", 120), ("cat", 400)]}
     both = [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]
     write(tmp_path / "c.json", coco_file(categories=both))
@@ -214,7 +214,7 @@ def test_cvat_shapes(tmp_path):
     write(tmp_path / "annotations.XML", f"<annotations>{image}</annotations>")
     text = convert(tmp_path, "annotations.XML")
     assert "shapes without a label (1)" in text
-    assert "1 shapes of the type skeleton without an area" in text
+    assert "shapes of the type skeleton without an area (1)" in text
     boxes = {a["category_id"]: a["bbox"] for a in json.loads((tmp_path / "out.json").read_text())["annotations"]}
     assert boxes[1] == [38, 2, 4, 20]
     assert boxes[2] == pytest.approx([26, 5, 8, 30], abs=1)

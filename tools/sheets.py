@@ -60,7 +60,7 @@ def batch_sheet(batch: Batch, config: Config) -> np.ndarray:
     images = []
     distorted = distort(batch.images[:LARGEST_SHEET], batch.distortions[:LARGEST_SHEET])
     for planes, target in zip(distorted.round().clamp(0, 255).byte(), batch.targets, strict=False):
-        image = np.ascontiguousarray(planes.flip(0).permute(1, 2, 0).cpu().numpy())
+        image = np.ascontiguousarray(planes.permute(1, 2, 0).cpu().numpy())
         side = image.shape[0]
         masks = [
             cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0

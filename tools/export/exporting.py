@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import DetectionConfig
-from data.image import input_size, normalise, resize
+from data.image import input_size, resize, to_network
 from tools.export.onnx_export import describe, to_onnx
 from tools.export.openvino_export import quantise, to_openvino, write_openvino
 from utils.errors import UserError
@@ -60,5 +61,5 @@ def _graph_input(image: np.ndarray, model: Yolact, size: int | tuple[int, int], 
     if isinstance(size, int):
         size = input_size(image.shape[:2], size)
     if raw:
-        return normalise(resize(image, size, settings.resize_uint8), settings.mean, settings.std)[None]
+        return to_network(image, size, settings, torch.device("cpu")).numpy()[None]
     return np.ascontiguousarray(resize(image, size, uint8=True)[None, :, :, ::-1].transpose(0, 3, 1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,14 @@ EMPTY_POSITIVES = 10
 MASK_IOU_MIN_AREA, MASK_IOU_THRESHOLD = 25, 0.5
 
 
+class Part(NamedTuple):
+    """The matches of a part of a batch, and what the losses of all parts are divided by, so that they add up."""
+
+    matches: Matches
+    num_positives: Tensor  # positive anchors in the whole batch, at least 1
+    num_images: int  # in the whole batch
+
+
 class MultiBoxLoss:
     """Compute the terms "box", "class", "mask", "semantic" and "mask_iou" of the training loss.
 
@@ -53,8 +62,7 @@ class MultiBoxLoss:
         anchors: Tensor,
         targets: list[Target],
         mask_iou_net: Callable[[Tensor], Tensor] | None = None,
-        num_positives: Tensor | float | None = None,
-        num_images: float | None = None,
+        part: Part | None = None,
     ) -> dict[str, Tensor]:
         """Return a scalar for each of TERMS, already multiplied by its weight. Their sum is the loss.
 
@@ -63,20 +71,19 @@ class MultiBoxLoss:
             anchors: [A, 4] in centre form, relative to the image.
             targets: B dictionaries, see `Target`.
             mask_iou_net: the model's `mask_iou`, for YOLACT++.
-            num_positives, num_images: what to divide by if `targets` is only one process's share of a batch, or a
-                micro-batch. Default: the numbers in `targets`.
+            part: given if `targets` is only one process's share of a batch, or a micro-batch.
         """
         offsets, logits = predictions.boxes.float(), predictions.logits.float()
-        matches = self.match(anchors, targets, positions_per_level(predictions))
-        if num_positives is None:
-            num_positives = matches.positive.sum().clamp(min=1)
-        divisor = torch.as_tensor(num_positives, device=offsets.device)
+        if part is None:
+            matches = self.match(anchors, targets, positions_per_level(predictions))
+            part = Part(matches, matches.positive.sum().clamp(min=1), len(targets))
+        matches, divisor = part.matches, part.num_positives
         mask, mask_iou = self.mask_terms(predictions, matches, targets, mask_iou_net)
         losses = {
             "box": self.box_term(offsets, anchors, matches) / divisor,
             "class": self.class_term(logits, matches) / divisor,
             "mask": mask / divisor,
-            "semantic": self.semantic_term(predictions.semantic, targets) / (num_images or len(targets)),
+            "semantic": self.semantic_term(predictions.semantic, targets) / part.num_images,
             "mask_iou": mask_iou / divisor,
         }
         return {term: WEIGHTS[term] * value for term, value in losses.items()}

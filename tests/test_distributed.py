@@ -13,6 +13,8 @@ from conftest import make_dataset, run, spawn, train_args
 from config import from_dict, override
 from data.coco import CocoDataset
 from data.loader import default_workers, endless_shuffle, training_batches
+from layers.loss import Part
+from layers.matching import Matches
 from tools.audit import SAMPLE
 from training.trainer import NetworkAndLoss
 from utils.distributed import Ranks
@@ -106,15 +108,18 @@ def test_gradients_of_parts_add_up(dataset, small_config):
     step = NetworkAndLoss(Yolact(small_config)).train()
     step.model.backbone.eval()
 
-    def gradients(parts, **given):
+    matches = step.match(batch.targets)
+    positives = matches.positive.sum()
+
+    def gradients(parts):
         step.zero_grad(set_to_none=True)
-        for part in parts:
-            sum(step(part.normalised(small_config.model), part.targets, **given).values()).backward()
+        split = zip(*(field.split(len(batch.images) // len(parts)) for field in matches), strict=True)
+        for part, some in zip(parts, split, strict=True):
+            share = Part(Matches(*some), positives, 4)
+            sum(step(part.normalised(small_config.model), part.targets, share).values()).backward()
         return {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad}
 
-    positives = step.count_positives(batch.targets)
-    whole = gradients([batch], num_positives=None, num_images=4)
-    parts = gradients(batch.split(4), num_positives=positives, num_images=4)
+    whole, parts = gradients([batch]), gradients(batch.split(4))
     assert [len(part.images) for part in batch.split(3)] == [1, 2, 1]
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()), msg=name)
@@ -126,7 +131,8 @@ def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
     batch = first_batch(data, small_config, 2)
     empty = [without_objects(target) for target in batch.targets]
     step = NetworkAndLoss(Yolact(small_config)).train()
-    sum(step(batch.normalised(small_config.model), empty, None, 2).values()).backward()
+    share = Part(step.match(empty), torch.tensor(1), 2)
+    sum(step(batch.normalised(small_config.model), empty, share).values()).backward()
     assert all(p.grad is not None for p in step.parameters() if p.requires_grad)
 
 

@@ -10,7 +10,7 @@ from conftest import to_corners
 from config import get_config
 from layers.anchors import make_anchors
 from layers.boxes import box_iou
-from layers.loss import TERMS, MultiBoxLoss, _mask_iou_term, mask_cross_entropy, resize_truth
+from layers.loss import TERMS, MultiBoxLoss, Part, _mask_iou_term, mask_cross_entropy, resize_truth
 from layers.masks import crop_window
 from yolact import MaskIoUNet, Predictions
 
@@ -208,11 +208,11 @@ def test_upsampled_masks_cost_what_others_do():
 def test_positives_given_from_outside():
     raw, some = predictions(1), [target(2)]
     loss = MultiBoxLoss(CONFIG.loss)
-    count = int(loss.match(ANCHORS, some).positive.sum())
+    matches = loss.match(ANCHORS, some)
     torch.manual_seed(0)
     own = loss(raw, ANCHORS, some)
     torch.manual_seed(0)
-    double = loss(raw, ANCHORS, some, num_positives=2 * count)
+    double = loss(raw, ANCHORS, some, part=Part(matches, 2 * matches.positive.sum(), 1))
     assert float(own["class"].detach()) == pytest.approx(2 * float(double["class"].detach()), rel=1e-5)
     assert float(own["mask"].detach()) == pytest.approx(2 * float(double["mask"].detach()), rel=1e-5)
 

@@ -6,19 +6,24 @@ The device is pretended, see pretended.py; tests/test_cuda.py checks the numbers
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import ROOT, noisy_model
+from conftest import ROOT, make_dataset, noisy_model
 
 from config import get_config
 from data.augment import Distortion
+from data.coco import CocoDataset
 from data.image import read_image
 from data.loader import Batch
+from evaluation import evaluator
 from inference import Predictor
 from layers.anchors import make_anchors
 from layers.detect import detect
@@ -137,6 +142,61 @@ def test_tracking_on_the_device(person):
             found = tracker(predictor(image), image)
             assert found.draw(image).shape == image.shape
     assert int(found.track_ids.max()) >= 0
+
+
+class InlinePool:
+    """Runs what it is given at once: the pretended device is that of a single thread."""
+
+    def __init__(self, _threads):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_videos_on_the_device(person, tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    from tools import video
+
+    model, image = person
+    path = str(tmp_path / "clip.mp4")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 10, image.shape[1::-1])
+    for _ in range(3):
+        writer.write(image)
+    writer.release()
+    monkeypatch.setattr(video, "ThreadPoolExecutor", InlinePool)
+    with pretended_cuda() as device:
+        predictor = Predictor(model, "cuda", "fp32")
+        predictor(image)  # the anchors of a new input size are copied once
+        device.waits.clear()
+        report = video.process_video(predictor, path, tmp_path / "out", ("overlay", "json"))
+        assert device.waits.total() <= 3 * 3, device.waits  # of each frame: detections, drawing, and its masks
+    assert report.frames == 3
+    assert len(json.loads((tmp_path / "out.json").read_text())) >= 3
+
+
+def test_evaluation_on_the_device(person, tmp_path, monkeypatch):
+    path = make_dataset(tmp_path / "data", 3)
+    data = CocoDataset(path, path.parent / "images")
+    model = noisy_model("yolact_resnet50", max_size=96, class_names=data.class_names, category_ids=data.category_ids)
+    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", InlinePool)
+    wanted = evaluator.evaluate(Predictor(model, "cpu", "fp32"), data, progress=False)
+    with pretended_cuda() as device:
+        predictor = Predictor(model, "cuda", "fp32")
+        predictor(data.read_image(0))
+        device.waits.clear()
+        found = evaluator.evaluate(predictor, data, progress=False)
+        assert device.waits.total() <= 3 * 2, device.waits  # of each image: detections and masks
+    assert len(found["results"]) == len(wanted["results"]) > 0
+    assert found["bbox"]["AP"] == pytest.approx(wanted["bbox"]["AP"], abs=1e-3)
 
 
 def make_batch(config, objects, images):

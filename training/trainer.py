@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch
 from layers.anchors import feature_sizes
-from layers.loss import MultiBoxLoss
+from layers.loss import MultiBoxLoss, Part
+from layers.matching import Matches
 from layers.structures import Target
 from training.schedule import build_optimizer
 from utils.device import choose_precision, float32_math
@@ -41,17 +42,15 @@ class NetworkAndLoss(nn.Module):
         self.register_buffer("anchors", model.anchors(size, size), persistent=False)
         self.positions = [rows * columns for rows, columns in feature_sizes(size, size)]
 
-    def count_positives(self, targets: list[Target]) -> Tensor:
-        """Return the number of positive anchors in some images."""
-        return self.loss.match(self.anchors, targets, self.positions).positive.sum()
+    def match(self, targets: list[Target]) -> Matches:
+        """Return what every anchor has to predict in these images."""
+        return self.loss.match(self.anchors, targets, self.positions)
 
-    def forward(
-        self, images: Tensor, targets: list[Target], num_positives: Tensor | None, num_images: int
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: list[Target], part: Part) -> dict[str, Tensor]:
         """Return the weighted loss terms for normalised RGB images [B, 3, S, S]; see MultiBoxLoss for the arguments."""
         predictions = self.model(images)
         with torch.autocast(images.device.type, enabled=False):  # the loss is computed in float32
-            return self.loss(predictions, self.anchors, targets, self.model.mask_iou, num_positives, num_images)
+            return self.loss(predictions, self.anchors, targets, self.model.mask_iou, part)
 
 
 class Trainer:
@@ -124,20 +123,21 @@ class Trainer:
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Forward and backward pass of each micro-batch; return the sums of their weighted losses."""
         parts = batch.split(self.accumulate)
-        num_positives = None
-        if len(parts) > 1 or self.ranks.size > 1:
-            # Every micro-batch divides by the number of positives in the whole batch, so that their losses add up.
-            mine = self.network_and_loss.count_positives(batch.targets)
-            num_positives = self.ranks.sum(mine).clamp(min=1) / self.ranks.size  # DDP averages the gradients
+        matches = self.network_and_loss.match(batch.targets)
+        # Every micro-batch divides by the number of positives in the whole batch, so that their losses add up. DDP
+        # averages the gradients of the processes.
+        num_positives = self.ranks.sum(matches.positive.sum()).clamp(min=1) / self.ranks.size
+        sizes = [len(part.images) for part in parts]
+        matches_of_parts = map(Matches._make, zip(*(field.split(sizes) for field in matches), strict=True))
         sums: dict[str, Tensor] = {}
-        for number, part in enumerate(parts, start=1):
+        for number, (part, matched) in enumerate(zip(parts, matches_of_parts, strict=True), start=1):
             # DDP reduces the gradients only in the last micro-batch's backward pass.
             postpone = number < len(parts) and isinstance(self.module, DistributedDataParallel)
             with self.module.no_sync() if postpone else nullcontext():  # type: ignore[operator]
                 half = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
                 with half, float32_math(self.tf32):
                     images = part.normalised(self.model.config.model).contiguous(memory_format=torch.channels_last)
-                    losses = self.module(images, part.targets, num_positives, len(batch.images))
+                    losses = self.module(images, part.targets, Part(matched, num_positives, len(batch.images)))
                     total = torch.stack([*losses.values()]).sum()
                 with float32_math(self.tf32):
                     self.scaler.scale(total).backward()

@@ -19,7 +19,8 @@ import torch
 from conftest import random_image, to_centres
 
 from config import DetectionConfig, LossConfig, get_config, override
-from data.annotation import Sample, is_crowd, parse_annotation
+from data import coco
+from data.annotation import Sample, as_id, is_crowd, parse_annotation
 from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, distort, sample_crop
 from data.coco import CocoDataset
 from data.image import MARK, PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv, write_image
@@ -334,3 +335,43 @@ def test_masks_above_25_pixels_train_the_mask_iou(pixels, counts):
     truth.view(-1)[:pixels] = 1
     loss = _mask_iou_term(lambda soft: soft.new_zeros(len(soft), 1), truth.clone(), truth, torch.tensor([0]))
     assert (float(loss) > 0) == counts
+
+
+@pytest.mark.parametrize(("length", "fits"), [(255, True), (256, False)])
+def test_the_longest_file_name(length, fits):
+    name = "é" * ((length - 5) // 2) + "x" * ((length - 5) % 2 + 1) + ".png"  # "é" takes two bytes
+    assert len(name.encode()) == length
+    with nullcontext() if fits else pytest.raises(UserError, match="longer than file systems allow"):
+        assert coco._text(f"folder/{name}", "file_name", file=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_id(sign):
+    assert as_id(sign * (2**53 - 1), "id") == sign * (2**53 - 1)
+    assert as_id(str(sign * (2**53 - 1)), "id") == sign * (2**53 - 1)
+    for value in (sign * 2**53, str(sign * 2**53), float(sign * 2**53)):
+        with pytest.raises(UserError, match="whole number"):
+            as_id(value, "id")
+
+
+@pytest.mark.parametrize(
+    ("side", "stated", "used"),
+    [
+        (20, 800, 800), (20, 801, 400), (20, 200, 200), (20, 199, 400),  # a factor of two is agreement
+        (3, 73, 73), (3, 74, 9), (10, 36, 36), (10, 35, 100),  # and so is a difference of 64 pixels
+    ],
+)  # fmt: skip
+def test_areas_that_agree_with_the_mask(side, stated, used):
+    square = [[0, 0, side, 0, side, side, 0, side]]
+    entry = {"category_id": 1, "segmentation": square, "bbox": [0, 0, side, side], "area": stated}
+    area, rejected = parse_annotation(entry, 0, 40, 40).area(40, 40)
+    assert (area, rejected) == (used, used != stated)
+
+
+def test_jpeg_is_written_in_quality_95(tmp_path):
+    image = random_image(60, 80, 3)
+    write_image(tmp_path / "a.jpg", image)
+    wanted = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1], cv2.IMREAD_COLOR)
+    assert np.array_equal(cv2.imread(str(tmp_path / "a.jpg")), wanted)
+    write_image(tmp_path / "a.jpeg", image)
+    assert np.array_equal(cv2.imread(str(tmp_path / "a.jpeg")), wanted)

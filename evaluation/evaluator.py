@@ -7,7 +7,7 @@ import io
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +21,13 @@ from tqdm import tqdm
 from config import Config
 from data.annotation import Annotation, to_rle
 from data.coco import CocoDataset
-from utils.distributed import ALONE, Ranks
+from utils.distributed import ALONE, CPU, Ranks
 from utils.errors import UserError, join_names
 from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
-THREADS, AHEAD = 4, 8  # threads that read images and encode masks beside the network, and images read in advance
+THREADS, AHEAD = 4, 8  # threads that read images and encode masks beside a GPU, and images read in advance
 Sizes = dict[int, tuple[int, int]]
 
 
@@ -76,8 +76,9 @@ def predict_dataset(
     # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
     shown = tqdm(total=len(indices), desc="evaluating", disable=None if progress and ranks.is_main else True)
+    on_gpu = getattr(predictor, "device", CPU).type != "cpu"  # on a CPU, threads would compete with the network
     # Images wait in one queue with the masks of earlier ones, so that few detections are in memory.
-    with ThreadPoolExecutor(THREADS) as pool, shown:
+    with ThreadPoolExecutor(THREADS) if on_gpu else InThisThread() as pool, shown:
         for index, image in zip(indices, _read_ahead(pool, dataset, indices), strict=True):
             if isinstance(image, UserError):
                 found.problems.append(str(image))
@@ -91,9 +92,16 @@ def predict_dataset(
     return CocoResults(ranks.gather(found.results), sizes, ranks.gather(found.problems))
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, dataset: CocoDataset, indices: Sequence[int]
-) -> Iterator[np.ndarray | UserError]:
+class InThisThread(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _read_ahead(pool: Executor, dataset: CocoDataset, indices: Sequence[int]) -> Iterator[np.ndarray | UserError]:
     """Yield the images in order, or the error of one that cannot be read, and read the next AHEAD meanwhile."""
 
     def read(index: int) -> np.ndarray | UserError:

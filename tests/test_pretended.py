@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from concurrent.futures import Future
 from dataclasses import replace
 
 import cv2
@@ -144,22 +143,9 @@ def test_tracking_on_the_device(person):
     assert int(found.track_ids.max()) >= 0
 
 
-class InlinePool:
-    """Runs what it is given at once: the pretended device is that of a single thread."""
-
-    def __init__(self, _threads):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
+def one_thread(_threads):
+    """In place of a pool: the pretended device is that of a single thread."""
+    return evaluator.InThisThread()
 
 
 def test_videos_on_the_device(person, tmp_path, monkeypatch):
@@ -172,7 +158,7 @@ def test_videos_on_the_device(person, tmp_path, monkeypatch):
     for _ in range(3):
         writer.write(image)
     writer.release()
-    monkeypatch.setattr(video, "ThreadPoolExecutor", InlinePool)
+    monkeypatch.setattr(video, "ThreadPoolExecutor", one_thread)
     with pretended_cuda() as device:
         predictor = Predictor(model, "cuda", "fp32")
         predictor(image)  # the anchors of a new input size are copied once
@@ -187,7 +173,7 @@ def test_evaluation_on_the_device(person, tmp_path, monkeypatch):
     path = make_dataset(tmp_path / "data", 3)
     data = CocoDataset(path, path.parent / "images")
     model = noisy_model("yolact_resnet50", max_size=96, class_names=data.class_names, category_ids=data.category_ids)
-    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", InlinePool)
+    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", one_thread)
     wanted = evaluator.evaluate(Predictor(model, "cpu", "fp32"), data, progress=False)
     with pretended_cuda() as device:
         predictor = Predictor(model, "cuda", "fp32")

@@ -46,7 +46,7 @@ Jobs = dict[tuple[str, str, str], Callable[[], Any]]  # (model, variant, what)
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--weights", default=str(BUNDLED))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[560, 288])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[576])
     parser.add_argument("--peers", nargs="*", default=[], help="names of ultralytics model descriptions")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=10, help="timed calls per round, after one warm-up call")

@@ -76,7 +76,7 @@ def predict_dataset(
     # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
     shown = tqdm(total=len(indices), desc="evaluating", disable=None if progress and ranks.is_main else True)
-    on_gpu = getattr(predictor, "device", CPU).type != "cpu"  # on a CPU, threads would compete with the network
+    on_gpu = getattr(predictor, "device", CPU).type == "cuda"  # on a CPU, threads would compete with the network
     # Images wait in one queue with the masks of earlier ones, so that few detections are in memory.
     with ThreadPoolExecutor(THREADS) if on_gpu else InThisThread() as pool, shown:
         for index, image in zip(indices, _read_ahead(pool, dataset, indices), strict=True):

@@ -156,7 +156,7 @@ def mask_windows(
         return
     soft = logits.sigmoid() * crop_window(to_device(boxes, prototypes.device), height, width)
     for part, (rows_high, columns_wide) in _chunks(reaches, budget):
-        # Every window of a chunk has the size of the largest; what it has too much is cut off below.
+        # Every window of a chunk is computed in the size of the largest, and cut to its own below.
         corners = to_device(torch.tensor(reaches[part]), prototypes.device)
         y = (corners[:, 1:2] + torch.arange(rows_high, device=corners.device)).clamp(max=size[0] - 1)
         x = (corners[:, 0:1] + torch.arange(columns_wide, device=corners.device)).clamp(max=size[1] - 1)

@@ -272,7 +272,7 @@ def test_photos_whose_size_does_not_tell_their_rotation_are_said(tmp_path, orien
     Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif)
     size = {"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": side or WIDTH}
     write(tmp_path / "coco.json", coco_file([size]))
-    assert "refer to them upright; they are taken to do (1): a.jpg" in convert(tmp_path, "coco.json")
+    assert "labels refer to them upright, which is assumed (1): a.jpg" in convert(tmp_path, "coco.json")
     args = "--annotations", tmp_path / "coco.json", "--image_dir", tmp_path, "--output", tmp_path / "audit"
     assert "warning: photos are turned or mirrored by EXIF" in run("-m", "tools.audit", *args)
     Image.fromarray(image).save(tmp_path / "a.jpg")

@@ -36,11 +36,11 @@ FINDING_KINDS = {
     ),
     "stored_pixels": Kind(
         "rotated photos have the size of their pixels as they are stored",
-        "their annotations are taken to refer to these; look at sheet.jpg", of="images",
+        "annotations are taken to refer to these; look at sheet.jpg", of="images",
     ),
     "unsure_rotation": Kind(
-        "photos are turned or mirrored by EXIF, and their size does not tell if annotations refer to them so",
-        "they are taken to refer to the upright photo; look at sheet.jpg", of="images",
+        "photos are turned or mirrored by EXIF, and their size does not show whether annotations refer to them upright",
+        "this is assumed; look at sheet.jpg", of="images",
     ),
     "listed_twice": Kind("images are listed more than once", "remove the copies", of="listed images"),
     "same_image": Kind("images have exactly the same pixels as another image", "remove the copies", of="images"),

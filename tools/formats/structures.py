@@ -24,10 +24,10 @@ from data.image import SUFFIXES, read_image
 from utils.errors import UserError
 
 NOT_FOUND = "images that were not found"  # a kind of problem that --images can solve
-UNSURE = "photos turned by EXIF whose size does not tell if labels refer to them upright; they are taken to do"
+UNSURE = "photos turned by EXIF whose size does not show whether labels refer to them upright, which is assumed"
 NOT_UTF8 = "files that are not UTF-8 text; save them as UTF-8"
 EXAMPLES_PER_LINE = 3  # number of examples shown for each kind of problem
-TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
+TURNED, CHANGED = (5, 6, 7, 8), range(2, 9)  # EXIF orientations that exchange the sides; and that change anything
 ORIENTATION = 0x112  # its tag
 Size = tuple[int, int]  # height, width
 
@@ -138,7 +138,7 @@ def image_sizes(path: Path) -> tuple[Size, Size, bool]:
     except Exception:  # each format's parser has its own
         height, width = read_image(path).shape[:2]
         return (height, width), (height, width), False
-    return stored[::-1] if turned else stored, stored, 2 <= orientation <= 8
+    return stored[::-1] if turned else stored, stored, orientation in CHANGED
 
 
 class ImageFinder:

@@ -48,7 +48,7 @@ from training.schedule import Schedule
 from training.trainer import Trainer
 from utils.device import configure_process
 from utils.distributed import Ranks, StopSignal, process_group
-from utils.errors import UserError, run_main
+from utils.errors import UserError, count, run_main
 from weights.load import load_state
 from weights.transfer import init_model
 from yolact import Yolact
@@ -236,7 +236,8 @@ def load_data(
             problem = UserError(f"{errors[0]} (use --ignore_audit to train anyway)".removeprefix("error: "))
         ranks.raise_in_all(problem)
     if train.num_copies:
-        print(f"{train.path}: {train.num_copies} annotations repeat another one of their image; training ignores them")
+        number = train.num_copies
+        print(f"{train.path}: annotations that repeat another one of their image: {number}; training ignores them")
     return train, datasets[1] if len(datasets) > 1 else None
 
 
@@ -252,7 +253,7 @@ def describe(trainer: Trainer, schedule: Schedule, train: CocoDataset) -> None:
     dtype = "tf32" if trainer.tf32 else str(trainer.dtype).removeprefix("torch.")
     print(schedule)
     print(
-        f"{config.name}: {config.num_classes} classes, {len(train)} images, {size}, {dtype} on "
+        f"{config.name}: {count(config.num_classes, 'class')}, {count(len(train), 'image')}, {size}, {dtype} on "
         f"{ranks.size} x {trainer.device}, batch norm {mode}"
     )
     # The number of images that batch norm computes its statistics over in one forward pass.

@@ -200,7 +200,7 @@ def coco_metrics(
     if dataset.num_copies:
         box, mask = (metrics["without_copies"][kind]["AP"] for kind in IOU_TYPES)
         metrics["notes"].append(
-            f"{dataset.path}: {dataset.num_copies} annotations repeat another one of the same image; without them "
+            f"{dataset.path}: annotations that repeat another one of their image: {dataset.num_copies}; without them "
             f"box AP is {box:.3f} and mask AP {mask:.3f}"
         )
     return metrics
@@ -223,13 +223,13 @@ class GroundTruth:
         path, notes = self.dataset.path, []
         without_mask = sum(a.segmentation is None for listed in self.annotations for a in listed)
         if without_mask:
-            notes.append(f"{path}: {without_mask} annotations have no usable mask; mask AP ignores their regions")
+            notes.append(f"{path}: annotations without a usable mask: {without_mask}; mask AP ignores their regions")
         pairs = zip(self.images, self.annotations, strict=True)
         wrong = sum(a.area(image["height"], image["width"])[1] for image, listed in pairs for a in listed)
         if wrong:
             notes.append(
-                f"{path}: {wrong} stated areas differ from the mask areas by more than a factor of two; the mask areas "
-                "are used for AP of small, medium and large objects"
+                f"{path}: areas that differ from the mask's by more than a factor of two: {wrong}; the mask's are used "
+                "for AP of small, medium and large objects"
             )
         return notes
 

@@ -133,7 +133,7 @@ def test_evaluation_says_that_masks_are_corrupt(dataset, weights, tmp_path):
     path = edit(dataset, corrupt)
     args = ["--weights", weights, "--device", "cpu", "--image_dir", path.parent / "images"]
     out = run("eval.py", *args, "--annotations", path, "--output", tmp_path / "metrics.json")
-    assert "2 annotations have no usable mask; mask AP ignores their regions" in out
+    assert "annotations without a usable mask: 2; mask AP ignores their regions" in out
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert json.loads((tmp_path / "metrics.json").read_text())["notes"]
 

@@ -167,7 +167,7 @@ def test_an_annotation_without_a_mask_is_an_object_for_boxes_and_a_region_to_ign
     assert metrics["bbox"]["AP"] == pytest.approx(1)
     assert coco_metrics(other, [result(*HIT)])["segm"]["AP"] == pytest.approx(1)
     assert coco_metrics(other, [result(*HIT)])["bbox"]["AP"] == pytest.approx(0.505, abs=2e-3)
-    assert "1 annotations have no usable mask" in metrics["notes"][0]
+    assert "annotations without a usable mask: 1;" in metrics["notes"][0]
 
 
 @pytest.mark.parametrize("area", [None, "n/a", 0, 1, 9e8])
@@ -178,7 +178,7 @@ def test_wrong_and_missing_areas_do_not_move_size_classes(tmp_path, area):
     metrics = coco_metrics(other, [result(*HIT)])
     assert metrics["segm"]["APs"] == pytest.approx(1)
     assert metrics["segm"]["APm"] == metrics["segm"]["APl"] == -1
-    assert any("stated areas" in note for note in metrics["notes"]) == (area in (0, 1, 9e8))
+    assert any("areas that differ from the mask" in note for note in metrics["notes"]) == (area in (0, 1, 9e8))
 
 
 def test_stated_areas_that_agree_are_kept(tmp_path):
@@ -195,7 +195,7 @@ def test_exact_copies_are_named_and_ap_is_given_without_them(tmp_path):
     assert metrics["segm"]["AP"] < 0.7
     assert metrics["without_copies"]["segm"]["AP"] == pytest.approx(1)
     (note,) = metrics["notes"]
-    assert "truth.json: 1 annotations repeat another one" in note
+    assert "truth.json: annotations that repeat another one of their image: 1;" in note
     assert "mask AP 1.000" in note
     assert "without_copies" not in coco_metrics(truth(tmp_path / "e", [ONE]), [result(*HIT)])
 

@@ -673,7 +673,7 @@ def test_unsupported_images_of_a_folder_are_named(weights, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), random_image())
     (tmp_path / "b.HEIC").write_bytes(b"x")
     text = run("eval.py", "--weights", weights, "--images", tmp_path, "--output", tmp_path / "out", code=1)
-    assert "1 images in an unsupported format such as b.HEIC; convert them to JPEG or PNG" in text
+    assert "1 image in an unsupported format such as b.HEIC; convert to JPEG or PNG" in text
     assert (tmp_path / "out/a.png").is_file()
 
 

@@ -328,7 +328,7 @@ def test_duplicates_are_dropped_and_counted(dataset, tmp_path):
     content["annotations"] += [a | {"id": 100 + i} for i, a in enumerate(content["annotations"][:5])]
     dataset.write_text(json.dumps(content))
     out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path))
-    assert f"{dataset}: 5 annotations repeat another one of their image; training ignores them" in out
+    assert f"{dataset}: annotations that repeat another one of their image: 5; training ignores them" in out
     assert "error" not in out
     assert len(CocoDataset(dataset, dataset.parent / "images")[0].boxes) == 2
 

@@ -36,7 +36,7 @@ from tools.formats.readers import open_coco
 from tools.formats.structures import image_sizes, lost_parts
 from tools.sheets import truth_sheet
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, run_main
+from utils.errors import ArgumentParser, UserError, count, run_main
 from utils.files import write_json
 
 SAMPLE = 100  # `quick_audit` reads at most this many images
@@ -75,7 +75,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"measured for {self.basis}",
-            f"{self.images} images ({self.negatives} without objects), {self.objects} objects, {self.crowds} crowds",
+            f"{count(self.images, 'image')} ({self.negatives} without objects), {count(self.objects, 'object')}, "
+            f"{count(self.crowds, 'crowd')}",
             f"{'class':<24}{'id':>8}{'objects':>9}{'share':>8}{'images':>8}{'median side':>13}",
         ]
         for row in self.classes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.image import MARK, SUFFIXES
-from utils.errors import UserError
+from utils.errors import UserError, count
 
 # An --output with one of these suffixes is refused, unless it is an existing folder: here only a folder or an image
 # file can be named.
@@ -171,7 +171,8 @@ def _unsupported_in(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
     if not names:
         return []
-    return [f"{folder}: {len(names)} images in an unsupported format such as {names[0]}; convert them to JPEG or PNG"]
+    number = count(len(names), "image")
+    return [f"{folder}: {number} in an unsupported format such as {names[0]}; convert to JPEG or PNG"]
 
 
 def _images_in(folder: Path) -> list[Path]:

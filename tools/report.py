@@ -28,7 +28,7 @@ from tools.error_analysis import (
     match_dataset,
 )
 from utils.draw import draw_objects
-from utils.errors import UserError
+from utils.errors import UserError, count
 from utils.files import write_bytes, write_json
 from weights.checkpoint import save_checkpoint
 from weights.load import load_state, read_weights
@@ -321,7 +321,7 @@ def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: di
     errors = [[name, str(summary["errors"][name]), text] for name, text in {**ERROR_KINDS, "missed": MISSED}.items()]
     sections = [
         f"<h1>{html.escape(summary['title'])}</h1>",
-        f"<p>{summary['images']} images, {summary['objects']} objects.</p>",
+        f"<p>{count(summary['images'], 'image')}, {count(summary['objects'], 'object')}.</p>",
         f"<p><span class=number>{_percent(mask['AP'])}</span> mask AP, "
         f"<span class=number>{_percent(box['AP'])}</span> box AP, "
         f"best score threshold <span class=number>{summary['best_threshold']:.2f}</span> (F1 {summary['f1']:.2f}).</p>",
@@ -333,7 +333,7 @@ def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: di
         + "</div>",
         "<h2>Curves</h2>" + _image("curves.png", images),
         f"<h2>Errors at the score threshold {summary['best_threshold']:.2f}</h2>"
-        f"<p>{summary['errors']['correct']} detections are correct.</p>"
+        f"<p>Correct detections: {summary['errors']['correct']}.</p>"
         + _table(["error", "count", "meaning"], errors, "text")
         + _image("errors.png", images),
         "<h2>Confusion matrix</h2>" + _image("confusion.png", images),

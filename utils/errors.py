@@ -61,7 +61,8 @@ def join_names(names: Sequence[str], limit: int = 5) -> str:
 def count(number: int, noun: str) -> str:
     """Return for example "1 image" or "2 images". The names of classes get no "s" where one would be wrong."""
     takes_s = noun[-1:].isascii() and noun[-1:].isalpha() and not noun.endswith("s")
-    return f"{number} {noun}{'s' if number != 1 and takes_s else ''}"
+    ending = "es" if noun == "class" else "s" if takes_s else ""
+    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 def integer(minimum: int) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ from torchvision.models import get_model_weights
 
 from backbone import BACKBONES
 from config import Config, as_set_arguments, differences
-from utils.errors import UserError, join_names
+from utils.errors import UserError, count, join_names
 from weights.checkpoint import read_checkpoint
 from weights.convert import Weights, is_yolact
 from weights.load import read_weights
@@ -89,7 +89,7 @@ def _init_from_yolact(model: Yolact, weights: Weights, path: str) -> str:
                 value.copy_(theirs)
             elif not name.endswith("num_batches_tracked"):
                 fresh.append(name)
-    lines = [f"starting from {path} ({other.name}, {other.num_classes} classes)"]
+    lines = [f"starting from {path} ({other.name}, {count(other.num_classes, 'class')})"]
     different = differences(config.model, other.model)
     if different:
         lines.append(f"  its configuration differs in {', '.join(different)}, so these weights are less useful here")

@@ -44,7 +44,7 @@ from tools.export.onnx_export import EXPORTABLE_NMS
 from tools.export.parity import check_export
 from tools.images import find_images
 from utils.device import configure_process
-from utils.errors import ArgumentParser, UserError, fraction_or_best, integer, parse_size, require, run_main
+from utils.errors import ArgumentParser, UserError, count, fraction_or_best, integer, parse_size, require, run_main
 from utils.files import write_error, write_json
 from weights import load_model
 from weights.released import BUNDLED
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draft = Path(folder) / args.output.name
         used = write_export(model, draft, size, detection, args.raw, read_images(paths) if args.int8 else None)
         if args.int8:
-            print(f"calibrated on {used} images")
+            print(f"calibrated on {count(used, 'image')}")
         report, problems = check_export(ExportedNetwork(draft), model, detection, images)
         if problems:
             raise UserError(

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = to_coco(images, names, root, problems)
         write_json(output, content)
         objects = count(len(content["annotations"]), "object")
-        classes = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
+        classes = count(len(names), "class")
         print(f"{labels.format}: {count(len(images), 'image')}, {objects}, {classes} -> {output}")
         print(f"  check it: python -m tools.audit --annotations {output} --image_dir {root}")
     for line in problems.lines() + similar_names(names):

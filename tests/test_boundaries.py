@@ -20,11 +20,11 @@ from conftest import random_image, to_centres
 
 from config import DetectionConfig, LossConfig, get_config, override
 from data import coco
-from data.annotation import Sample, as_id, is_crowd, parse_annotation
+from data.annotation import Sample, as_id, is_crowd, normalise_segmentation, parse_annotation
 from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, distort, sample_crop
 from data.coco import CocoDataset
 from data.image import MARK, PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv, write_image
-from data.loader import TrainingSet, check_shared_memory
+from data.loader import Batch, TrainingSet, check_shared_memory, report_unusable
 from layers.boxes import box_iou
 from layers.detect import detect
 from layers.loss import MultiBoxLoss, _mask_iou_term
@@ -375,3 +375,47 @@ def test_jpeg_is_written_in_quality_95(tmp_path):
     assert np.array_equal(cv2.imread(str(tmp_path / "a.jpg")), wanted)
     write_image(tmp_path / "a.jpeg", image)
     assert np.array_equal(cv2.imread(str(tmp_path / "a.jpeg")), wanted)
+
+
+def test_every_16_bit_value_of_8_bits_is_that_value():
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16, 1).repeat(3, axis=2)
+    assert np.array_equal(_to_uint8(values * 257, b"", "a.png"), values)
+
+
+def test_the_largest_side_that_is_believed():
+    assert coco._stated_size({"height": 5, "width": 10**6 - 1}) == (5, 10**6 - 1)
+    for width in (10**6, 0, -1):
+        assert coco._stated_size({"height": 5, "width": width}) is None
+
+
+def test_expansion_puts_the_image_on_a_larger_canvas_of_its_shape(small_config):
+    augment = Augment(override(small_config, augment_crop=False, augment_expand=3.0))
+    sample = Sample(np.zeros((40, 60, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    windows = [augment.choose_window(sample, np.random.default_rng(seed)) for seed in range(400)]
+    ratios = np.array([(w.x2 - w.x1) / 60 for w in windows])
+    assert all(w.x1 <= 0 and w.y1 <= 0 and w.x2 >= 59 and w.y2 >= 39 for w in windows)  # to a pixel: sides are rounded
+    assert max(abs((w.y2 - w.y1) / 40 - ratio) for w, ratio in zip(windows, ratios, strict=True)) < 1 / 40
+    assert (ratios == 1).mean() == pytest.approx(0.5, abs=0.1)
+    assert 2.9 < ratios.max() <= 3
+    assert min(w.x1 for w in windows) < -60  # anywhere on the canvas
+
+
+def test_the_distorted_region_contains_every_pixel_of_the_image(small_config):
+    region = Augment(small_config)._distortion((40, 60, 3), Window(-5, -5, 65, 45), np.random.default_rng(0))
+    assert region[5:] == (6, 9, 90, 87)  # of 6.9, 9.6, 89.1 and 86.4 in an input of 96 pixels
+
+
+def test_a_far_corner_is_cut_off_along_the_edges():
+    """In an image of 40 pixels, polygons are kept up to 40 pixels beyond it."""
+    (points,) = normalise_segmentation([[0, 10, 400, 110, 0, 110]], 40, 40)
+    corners = {(x, y) for x, y in zip(points[::2], points[1::2], strict=True)}
+    assert corners == {(0.0, 10.0), (80.0, 30.0), (80.0, 80.0), (0.0, 80.0)}
+
+
+@pytest.mark.parametrize(
+    ("images", "problems", "ends"), [(300, 3, False), (300, 4, True), (99, 1, False), (99, 2, True)]
+)
+def test_how_many_unusable_images_end_a_run(images, problems, ends):
+    batch = Batch(torch.zeros(1, 8, 8, 3), torch.zeros(1, 9), [], [], [f"image {i}" for i in range(problems)])
+    with pytest.raises(UserError, match="cannot be used") if ends else nullcontext():
+        report_unusable(batch, set(), images)

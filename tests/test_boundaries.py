@@ -24,7 +24,7 @@ from data.annotation import Sample, as_id, is_crowd, normalise_segmentation, par
 from data.augment import CANVAS_BGR, Augment, Distortion, Window, _placement, distort, sample_crop
 from data.coco import CocoDataset
 from data.image import MARK, PNG_SIGNATURE, _to_uint8, input_size, read_image, resize, resize_like_opencv, write_image
-from data.loader import Batch, TrainingSet, check_shared_memory, report_unusable
+from data.loader import Batch, TrainingSet, _collate, check_shared_memory, report_unusable
 from layers.boxes import box_iou
 from layers.detect import detect
 from layers.loss import MultiBoxLoss, _mask_iou_term
@@ -419,3 +419,18 @@ def test_how_many_unusable_images_end_a_run(images, problems, ends):
     batch = Batch(torch.zeros(1, 8, 8, 3), torch.zeros(1, 9), [], [], [f"image {i}" for i in range(problems)])
     with pytest.raises(UserError, match="cannot be used") if ends else nullcontext():
         report_unusable(batch, set(), images)
+
+
+def test_a_box_without_area_gives_way_to_the_mask():
+    square = [[5, 5, 15, 5, 15, 15, 5, 15]]
+    entry = {"category_id": 1, "segmentation": square}
+    for box in ([5, 5, 0, 10], [5, 5, 10, 0], [0, 0, 0, 0]):
+        assert parse_annotation(entry | {"bbox": box}, 0, 40, 40).box == (5, 5, 15, 15)
+    assert parse_annotation(entry | {"bbox": [5, 5, 0.5, 0.5]}, 0, 40, 40).box == (5, 5, 5.5, 5.5)
+
+
+def test_a_batch_without_usable_images_is_empty():
+    batch = _collate([(None, -1, ["a.jpg is damaged"])])
+    assert len(batch.images) == len(batch.targets) == 0
+    with pytest.raises(UserError, match=r"a\.jpg is damaged"):
+        report_unusable(batch, set(), 10**6)

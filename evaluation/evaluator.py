@@ -27,7 +27,8 @@ from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
-THREADS, AHEAD = 4, 8  # threads that read images and encode masks beside a GPU, and images read in advance
+# Threads that read images and encode masks beside a GPU, and images read in advance; not yet measured on one.
+THREADS, AHEAD = 4, 8
 Sizes = dict[int, tuple[int, int]]
 
 

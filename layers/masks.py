@@ -95,8 +95,8 @@ def assemble_masks(
     input of 550 pixels): one from the padding of the crop, one from the interpolation. With `config.crop_after_resize`,
     the upsampled masks are cropped as well, so that no pixel lies outside a box.
 
-    `prototypes` are [h, w, K], `coefficients` [N, K], `boxes` [N, 4] in corner form, relative to the image, also if
-    the others are on a GPU, on the CPU, and `size` is the height and width of the image.
+    `prototypes` are [h, w, K], `coefficients` [N, K], `boxes` [N, 4] in corner form, relative to the image and on the
+    CPU, and `size` is the height and width of the image. The masks are on the device of the prototypes.
     """
     height, width = size
     chunk = max(1, budget // (height * width * 5))  # a float32 and a bool per pixel

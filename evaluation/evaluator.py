@@ -27,8 +27,8 @@ from utils.files import write_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
-# Threads that read images and encode masks beside a GPU, and images read in advance; not yet measured on one.
-THREADS, AHEAD = 4, 8
+# Beside a GPU: threads that read images and encode masks, and images in a batch and read in advance; not yet measured.
+THREADS, BATCH = 4, 8
 Sizes = dict[int, tuple[int, int]]
 
 
@@ -42,7 +42,7 @@ class Segmenter(Protocol):
         ...
 
     def __call__(self, images: Any, /) -> Any:
-        """Return the `Detections` of an image, uint8 BGR [H, W, 3]."""
+        """Return the `Detections` of an image, uint8 BGR [H, W, 3], and on a GPU those of a list of images."""
         ...
 
 
@@ -80,13 +80,15 @@ def predict_dataset(
     on_gpu = getattr(predictor, "device", CPU).type == "cuda"  # on a CPU, threads would compete with the network
     # Images wait in one queue with the masks of earlier ones, so that few detections are in memory.
     with ThreadPoolExecutor(THREADS) if on_gpu else InThisThread() as pool, shown:
-        for index, image in zip(indices, _read_ahead(pool, dataset, indices), strict=True):
-            if isinstance(image, UserError):
-                found.problems.append(str(image))
-            else:
-                found.sizes[dataset.image_ids[index]] = image.shape[0], image.shape[1]
-                encoded.append(pool.submit(predictor(image).to_coco, dataset.image_ids[index]))
-            shown.update()
+        images = zip((dataset.image_ids[index] for index in indices), _read_ahead(pool, dataset, indices), strict=True)
+        while batch := list(itertools.islice(images, BATCH if on_gpu else 1)):
+            found.problems += [str(image) for _, image in batch if isinstance(image, UserError)]
+            read = {image_id: image for image_id, image in batch if not isinstance(image, UserError)}
+            found.sizes |= {image_id: image.shape[:2] for image_id, image in read.items()}
+            detected = predictor(list(read.values())) if on_gpu else map(predictor, read.values())
+            for image_id, detections in zip(read, detected, strict=True):
+                encoded.append(pool.submit(detections.to_coco, image_id))
+            shown.update(len(batch))
     for future in encoded:
         found.results += [result | {"category_id": to_file[result["category_id"]]} for result in future.result()]
     sizes = dict(ranks.gather(list(found.sizes.items())))
@@ -103,7 +105,7 @@ class InThisThread(Executor):
 
 
 def _read_ahead(pool: Executor, dataset: CocoDataset, indices: Sequence[int]) -> Iterator[np.ndarray | UserError]:
-    """Yield the images in order, or the error of one that cannot be read, and read the next AHEAD meanwhile."""
+    """Yield the images in order, or the error of one that cannot be read, and read the next BATCH meanwhile."""
 
     def read(index: int) -> np.ndarray | UserError:
         try:
@@ -114,7 +116,7 @@ def _read_ahead(pool: Executor, dataset: CocoDataset, indices: Sequence[int]) ->
     reading = deque[Future[np.ndarray | UserError]]()
     for index in indices:
         reading.append(pool.submit(read, index))
-        if len(reading) > AHEAD:
+        if len(reading) > BATCH:
             yield reading.popleft().result()
     yield from (future.result() for future in reading)
 

@@ -31,7 +31,23 @@ def test_valid_run_lengths_pass_unchanged():
         assert np.array_equal(to_mask(checked, height, width), mask)
 
 
-@pytest.mark.parametrize("counts", ["garbage!!", "PPPP", "", "0", "é", "\0\0", 5, [5, 7], [96 * 128 - 0.5, 0.5], [-1]])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        "garbage!!",
+        "PPPP",
+        "",
+        "0",
+        "é",
+        "\0\0",
+        5,
+        [5, 7],
+        [96 * 128 - 0.5, 0.5],
+        [96 * 127.5, 48, 48],
+        [2**41, 1],
+        [-1],
+    ],
+)
 def test_damaged_run_lengths_are_no_mask(counts):
     assert normalise_segmentation({"size": [96, 128], "counts": counts}, 96, 128) is None
 

@@ -226,13 +226,17 @@ def test_distortion_is_what_its_definition_says():
 
 
 def test_colours_turn_as_in_opencv():
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    for hue, saturation in ((18, 1), (-17.5, 0.5), (3, 1.5)):
-        hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_BGR2HSV)  # hue in degrees
-        hsv[..., 0] = (hsv[..., 0] + hue) % 360
-        hsv[..., 1] *= saturation
-        wanted = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
-        assert np.abs(distorted(image, hue=hue, saturation=saturation) - wanted).max() < 0.05
+    rng = np.random.default_rng(0)
+    colourful = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    nearly_grey = (rng.integers(0, 250, (64, 64, 1)) + rng.integers(0, 3, (64, 64, 3))).astype(np.uint8)
+    for image in (colourful, nearly_grey):
+        for hue, saturation, contrast in ((18, 1, 1), (-17.5, 0.5, 1), (3, 1.5, 0.5)):
+            hsv = cv2.cvtColor(image * np.float32(contrast), cv2.COLOR_BGR2HSV)  # hue in degrees
+            hsv[..., 0] = (hsv[..., 0] + hue) % 360
+            hsv[..., 1] *= saturation
+            wanted = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+            found = distorted(image, contrast=contrast, contrast_first=1, hue=hue, saturation=saturation)
+            assert np.abs(found - wanted).max() < 0.05
 
 
 def test_only_the_region_is_distorted():

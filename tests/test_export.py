@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import sys
 
 import cv2
@@ -75,6 +77,20 @@ def check_same(expected, boxes, scores, labels, masks):
     assert (expected.masks.numpy() != masks[order]).mean() < 2e-3
 
 
+def check_cropped(boxes, masks, counts, cropped):
+    """Each cropped mask has the pixels of the whole mask in its box, which begin at the rounded up corner."""
+    corners = np.ceil(boxes).astype(int)
+    differ = total = 0
+    for i, count in enumerate(counts):
+        for (x1, y1, x2, y2), mask, part in zip(corners[i, :count], masks[i], cropped[i], strict=False):
+            height, width = y2 - y1, x2 - x1
+            differ += (part[:height, :width] != mask[y1:y2, x1:x2]).sum()
+            total += height * width
+            assert not part[height:].any()
+            assert not part[:, width:].any()
+    assert differ <= total * 1e-4
+
+
 def check_graph(path, model, sizes, batch_sizes=(1, 3), **detection):
     network = ExportedNetwork(path)
     predictor = Predictor(model, device="cpu", precision="fp32", size=network.size, **detection).published()
@@ -85,7 +101,9 @@ def check_graph(path, model, sizes, batch_sizes=(1, 3), **detection):
             images = [random_image(*size, seed=seed) for seed in range(count)]
             outputs = graph(to_batch(images))
             boxes, scores, labels, masks, counts = outputs[:5]
-            scores = outputs[5] if len(outputs) > 5 else scores
+            scores = next((x for x in outputs[5:] if x.ndim == 2), scores)  # mask_scores
+            if outputs[-1].ndim == 4:
+                check_cropped(boxes, masks, counts, outputs[-1])
             for i, expected in enumerate(predictor(images)):
                 used = slice(int(counts[i]))
                 check_same(expected, boxes[i, used], scores[i, used], labels[i, used], masks[i, used])
@@ -107,7 +125,7 @@ def small(tmp_path_factory, weights):
     """The small model, exported to both formats."""
     folder = tmp_path_factory.mktemp("export")
     for suffix in (".onnx", ".xml"):
-        run("tools.export", "--weights", weights, "--output", folder / f"small{suffix}")
+        run("tools.export", "--weights", weights, "--output", folder / f"small{suffix}", "--masks_cropped")
     return folder
 
 
@@ -306,6 +324,22 @@ def test_resizing_in_the_graph_gives_opencvs_values():
         assert (difference > 0).mean() < 0.01
     same = torch.from_numpy(to_batch([image]))
     assert torch.equal(resize_like_opencv(same, (400, 512)), same.float())
+
+
+def test_whole_masks_can_be_removed(small, tmp_path, monkeypatch):
+    import onnxruntime
+
+    shutil.copy(small / "small.onnx", tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    exec(block, names := {})
+    inputs = {"image": to_batch([random_image(70, 130)])}
+    expected, found = (
+        onnxruntime.InferenceSession(x).run(names["outputs"], inputs) for x in ("model.onnx", "cropped.onnx")
+    )
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert expected[-1].any()
 
 
 def test_the_example_runs_without_torch(small, tmp_path):

@@ -19,7 +19,9 @@ The exported graph has one input and five outputs, for a batch of B images and C
 Detections are sorted by descending score and padded to N, the largest number of detections in an image of the batch
 after NMS (at least 1). Models that score their masks (YOLACT++, or `maskness` in the configuration) have a sixth output
 `mask_scores` [B, N]; with `strict_threshold`, detections are sorted and filtered by it. All N masks are
-computed at once, so limit N with --top_k for large images. With --raw, the input is `normalised`, float32 [B, 3, h, w],
+computed at once, so limit N with --top_k for large images. With --masks_cropped, the last output is `masks_cropped`
+[B, N, h, w]: of each mask only the pixels inside its box, where h and w are the sides of the largest box. Mask [b, n]
+begins at the pixel (ceil(x1), ceil(y1)) of the image. With --raw, the input is `normalised`, float32 [B, 3, h, w],
 and the outputs are `raw_boxes` [B, A, 4], `raw_logits` [B, A, C + 1], `raw_coefficients` [B, A, K] and `prototypes` [B,
 h', w', K], see `layers.structures.Predictions`. The metadata of the file contain the class names, the category ids, the
 preprocessing and the configuration.
@@ -69,6 +71,7 @@ def build_parser() -> ArgumentParser:
         "each image's aspect ratio (default: the configuration's)",
     )
     add("--raw", action="store_true", help="export only the network, from normalised images to raw outputs")
+    add("--masks_cropped", action="store_true", help="add an output with the pixels of each mask inside its box only")
     add("--int8", action="store_true", help="quantise the network to int8 (OpenVINO)")
     add("--calibration", nargs="+", default=[], help="images or folders for --int8; a hundred are enough")
     add("--check", nargs="+", default=[], help="images on which the export is checked (default: two bundled images)")
@@ -97,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--int8 needs --output MODEL.xml and --calibration IMAGES")
     if args.calibration and not args.int8:
         raise UserError("--calibration can only be used with --int8")
+    if args.raw and args.masks_cropped:
+        raise UserError("--raw has no masks; leave out --masks_cropped")
     with require("onnx", "onnxscript", "openvino" if to_ir else "onnxruntime", *["nncf"] * args.int8, install=EXTRA):
         pass  # a missing package is reported now, and not after the export
     model = load_model(args.weights)
@@ -109,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = list_images(args.calibration)[:MAX_CALIBRATION]
     with scratch_folder(args.output) as folder:
         draft = Path(folder) / args.output.name
-        used = write_export(model, draft, size, detection, args.raw, read_images(paths) if args.int8 else None)
+        calibration = read_images(paths) if args.int8 else None
+        used = write_export(model, draft, size, detection, args.raw, calibration, args.masks_cropped)
         if args.int8:
             print(f"calibrated on {count(used, 'image')}")
         report, problems = check_export(ExportedNetwork(draft), model, detection, images)

@@ -24,6 +24,7 @@ def write_export(
     detection: DetectionConfig,
     raw: bool = False,
     calibration: Iterable[np.ndarray] | None = None,
+    cropped: bool = False,
 ) -> int:
     """Export a model to ONNX or OpenVINO, depending on the suffix of `path`.
 
@@ -34,6 +35,7 @@ def write_export(
         detection: the thresholds, NMS and limits of the exported graph.
         raw: export the network alone, from normalised images to raw outputs.
         calibration: uint8 BGR images [H, W, 3] for quantising the network to int8 (OpenVINO only). None: no int8.
+        cropped: with the output masks_cropped, see `tools.export.graph.DetectionGraph`.
 
     Returns:
         The number of calibration images.
@@ -45,7 +47,7 @@ def write_export(
     batches = [_graph_input(image, model, size, raw) for image in calibration or ()]
     if calibration is not None and not batches:
         raise UserError("int8 needs calibration images, and none could be read")
-    proto = to_onnx(model, size, detection, raw)
+    proto = to_onnx(model, size, detection, raw, cropped)
     if path.suffix == ".onnx":
         write_bytes(path, proto.SerializeToString())
         return 0

@@ -42,15 +42,23 @@ class DetectionGraph(nn.Module):
             whose area an input with the aspect ratio of the images has, see data.image.input_size.
         detection: thresholds, NMS and limits. The NMS must have fixed shapes: any but "standard".
         expose: also return the intermediate tensors at which the graph can be cut, see `cut_points`.
+        cropped: also return masks_cropped, see `forward`.
     """
 
-    def __init__(self, model: Yolact, size: int | tuple[int, int], detection: DetectionConfig, expose: bool = False):
+    def __init__(
+        self,
+        model: Yolact,
+        size: int | tuple[int, int],
+        detection: DetectionConfig,
+        expose: bool = False,
+        cropped: bool = False,
+    ):
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
         self.model = _prepared(model)
         self.settings: ModelConfig = model.config.model
-        self.size, self.detection, self.expose = size, detection, expose
+        self.size, self.detection, self.expose, self.cropped = size, detection, expose, cropped
         self.register_buffer("mean", torch.tensor(self.settings.mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(self.settings.std, dtype=torch.float32).view(3, 1, 1))
 
@@ -61,8 +69,9 @@ class DetectionGraph(nn.Module):
 
     def output_names(self) -> tuple[str, ...]:
         """Return the names of what `forward` returns, in order."""
-        names = ("boxes", "scores", "labels", "masks", "count")
-        return names + ("mask_scores",) * self.rescores + self.cut_points() * self.expose
+        names: tuple[str, ...] = ("boxes", "scores", "labels", "masks", "count")
+        names += ("mask_scores",) * self.rescores + ("masks_cropped",) * self.cropped
+        return names + self.cut_points() * self.expose
 
     def cut_points(self) -> tuple[str, ...]:
         """Return the names of the intermediate tensors at which the graph can be cut to extract the network."""
@@ -73,8 +82,9 @@ class DetectionGraph(nn.Module):
         """Return, for B images, N slots and images of H x W pixels:
 
         boxes [B, N, 4], x1, y1, x2, y2 in pixels of the image; scores [B, N], 0..1; labels [B, N], 0..C-1;
-        masks [B, N, H, W], bool; count [B], the number of used slots per image; and, for models that score masks,
-        mask_scores [B, N], by which detections are sorted with `strict_threshold`.
+        masks [B, N, H, W], bool; count [B], the number of used slots per image; for models that score masks,
+        mask_scores [B, N], by which detections are sorted with `strict_threshold`; and if `cropped`, masks_cropped
+        [B, N, h, w], the masks inside their boxes, see `_inside_boxes`.
         """
         height, width = image.shape[2:]
         size = _input_size(height, width, self.size) if isinstance(self.size, int) else self.size
@@ -99,9 +109,13 @@ class DetectionGraph(nn.Module):
         masks = masks > self.detection.mask_threshold
         if self.detection.crop and self.detection.crop_after_resize:
             masks = masks & crop_window(boxes, height, width, padding=0)
-        outputs = [_to_pixels(boxes, height, width), scores, labels, masks, count]
+        boxes = _to_pixels(boxes, height, width)
+        outputs = [boxes, scores, labels, masks, count]
         if self.rescores:
             outputs.append(ranking)
+        if self.cropped:
+            corners = boxes.ceil().long().where((scores > 0)[..., None], 0)
+            outputs.append(_inside_boxes(soft, corners, (width, height)) > self.detection.mask_threshold)
         if self.expose:
             outputs += [inside[name] for name in self.cut_points()]
         return tuple(outputs)
@@ -160,6 +174,28 @@ def _used_slots(boxes: Tensor, scores: Tensor, labels: Tensor, coefficients: Ten
     torch._check(used >= 1)  # torch.export cannot know the range of a value
     torch._check(used <= scores.shape[1])
     return boxes[:, :used], scores[:, :used], labels[:, :used], coefficients[:, :used]
+
+
+def _inside_boxes(soft: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample soft masks [B, N, h', w'] to an image of `size` (W, H) inside their boxes only, to [B, N, h, w].
+
+    `corners` [B, N, 4] are the boxes' x1, y1, x2, y2 in pixels, rounded up; h and w are the height and width of the
+    largest box. The first pixel of a mask is that of the image at (x1, y1); pixels beyond x2 and y2 are 0.
+    """
+    matrices = []
+    for axis, length in enumerate(size):
+        pixels = soft.shape[3 - axis]
+        first, end = corners[..., axis, None], corners[..., axis + 2, None]
+        longest: Any = (end - first).max().clamp(min=1).item()
+        torch._check(longest >= 1)  # torch.export cannot know the range of a value
+        torch._check(longest <= length)
+        position = first + torch.arange(longest)
+        # Bilinear interpolation: the weight of a prototype pixel falls linearly to 0 over the distance of one pixel.
+        source = ((position + 0.5) * (pixels / length) - 0.5).clamp(0, pixels - 1)
+        weights = (1 - (source[..., None] - torch.arange(pixels)).abs()).clamp(min=0)
+        matrices.append(weights * (position < end)[..., None])
+    columns, rows = matrices
+    return rows @ soft @ columns.transpose(-1, -2)
 
 
 def _reorder(values: Tensor, order: Tensor) -> Tensor:

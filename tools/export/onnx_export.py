@@ -52,7 +52,9 @@ def _program(module: DetectionGraph | RawNetwork, size: tuple[int, int] | None =
         return torch.export.export(module.eval(), (example,), dynamic_shapes=(dynamic,), strict=False)
 
 
-def to_onnx(model: Yolact, size: int | tuple[int, int], detection: DetectionConfig, raw: bool = False) -> Any:
+def to_onnx(
+    model: Yolact, size: int | tuple[int, int], detection: DetectionConfig, raw: bool = False, cropped: bool = False
+) -> Any:
     """Return an onnx.ModelProto.
 
     Args:
@@ -60,6 +62,7 @@ def to_onnx(model: Yolact, size: int | tuple[int, int], detection: DetectionConf
         size: of the network's input, see `DetectionGraph`; height and width if `raw`.
         detection: baked into the graph. The model's own settings are stored beside it, for `Predictor`.
         raw: the network alone, from normalised images to raw outputs.
+        cropped: with the output masks_cropped, see `DetectionGraph`.
 
     Raises:
         UserError: if a package is missing, or the NMS cannot be exported.
@@ -72,7 +75,7 @@ def to_onnx(model: Yolact, size: int | tuple[int, int], detection: DetectionConf
         visible = len(names)
     else:
         check_nms(detection)
-        graph = DetectionGraph(model, size, detection, expose=True)
+        graph = DetectionGraph(model, size, detection, expose=True, cropped=cropped)
         program, names = _program(graph), list(graph.output_names())
         visible = len(names) - len(graph.cut_points())
     with warnings.catch_warnings():

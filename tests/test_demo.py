@@ -34,8 +34,10 @@ def test_sliders_do_not_run_the_network_again(weights, tmp_path):
     predictor.backend.network = lambda batch: runs.append(1) or network(batch)
     counts = {}
     for threshold, top_k in ((0.0, 10), (0.5, 10), (0.0, 2)):
-        text, table, *_, json_file, _ = segmenter(str(upload), threshold, top_k, "fast", 96, [], 0.9)
+        choices = str(upload), 0.9, [], threshold, top_k, "fast", 96
+        text, table, *_ = segmenter(*choices)
         assert len(table) == int(text.split()[0])
+        _, json_file, _ = segmenter.write(*choices)
         counts[threshold, top_k] = len(json.loads(Path(json_file).read_text())["annotations"])
         wanted = predictor.with_detection(score_threshold=threshold, top_k=top_k)(str(upload))
         assert counts[threshold, top_k] == len(wanted)
@@ -43,7 +45,7 @@ def test_sliders_do_not_run_the_network_again(weights, tmp_path):
         assert text.startswith(f"{len(wanted)} detection")
     assert counts[0.0, 10] > counts[0.0, 2] == 2
     name = table[0][0]
-    text, table, overlay, compared, *_ = segmenter(str(upload), 0.0, 10, "fast", 96, [name], 1.0)
+    text, table, overlay, compared, *_ = segmenter(str(upload), 1.0, [name], 0.0, 10, "fast", 96)
     assert {row[0] for row in table} == {name}
     assert compared.shape[1] == 2 * overlay.shape[1]
     assert (compared[:, : overlay.shape[1]] == overlay).all()
@@ -143,8 +145,11 @@ class Page:
         )
 
     def download(self, label, path):
-        next(button for button in self.all("button, a") if button.text == label).click()
-        return wait_for(lambda: path if path.exists() else None, what=str(path))
+        def click():  # nothing happens until the file is written
+            next(button for button in self.all("button, a") if button.text == label).click()
+            return path if path.exists() else None
+
+        return wait_for(click, what=str(path))
 
 
 @pytest.mark.slow

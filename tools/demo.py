@@ -68,36 +68,38 @@ class Segmenter:
             int(np.max(self.model.size)) if isinstance(self.model, ExportedNetwork) else self.config.model.max_size
         )
 
-    def __call__(
-        self, path: str | None, threshold: float, top_k: int, nms: str, size: int, classes: Sequence[str], second: float
-    ) -> list[Any]:
-        """Return what the page shows: a line of text, a table, four images in RGB, and the paths of three files.
+    def __call__(self, path: str | None, second: float, classes: Sequence[str], *choices: Any) -> list[Any]:
+        """Return what the page shows: a line of text, a table, and four images in RGB.
 
-        Without `classes`, all are shown. One of the images compares the threshold with a `second` one.
+        Without `classes`, all are shown. One of the images compares the threshold with a `second` one. See `detect` for
+        the other `choices`.
         """
         if path is None:
-            return ["Choose an image.", *[None] * 8]
+            return ["Choose an image.", *[None] * 5]
         try:
-            image, predictions = self.raw(path, int(size))
+            image, found = self.detect(path, classes, *choices)
         except UserError as error:
-            return [f"**{str(error).replace(str(Path(path).parent) + '/', '')}**", *[None] * 8]
-
-        def at(score: float) -> Detections:
-            predictor = self.predictor(int(size)).with_detection(score_threshold=score, top_k=int(top_k), nms=nms)
-            with torch.inference_mode():
-                selected = predictor.detect(predictions)
-            found = predictor.postprocess(selected, predictions.prototypes, [image.shape[:2]])[0]
-            return found[[not classes or found.class_names[label] in classes for label in found.labels.tolist()]]
-
-        found = at(threshold)
+            return [f"**{str(error).replace(str(Path(path).parent) + '/', '')}**", *[None] * 5]
         overlay = found.draw(image)
-        pages = [overlay, np.hstack((overlay, at(second).draw(image))), *explained(found, image)]
+        right = self.detect(path, classes, second, *choices[1:])[1].draw(image)
+        pages = [overlay, np.hstack((overlay, right)), *explained(found, image)]
         names = sorted({found.class_names[label] for label in found.labels.tolist()})
         text = f"{len(found)} detection{'' if len(found) == 1 else 's'}{': ' if names else ''}{', '.join(names)}"
         table = [
             [row[key] if isinstance(row[key], str) else round(row[key], 2) for key in TABLE] for row in found.to_dicts()
         ]
-        return [text, table, *(page[..., ::-1] for page in pages), *self.write(Path(path), overlay, found)]
+        return [text, table, *(page[..., ::-1] for page in pages)]
+
+    def detect(
+        self, path: str, classes: Sequence[str], threshold: float, top_k: int, nms: str, size: int
+    ) -> tuple[np.ndarray, Detections]:
+        """Return an uploaded image and its detections. Raises UserError if it cannot be read."""
+        image, predictions = self.raw(path, int(size))
+        predictor = self.predictor(int(size)).with_detection(score_threshold=threshold, top_k=int(top_k), nms=nms)
+        with torch.inference_mode():
+            selected = predictor.detect(predictions)
+        found = predictor.postprocess(selected, predictions.prototypes, [image.shape[:2]])[0]
+        return image, found[[not classes or found.class_names[label] in classes for label in found.labels.tolist()]]
 
     def _raw(self, path: str, size: int) -> tuple[np.ndarray, Predictions]:
         """Return an uploaded image, and the network's outputs for it at an input size."""
@@ -106,19 +108,25 @@ class Segmenter:
         with torch.inference_mode():
             return image, predictor.predict(predictor.preprocess(image)[None])
 
-    def write(self, path: Path, overlay: np.ndarray, found: Detections) -> list[str]:
-        """Write overlay, COCO JSON and LabelMe JSON into the folder of an upload, and return their paths."""
-        folder = self.folder / path.parent.name  # each upload has a folder of its own
-        files = [folder / f"{path.stem}_segmented.png", folder / f"{path.stem}_coco.json", folder / f"{path.stem}.json"]
-        write_image(files[0], overlay)
+    def write(self, path: str | None, _: float, classes: Sequence[str], *choices: Any) -> list[str | None]:
+        """Write overlay, COCO JSON and LabelMe JSON for the arguments of `__call__`, and return the three paths."""
+        if path is None:
+            return [None] * 3
+        try:
+            image, found = self.detect(path, classes, *choices)
+        except UserError:
+            return [None] * 3
+        name, folder = Path(path), self.folder / Path(path).parent.name  # each upload has a folder of its own
+        files = [folder / f"{name.stem}_segmented.png", folder / f"{name.stem}_coco.json", folder / f"{name.stem}.json"]
+        write_image(files[0], found.draw(image))
         pairs = zip(self.config.category_ids, self.config.class_names, strict=True)
         content = {
-            "images": [{"id": 1, "file_name": path.name, "height": found.size[0], "width": found.size[1]}],
+            "images": [{"id": 1, "file_name": name.name, "height": found.size[0], "width": found.size[1]}],
             "annotations": [{"id": i} | row | {"iscrowd": 0} for i, row in enumerate(found.to_coco(1), 1)],
-            "categories": [{"id": i, "name": name} for i, name in pairs],
+            "categories": [{"id": i, "name": category} for i, category in pairs],
         }
         write_json(files[1], content)
-        write_json(files[2], found.to_labelme(path.name))
+        write_json(files[2], found.to_labelme(name.name))
         return [str(file) for file in files]
 
 
@@ -138,7 +146,7 @@ def build_page(segmenter: Segmenter, title: str) -> Any:
     import gradio as gr
 
     detection = segmenter.config.detection
-    shown: Any = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download", "fullscreen"]}
+    shown: Any = {"format": "jpeg", "interactive": False, "show_label": False, "buttons": ["download", "fullscreen"]}
     with gr.Blocks(title="YOLACT", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(f"# YOLACT\n{title}")
         with gr.Row():
@@ -182,14 +190,16 @@ def build_page(segmenter: Segmenter, title: str) -> Any:
                         gr.DownloadButton(label, size="sm") for label in ("Overlay PNG", "COCO JSON", "LabelMe JSON")
                     ]
 
-        gr.on(
-            [item.change for item in (image, threshold, top_k, nms, size, classes, second)],
-            segmenter,
-            [image, threshold, top_k, nms, size, classes, second],
+        choices: Any = [image, second, classes, threshold, top_k, nms, size]
+        changed = gr.on(
+            [item.change for item in choices],
+            lambda *values: [*segmenter(*values), *[None] * len(files)],  # no files of earlier choices
+            choices,
             [text, table, overlay, compared, prototypes, composition, *files],
             trigger_mode="always_last",
             show_progress="minimal",
         )
+        changed.then(segmenter.write, choices, files, show_progress="hidden")  # what is shown need not wait for it
     return page
 
 

@@ -75,9 +75,10 @@ def _tile(
     values: np.ndarray, size: tuple[int, int], text: str, color: tuple[int, int, int] = (40, 40, 200)
 ) -> np.ndarray:
     """Draw values -1..1 [h, w] as a tile of `size` (H, W) with a caption: white is 0, `color` is 1, blue is -1."""
-    values = cv2.resize(values.astype(np.float32), size[::-1])[..., None]
-    ink = np.where(values > 0, np.array(color, np.float32), np.array((200, 90, 30), np.float32))
-    out = (255 + (ink - 255) * np.abs(values).clip(0, 1)).astype(np.uint8)
+    levels = np.linspace(-1, 1, 255)[:, None]
+    table = (255 + (np.where(levels > 0, color, (200, 90, 30)) - 255) * np.abs(levels)).astype(np.uint8)
+    values = cv2.resize(values.astype(np.float32), size[::-1]).clip(-1, 1)
+    out = table[np.rint(values * 127 + 127).astype(np.uint8)]
     cv2.rectangle(out, (0, 0), (size[1] - 1, size[0] - 1), (210, 210, 210), 1)
     cv2.putText(out, text, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return out

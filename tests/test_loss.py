@@ -12,6 +12,7 @@ from layers.anchors import make_anchors
 from layers.boxes import box_iou
 from layers.loss import TERMS, MultiBoxLoss, Part, _mask_iou_term, mask_cross_entropy, resize_truth
 from layers.masks import crop_window
+from layers.matching import Matches
 from yolact import MaskIoUNet, Predictions
 
 CONFIG = get_config("yolact_resnet50", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
@@ -59,6 +60,15 @@ def test_a_picture_without_objects_unlearns_its_strongest_mistakes():
     assert touched.sum() == 3 * 10
     foreground = raw.logits[0].softmax(dim=1)[:, 1:].sum(dim=1)
     assert foreground[touched].min() >= foreground[~touched].max()
+
+
+def test_where_negatives_run_short_nothing_takes_their_place():
+    """Three are mined for a positive anchor, and two exist. All anchors are nearly right, so each costs little."""
+    classes = torch.tensor([[1, 0, 0, -1]])
+    logits = torch.tensor([[[0.0, 5, 0, 0], [5, 0, 0, 0], [4, 0, 0, 0], [0, 5, 0, 0]]])
+    matches = Matches(torch.zeros(1, 4, dtype=torch.long), classes, torch.zeros(1, 4, 4))
+    wanted = torch.nn.functional.cross_entropy(logits[0, :3], classes[0, :3], reduction="sum")
+    assert MultiBoxLoss(CONFIG.loss).class_term(logits, matches) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_every_object_gets_an_anchor_of_its_own():

@@ -290,9 +290,11 @@ def chosen_task(args: argparse.Namespace) -> str:
     if args.store_threshold and (args.report is None or args.weights is None or args.max_images is not None):
         raise UserError("--store_threshold needs --report DIR and --weights, and all images (no --max_images)")
     if args.report is not None:
-        from tools.report import need_matplotlib
+        from tools.report import need_matplotlib, storable
 
         need_matplotlib()
+        if args.store_threshold:
+            storable(args.weights)
     return chosen[0]
 
 

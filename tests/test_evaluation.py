@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data.coco import CocoDataset
-from evaluation.evaluator import coco_metrics, evaluate, predict_dataset
+from evaluation.evaluator import coco_metrics, evaluate, predict_dataset, write_coco_results
 from inference import Predictor
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -117,6 +118,9 @@ def test_masks_are_ranked_by_their_own_score(tmp_path):
     metrics = coco_metrics(data, results)
     assert metrics["bbox"]["AP"] == pytest.approx(0.5, abs=1e-3)
     assert metrics["segm"]["AP"] == pytest.approx(1.0)
+    for kind, path in zip(("bbox", "segm"), write_coco_results(tmp_path / "out.json", results), strict=True):
+        written = json.loads(Path(path).read_text())  # a COCO server computes the same from the files
+        assert list(metrics[kind].values()) == pytest.approx(by_hand(data, written, kind).tolist())
 
 
 def test_no_detections_at_all_and_per_class(tmp_path):

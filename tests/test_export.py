@@ -351,6 +351,7 @@ def test_the_example_runs_without_torch(small, tmp_path):
     text = spawn("-c", code, cwd=tmp_path)
     assert "mask" in text
     assert (cv2.imread(str(tmp_path / "out.png")) != cv2.imread(str(ASTRONAUT))).any()
+    assert "usage: " in spawn(ROOT / "examples/onnxruntime_only.py", "--help", code=1)
 
 
 def test_bad_files_get_one_line(small, tmp_path):

@@ -28,6 +28,8 @@ from tools.error_analysis import (
     match_dataset,
 )
 from weights import load_model
+from weights.checkpoint import save_checkpoint
+from weights.released import BUNDLED
 
 SIDE = 100
 
@@ -198,6 +200,14 @@ def test_mistakes_of_reports_get_one_line(weights, dataset, tmp_path, monkeypatc
 
     common = ["--annotations", dataset, "--image_dir", dataset.parent / "images", "--weights", weights]
     assert "needs --report" in run("eval.py", *common, "--store_threshold", code=2)
+    report = ["--report", tmp_path / "r", "--store_threshold"]
+    assert "and all images" in run("eval.py", *common, *report, "--max_images", 2, code=2)
+    bundled = BUNDLED.read_bytes()
+    assert "would change a file of this project" in run("eval.py", *common[:-1], BUNDLED.stem, *report, code=2)
+    assert bundled == BUNDLED.read_bytes()
+    save_checkpoint(tmp_path / "last.pth", load_model(weights), training={"step": 1})
+    assert "a run's best.pth" in run("eval.py", *common[:-1], tmp_path / "last.pth", *report, code=2)
+    assert not (tmp_path / "r").exists()
     image = ["--weights", weights, "--image", dataset.parent / "images/image_0.png"]
     assert "none is stored" in run("eval.py", *image, "--score_threshold", "best", code=2)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -32,7 +32,7 @@ from utils.errors import UserError, count
 from utils.files import write_bytes, write_json
 from weights.checkpoint import save_checkpoint
 from weights.load import load_state, read_weights
-from weights.released import find_weights
+from weights.released import BUNDLED, find_weights
 from yolact import Yolact
 
 MISTAKES_PER_SHEET = 8  # images on a sheet of mistakes
@@ -98,15 +98,21 @@ def write_report(
     return summary
 
 
-def store_threshold(path_or_name: str | Path, threshold: float) -> Path:
-    """Store the best score threshold in a checkpoint of this project without training state, and return its path.
-
-    Raises UserError for a file of another kind.
-    """
+def storable(path_or_name: str | Path) -> Path:
+    """Return the path of a checkpoint in which a score threshold can be stored. Raises UserError for other weights."""
     path = find_weights(path_or_name)
+    if path == BUNDLED:
+        raise UserError(f"{path}: --store_threshold would change a file of this project; copy it, and give the copy")
     weights = read_weights(path)
     if weights.layout != "own" or weights.training is not None:
-        raise UserError(f"{path}: only the best.pth of a run can store a threshold")
+        raise UserError(f"{path}: --store_threshold needs a checkpoint without training state, a run's best.pth")
+    return path
+
+
+def store_threshold(path_or_name: str | Path, threshold: float) -> Path:
+    """Store the best score threshold in a checkpoint, see `storable`, and return its path."""
+    path = storable(path_or_name)
+    weights = read_weights(path)
     model = Yolact(override(weights.config, best_score_threshold=threshold))
     load_state(model, weights, path)
     save_checkpoint(path, model)

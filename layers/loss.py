@@ -37,8 +37,18 @@ class Part(NamedTuple):
     """The matches of a part of a batch, and what the losses of all parts are divided by, so that they add up."""
 
     matches: Matches
-    num_positives: Tensor  # positive anchors in the whole batch, at least 1
+    divisors: Tensor  # [2], see `count_anchors`, of the whole batch, at least 1
     num_images: int  # in the whole batch
+
+
+def count_anchors(matches: Matches) -> Tensor:
+    """Return [2]: the number of positive anchors, and the same with EMPTY_POSITIVES for each image that has none.
+
+    Losses of positive anchors are divided by the first. The class term is divided by the second: its negatives are
+    mined as if images without objects had so many, and a batch of such images would otherwise give a huge gradient.
+    """
+    count = matches.positive.sum(dim=1)
+    return torch.stack((count, torch.where(count == 0, EMPTY_POSITIVES, count))).sum(dim=1)
 
 
 class MultiBoxLoss:
@@ -46,8 +56,8 @@ class MultiBoxLoss:
 
     All terms are computed in float32, and none is ever missing. The class term is a sum over positive and mined
     negative anchors, the box, mask and mask IoU terms are sums over positive anchors; all four are divided by the
-    number of positive anchors in the batch. The semantic term is a mean over the images. An object without a mask
-    contributes to the box and class terms only.
+    number of positive anchors in the batch, see `count_anchors`. The semantic term is a mean over the images. An object
+    without a mask contributes to the box and class terms only.
 
     Raises UserError if the configuration's assigner is unknown.
     """
@@ -76,12 +86,12 @@ class MultiBoxLoss:
         offsets, logits = predictions.boxes.float(), predictions.logits.float()
         if part is None:
             matches = self.match(anchors, targets, positions_per_level(predictions))
-            part = Part(matches, matches.positive.sum().clamp(min=1), len(targets))
-        matches, divisor = part.matches, part.num_positives
+            part = Part(matches, count_anchors(matches).clamp(min=1), len(targets))
+        matches, (divisor, class_divisor) = part.matches, part.divisors.unbind()
         mask, mask_iou = self.mask_terms(predictions, matches, targets, mask_iou_net)
         losses = {
             "box": self.box_term(offsets, anchors, matches) / divisor,
-            "class": self.class_term(logits, matches) / divisor,
+            "class": self.class_term(logits, matches) / class_divisor,
             "mask": mask / divisor,
             "semantic": self.semantic_term(predictions.semantic, targets) / part.num_images,
             "mask_iou": mask_iou / divisor,
@@ -201,14 +211,15 @@ class MultiBoxLoss:
         classes, (height, width) = semantic.shape[1], semantic.shape[2:]
         rows = torch.cat([target["labels"] + b * classes for b, target in enumerate(targets)])
         # The union of the masks of each class: a sum, clamped to 1.
-        truth = torch.zeros_like(semantic, dtype=torch.float32)
+        # With the strides of `semantic`, which is channels_last, `flatten` would return a copy.
+        truth = torch.zeros(semantic.shape, device=semantic.device)
         truth.flatten(0, 1).index_add_(0, rows, true_masks(targets, (height, width)))
         truth = truth.clamp(max=1)
         loss = F.binary_cross_entropy_with_logits(semantic.float(), truth, reduction="none")
         if "has_mask" in targets[0]:
             boxes, has_mask = (torch.cat([target[key] for target in targets]) for key in ("boxes", "has_mask"))
             regions = crop_window(boxes, height, width) * ~has_mask[:, None, None]
-            unknown = torch.zeros_like(truth)
+            unknown = torch.zeros(semantic.shape, device=semantic.device)
             unknown.flatten(0, 1).index_add_(0, rows, regions.to(unknown.dtype))
             loss = loss.masked_fill((unknown > 0) & (truth == 0), 0)
         return loss.sum() / (height * width)

@@ -13,7 +13,7 @@ from conftest import make_dataset, run, spawn, train_args
 from config import from_dict, override
 from data.coco import CocoDataset
 from data.loader import default_workers, endless_shuffle, training_batches
-from layers.loss import Part
+from layers.loss import Part, count_anchors
 from layers.matching import Matches
 from tools.audit import SAMPLE
 from training.trainer import NetworkAndLoss
@@ -109,13 +109,13 @@ def test_gradients_of_parts_add_up(dataset, small_config):
     step.model.backbone.eval()
 
     matches = step.match(batch.targets)
-    positives = matches.positive.sum()
+    divisors = count_anchors(matches)
 
     def gradients(parts):
         step.zero_grad(set_to_none=True)
         split = zip(*(field.split(len(batch.images) // len(parts)) for field in matches), strict=True)
         for part, some in zip(parts, split, strict=True):
-            share = Part(Matches(*some), positives, 4)
+            share = Part(Matches(*some), divisors, 4)
             sum(step(part.normalised(small_config.model), part.targets, share).values()).backward()
         return {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad}
 
@@ -131,7 +131,7 @@ def test_all_parameters_get_gradients_without_any_object(dataset, small_config):
     batch = first_batch(data, small_config, 2)
     empty = [without_objects(target) for target in batch.targets]
     step = NetworkAndLoss(Yolact(small_config)).train()
-    share = Part(step.match(empty), torch.tensor(1), 2)
+    share = Part(step.match(empty), torch.tensor([1, 20]), 2)
     sum(step(batch.normalised(small_config.model), empty, share).values()).backward()
     assert all(p.grad is not None for p in step.parameters() if p.requires_grad)
 

@@ -10,7 +10,7 @@ from conftest import to_corners
 from config import get_config
 from layers.anchors import make_anchors
 from layers.boxes import box_iou
-from layers.loss import TERMS, MultiBoxLoss, Part, _mask_iou_term, mask_cross_entropy, resize_truth
+from layers.loss import TERMS, MultiBoxLoss, Part, _mask_iou_term, count_anchors, mask_cross_entropy, resize_truth
 from layers.masks import crop_window
 from layers.matching import Matches
 from yolact import MaskIoUNet, Predictions
@@ -222,7 +222,7 @@ def test_positives_given_from_outside():
     torch.manual_seed(0)
     own = loss(raw, ANCHORS, some)
     torch.manual_seed(0)
-    double = loss(raw, ANCHORS, some, part=Part(matches, 2 * matches.positive.sum(), 1))
+    double = loss(raw, ANCHORS, some, part=Part(matches, 2 * count_anchors(matches), 1))
     assert float(own["class"].detach()) == pytest.approx(2 * float(double["class"].detach()), rel=1e-5)
     assert float(own["mask"].detach()) == pytest.approx(2 * float(double["mask"].detach()), rel=1e-5)
 
@@ -288,6 +288,32 @@ def test_an_object_without_a_mask_trains_its_box_and_class_only():
     assert silent.any()
     assert torch.equal(raw.semantic.grad[0, label] == 0, silent)
     assert (raw.semantic.grad[0, [c for c in range(3) if c != label]] != 0).all()
+
+
+def test_the_semantic_term_does_not_depend_on_the_layout_in_memory():
+    """The network's output is channels_last in training; a perfect prediction costs nothing."""
+    some = [target(2), target(3)]
+    some[1]["has_mask"], some[0]["has_mask"] = torch.tensor([True, False, True]), torch.tensor([True, True])
+    truth = torch.zeros(2, 3, 16, 16)
+    for image, item in zip(truth, some, strict=True):
+        for mask, label in zip(resize_truth(item["masks"], (16, 16)), item["labels"], strict=True):
+            image[label] = torch.maximum(image[label], mask.float())
+    semantic = (truth * 2 - 1) * 20
+    loss = MultiBoxLoss(CONFIG.loss)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert loss.semantic_term(semantic.contiguous(memory_format=layout), some) < 1e-3
+        assert loss.semantic_term(-semantic.contiguous(memory_format=layout), some) > 10
+
+
+def test_images_without_objects_do_not_outweigh_others():
+    """As many anchors count for the class term as are mined, so a batch of such images costs no more than another."""
+    raw = predictions(4)
+    loss = MultiBoxLoss(CONFIG.loss)
+    alone, all_empty, some = (
+        loss(raw, ANCHORS, targets) for targets in ([target(2)] * 4, [EMPTY] * 4, [target(2), EMPTY, EMPTY, EMPTY])
+    )
+    assert all_empty["class"] < 2 * alone["class"]
+    assert some["class"] < 2 * alone["class"]
 
 
 def test_semantic_needs_training_mode():

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch
 from layers.anchors import feature_sizes
-from layers.loss import MultiBoxLoss, Part
+from layers.loss import MultiBoxLoss, Part, count_anchors
 from layers.matching import Matches
 from layers.structures import Target
 from training.schedule import build_optimizer
@@ -124,9 +124,9 @@ class Trainer:
         """Forward and backward pass of each micro-batch; return the sums of their weighted losses."""
         parts = batch.split(self.accumulate)
         matches = self.network_and_loss.match(batch.targets)
-        # Every micro-batch divides by the number of positives in the whole batch, so that their losses add up. DDP
+        # Every micro-batch divides by the numbers of anchors in the whole batch, so that their losses add up. DDP
         # averages the gradients of the processes.
-        num_positives = self.ranks.sum(matches.positive.sum()).clamp(min=1) / self.ranks.size
+        divisors = self.ranks.sum(count_anchors(matches)).clamp(min=1) / self.ranks.size
         sizes = [len(part.images) for part in parts]
         matches_of_parts = map(Matches._make, zip(*(field.split(sizes) for field in matches), strict=True))
         sums: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ class Trainer:
                 half = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
                 with half, float32_math(self.tf32):
                     images = part.normalised(self.model.config.model).contiguous(memory_format=torch.channels_last)
-                    losses = self.module(images, part.targets, Part(matched, num_positives, len(batch.images)))
+                    losses = self.module(images, part.targets, Part(matched, divisors, len(batch.images)))
                     total = torch.stack([*losses.values()]).sum()
                 with float32_math(self.tf32):
                     self.scaler.scale(total).backward()

@@ -74,7 +74,7 @@ class Augment:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Distortion, Target]:
         window = self.choose_window(sample, rng)
         boxes, kept = self._boxes(sample.boxes, window)
-        crowds, _ = self._boxes(sample.crowds, window)
+        crowds, _ = self._boxes(sample.crowds, window, partial=True)
         segmentations = [sample.segmentations[i] for i in np.flatnonzero(kept)]
         masks = [draw_mask(segmentation, window, self.mask_size) for segmentation in segmentations]
         image = cv2.warpAffine(
@@ -109,8 +109,11 @@ class Augment:
             x1, y1, x2, y2 = sample_crop((x1, y1, x2, y2), sample.boxes, rng, self.config.crop_min_side)
         return Window(x1, y1, x2, y2, self.config.augment_mirror and rng.random() < 0.5)
 
-    def _boxes(self, boxes: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Return the boxes whose centres lie in the window, relative and clipped to it, and a bool mask [n] of them."""
+    def _boxes(self, boxes: np.ndarray, window: Window, partial: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes whose centres lie in the window, relative and clipped to it, and a bool mask [n] of them.
+
+        With `partial`, boxes whose centres are outside are kept as well.
+        """
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (centres > (window.x1, window.y1)).all(axis=1) & (centres < (window.x2, window.y2)).all(axis=1)
         corners = window.points(boxes.reshape(-1, 2, 2).astype(np.float64), 1, 1)
@@ -118,7 +121,7 @@ class Augment:
         low, high = corners.min(axis=1).clip(0, 1), corners.max(axis=1).clip(0, 1)
         # The encoding of a box takes the logarithm of its sides, so they must not be zero.
         smallest = max(self.config.min_box_size, 0.01) / self.size
-        kept = inside & ((high - low) > smallest).all(axis=1)
+        kept = (inside | partial) & ((high - low) > smallest).all(axis=1)
         return np.concatenate((low, high), axis=1)[kept].astype(np.float32), kept
 
     def _distortion(self, size: tuple[int, ...], window: Window, rng: np.random.Generator) -> Distortion:

@@ -20,6 +20,7 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 LARGEST_SIDE = 10**6  # pixels; no image file is larger
+LONGEST_WARPED = 32766  # pixels; OpenCV 4 does not warp longer sides
 LONGEST_NAME = 255  # bytes, in Linux, macOS and Windows
 
 
@@ -190,8 +191,13 @@ class CocoDataset(Dataset[Sample]):
         ]
 
     def __getitem__(self, index: int) -> Sample:
-        """Return an image and its objects, as training uses them: exact copies are dropped."""
+        """Return an image and its objects, as training uses them: exact copies are dropped.
+
+        Raises UserError if the image cannot be read or warped.
+        """
         image = self.read_image(index)
+        if max(image.shape) > LONGEST_WARPED:
+            raise UserError(f"{self.image_path(index)}: a side of more than {LONGEST_WARPED} pixels; cut it into parts")
         usable = [a for a in self.parsed(index, image.shape[:2], drop_duplicates=True) if a.box is not None]
         objects = [annotation for annotation in usable if not annotation.crowd]
         return Sample(

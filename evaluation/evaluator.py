@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import Config
 from data.annotation import Annotation, to_rle
-from data.coco import CocoDataset
+from data.coco import LARGEST_SIDE, CocoDataset
 from utils.distributed import ALONE, CPU, Ranks
 from utils.errors import UserError, join_names
 from utils.files import write_json
@@ -253,7 +253,9 @@ class GroundTruth:
                     x1, y1, x2, y2 = annotation.box
                     segmentation = to_rle([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
                     crowd = crowd or kind == "segm"
-                box = annotation.stated_box or rle.toBbox(to_rle(segmentation, height, width)).tolist()
+                box = annotation.stated_box
+                if box is None or min(box[2:]) <= 0:  # some tools write zeros beside a mask
+                    box = rle.toBbox(to_rle(segmentation, height, width)).tolist()
                 entries.append(
                     {
                         "id": len(entries) + 1,  # COCOeval treats a match with id 0 as no match
@@ -275,11 +277,12 @@ class GroundTruth:
 
 
 def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:
-    """Return the size of an image file, or (1, 1) if it cannot be read, so that its annotations become unusable."""
+    """Return the size of an image file. If it cannot be read, its objects still count, so it is what they extend to."""
     try:
         height, width = dataset.read_image(index).shape[:2]
     except UserError:
-        return 1, 1
+        boxes = [annotation.box for annotation in dataset.parsed(index, (LARGEST_SIDE, LARGEST_SIDE)) if annotation.box]
+        width, height = np.ceil(np.max([box[2:] for box in boxes], axis=0)).astype(int).tolist() if boxes else (1, 1)
     return height, width
 
 
@@ -371,8 +374,9 @@ def _best_point(images: list[dict[str, Any]]) -> tuple[float, float]:
 def per_class_table(metrics: dict[str, Any]) -> str:
     """Return the "per_class" metrics as lines of text."""
     lines = [f"{'class':<24}{'box AP':>8}{'mask AP':>9}{'AP50':>8}{'precision':>11}{'recall':>8}"]
-    boxes = metrics["per_class"]["bbox"]
-    for name, row in metrics["per_class"]["segm"].items():
-        values = [boxes.get(name, {}).get("AP", -1), row["AP"], row["AP50"], row["precision"], row["recall"]]
+    boxes, masks = (metrics["per_class"][kind] for kind in IOU_TYPES)
+    for name in boxes | masks:  # a class may have no mask
+        row = masks.get(name, {})
+        values = [boxes[name]["AP"], *(row.get(key, -1) for key in ("AP", "AP50", "precision", "recall"))]
         lines.append(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from conftest import make_dataset, spawn
 from pycocotools import mask as rle
 
 from config import get_config, override
-from data.annotation import normalise_segmentation, to_rle
+from data.annotation import Sample, normalise_segmentation, to_rle
 from data.augment import Augment, Distortion, Window, copy_paste, distort, draw_mask, sample_crop
 from data.coco import CocoDataset, PackedList
 from data.image import read_image
@@ -254,6 +254,27 @@ def test_each_change_is_made_in_half_of_the_cases():
     for name, neutral in (("brightness", 0), ("contrast", 1), ("saturation", 1), ("hue", 0)):
         assert sum(getattr(d, name) == neutral for d in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
     assert max(abs(d.hue) for d in drawn) <= 18
+
+
+def test_a_crowd_of_which_a_crop_shows_a_part_is_ignored_there(small_config):
+    sample = Sample(np.zeros((100, 200, 3), np.uint8), np.array([[10, 10, 40, 40]], np.float32), np.array([0]), [None])
+    sample.crowds = np.array([[60, 0, 200, 100]], np.float32)
+    augment = Augment(override(small_config, augment_mirror=False, augment_expand=1))
+    augment.choose_window = lambda *_: Window(0, 0, 100, 100, False)
+    target = augment(sample, np.random.default_rng(0))[2]
+    assert torch.allclose(target["crowds"], torch.tensor([[0.6, 0, 1, 1]]))
+    assert torch.allclose(target["boxes"], torch.tensor([[0.1, 0.1, 0.4, 0.4]]))
+    augment.choose_window = lambda *_: Window(0, 0, 50, 50, False)
+    assert augment(sample, np.random.default_rng(0))[2]["crowds"].shape == (0, 4)
+
+
+def test_an_image_that_opencv_cannot_warp_is_refused(tmp_path):
+    cv2.imwrite(str(tmp_path / "strip.png"), np.zeros((8, 33000, 3), np.uint8))
+    image = {"id": 1, "file_name": "strip.png"}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"strip\.png: a side of more than 32766 pixels"):
+        CocoDataset(tmp_path / "a.json", tmp_path)[0]
 
 
 def test_crop_holds_a_centre():

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data.coco import CocoDataset
-from evaluation.evaluator import coco_metrics, evaluate, predict_dataset, write_coco_results
+from evaluation.evaluator import coco_metrics, evaluate, per_class_table, predict_dataset, write_coco_results
 from inference import Predictor
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -172,6 +172,38 @@ def test_an_annotation_without_a_mask_is_an_object_for_boxes_and_a_region_to_ign
     assert coco_metrics(other, [result(*HIT)])["segm"]["AP"] == pytest.approx(1)
     assert coco_metrics(other, [result(*HIT)])["bbox"]["AP"] == pytest.approx(0.505, abs=2e-3)
     assert "annotations without a usable mask: 1;" in metrics["notes"][0]
+
+
+@pytest.mark.parametrize("box", [[0, 0, 0, 0], [20, 20, 40, 0], None])
+def test_an_empty_box_beside_a_mask_is_that_of_the_mask(tmp_path, box):
+    metrics = coco_metrics(changed(truth(tmp_path / "d", [ONE]), tmp_path, bbox=box), [result(*HIT)])
+    assert metrics["bbox"]["AP"] == pytest.approx(1)
+
+
+def test_objects_of_an_image_that_cannot_be_read_are_missed(tmp_path):
+    """Also if the file does not state its size. The masks are polygons, as a run-length encoding needs a size."""
+    data = truth(tmp_path / "d", [ONE, TWO])
+    wanted = coco_metrics(data, [result(*HIT)])
+    content = json.loads(data.path.read_text())
+    for image, annotation in zip(content["images"], content["annotations"], strict=True):
+        del image["height"], image["width"]
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    data.path.write_text(json.dumps(content))
+    data.image_path(1).write_bytes(b"broken")
+    found = coco_metrics(CocoDataset(data.path, data.image_dir), [result(*HIT)])
+    for kind in ("bbox", "segm"):
+        assert 0 < wanted[kind]["AP"] < 0.6
+        assert found[kind]["AP"] == pytest.approx(wanted[kind]["AP"])
+
+
+def test_a_class_without_masks_is_in_the_table(tmp_path):
+    data = truth(tmp_path / "d", [(0, 1, OTHER, 0), (1, 2, OBJECT, 0)], categories=(1, 2))
+    metrics = coco_metrics(changed(data, tmp_path, segmentation=None), [result(0, 1, OTHER, 0.9)], per_class=True)
+    assert [line.split()[:3] for line in per_class_table(metrics).splitlines()[1:]] == [
+        ["c1", "1.000", "-1.000"],
+        ["c2", "0.000", "0.000"],
+    ]
 
 
 @pytest.mark.parametrize("area", [None, "n/a", 0, 1, 9e8])

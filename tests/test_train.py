@@ -25,12 +25,13 @@ from data.loader import training_batches
 from tools.advice import unlikely_settings
 from tools.curves import read_log
 from tools.sheets import worst_images
+from training.arguments import new_run
 from training.run_folder import RunLog, claim_folder
 from training.trainer import Trainer
 from utils.distributed import Ranks
 from utils.errors import UserError
 from weights import load_model
-from weights.checkpoint import read_checkpoint
+from weights.checkpoint import read_checkpoint, save_checkpoint
 from yolact import Yolact
 
 
@@ -179,6 +180,14 @@ def test_tensorboard_is_an_extra(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install tensorboard"):
         RunLog(tmp_path, tensorboard=True)
+
+
+def test_a_stored_best_threshold_is_not_that_of_a_new_run(weights, tmp_path):
+    model = load_model(weights)
+    model.config = override(model.config, best_score_threshold=0.6)
+    save_checkpoint(tmp_path / "best.pth", model)
+    given = {"train_annotations": "a", "train_images": "b", "init": str(tmp_path / "best.pth")}
+    assert new_run(given)[1].detection.best_score_threshold == 0
 
 
 def test_flags_are_fields_of_the_configuration():
@@ -468,6 +477,29 @@ def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeyp
     assert [line["step"] for line in lines(tmp_path) if "total" in line] == [1, 2]
 
 
+def test_other_validation_data_start_a_new_comparison(dataset, tmp_path, monkeypatch):
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run")
+    best, load = [], Trainer.load
+
+    def loads(self, state):
+        load(self, state)
+        self.best = 0.9
+
+    def validate(trainer, *_):
+        best.append(trainer.best)
+        trainer.validated = trainer.iteration
+        return ""
+
+    monkeypatch.setattr(Trainer, "load", loads)
+    monkeypatch.setattr("train.validate", validate)
+    run(*args)
+    other = tmp_path / "other.json"
+    other.write_bytes(dataset.read_bytes())
+    for number, validation in enumerate((dataset, other), 2):
+        run("train.py", "--resume", tmp_path / "run", "--max_iter", number, "--val_annotations", validation)
+    assert best == [-1, 0.9, -1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 def test_killed_at_any_moment_the_checkpoint_loads(dataset, tmp_path):
@@ -658,3 +690,5 @@ def test_mistakes_of_train_that_were_silent(dataset, tmp_path):
     assert "--val_images has no effect without --val_annotations" in run(*args[:cut], *args[cut + 2 :], code=2)
     assert "no such run" in run("train.py", "--resume", tmp_path / "nothing", code=2)
     assert "training and validation use the same annotations" in run(*args)
+    other = ["--resume", tmp_path / "run", "--output_dir", tmp_path / "other"]
+    assert "--output_dir has no effect with --resume" in run("train.py", *other, code=2)

@@ -79,7 +79,8 @@ def new_run(given: dict[str, Any]) -> tuple[Start, Config, dict[str, Any]]:
             "to start a run, give --train_annotations, --train_images and --config or --init; to continue one, --resume"
         )
     start = None if "config" in given else read_start(given["init"])
-    base = get_config(given["config"]) if start is None else start.config
+    # A stored best threshold is that of the old weights.
+    base = get_config(given["config"]) if start is None else override(start.config, best_score_threshold=0)
     flags = {key: given[key] for key in CONFIG_FLAGS if key in given}
     overrides = parse_overrides(given.get("set", [])) | flags
     config = override(base, **overrides)
@@ -106,6 +107,8 @@ def resumed_run(resume: Path, given: dict[str, Any]) -> tuple[Weights, Config, d
     if not resume.exists():
         raise UserError(f"--resume {resume}: no such run; give the --output_dir of an earlier one")
     path = checkpoint_in(resume, ("last.pth",)) if resume.is_dir() else resume
+    if "output_dir" in given and Path(given["output_dir"]).resolve() != path.parent.resolve():
+        raise UserError(f"--output_dir has no effect with --resume, which continues in {path.parent}; copy that folder")
     weights = read_weights(path)
     config, training = weights.config, weights.training
     if training is None:

@@ -261,7 +261,12 @@ def build_model(args: argparse.Namespace) -> Yolact | ExportedNetwork:
         f"no --weights: using the bundled {BUNDLED.name}, which detects people only; "
         "--weights yolact_r50 detects COCO's 80 classes"
     )
-    return load_model(BUNDLED, config)
+    try:
+        return load_model(BUNDLED, config)
+    except UserError:
+        if config is None:
+            raise
+        raise UserError(f"--config {args.config} needs weights that were trained with it; give --weights") from None
 
 
 def tiled(predictor: Predictor, side: int | None) -> Segmenter:

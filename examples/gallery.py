@@ -64,6 +64,8 @@ def cell(title: str, image: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m examples.gallery gallery.jpg")
     predictor = Predictor.from_weights(ROOT / "weights/yolact_lite_person.pth")
     cells = [cell(title, predictor(image).draw()) for title, image in photos()]
     cells += [cell(kind, synthetic(kind)) for kind in ("eight objects", "sixty objects", "thin", "orange")]

@@ -1,7 +1,7 @@
 """Segment an image with an exported model, without PyTorch and without this project.
 
 pip install onnxruntime numpy opencv-python
-python onnxruntime_only.py model.onnx street.jpg out.png         # model.onnx: from export.py
+python onnxruntime_only.py model.onnx street.jpg out.png         # model.onnx: from python -m tools.export
 """
 
 import json

@@ -25,7 +25,7 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from config import Config, get_config, parse_overrides
+from config import CONFIGS, Config, get_config, parse_overrides
 from data.annotation import Annotation, exact_copies, parse_annotation, to_rle
 from data.augment import Window, draw_mask
 from data.coco import CocoDataset, read_coco_json
@@ -384,6 +384,7 @@ def quick_audit(dataset: CocoDataset, config: Config) -> list[Finding]:
         print(f"{dataset.path}: {finding}")
     if shown:
         command = f"python -m tools.audit --annotations {dataset.path} --image_dir {dataset.image_dir}"
+        command += f" --config {config.name}" if config.name in CONFIGS else ""
         print(f"for the full report, run: {command}")
     return report.errors
 

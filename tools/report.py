@@ -101,7 +101,7 @@ def write_report(
 def storable(path_or_name: str | Path) -> Path:
     """Return the path of a checkpoint in which a score threshold can be stored. Raises UserError for other weights."""
     path = find_weights(path_or_name)
-    if path == BUNDLED:
+    if path.resolve() == BUNDLED:
         raise UserError(f"{path}: --store_threshold would change a file of this project; copy it, and give the copy")
     weights = read_weights(path)
     if weights.layout != "own" or weights.training is not None:

@@ -87,7 +87,8 @@ def find_weights(path_or_name: str | Path, folder: Path = WEIGHTS_DIR) -> Path:
             return download(RELEASED[name].url, folder)
     if path.suffix or path.parent != Path("."):
         raise UserError(f"{path}: no such weights file")
-    raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{suggestion(name, RELEASED)}")
+    hint = suggestion(name, [*RELEASED, BUNDLED.stem])
+    raise UserError(f"{path_or_name!r} is neither a file nor the name of released weights{hint}")
 
 
 def checkpoint_in(folder: Path, names: tuple[str, ...] = ("best.pth", "last.pth")) -> Path:

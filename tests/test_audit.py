@@ -275,6 +275,19 @@ def test_train_and_val_are_compared(tmp_path):
     assert "images of the validation set are near-duplicates of training images (1 of 6): " in out
 
 
+def test_unusable_images_of_the_validation_set_are_found(tmp_path):
+    train, val = (make_dataset(tmp_path / name, 4, seed=seed) for seed, name in enumerate(("train", "val")))
+    args = ["tools.audit", "--annotations", train, "--image_dir", train.parent / "images", "--output", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    more = ["--val_annotations", val, "--val_images"]
+    assert "none of the images of" in run(*args, *more, tmp_path / "empty", code=2)
+    assert "--val_images has no effect" in run(*args, "--val_images", tmp_path, code=2)
+    next((val.parent / "images").iterdir()).unlink()
+    assert "images of the validation set are missing or unreadable (1 of 4)" in run(
+        *args, *more, val.parent / "images", code=1
+    )
+
+
 def test_the_basis_is_stated_and_earlier_audits_are_kept(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["tools.audit", "--annotations", dataset, "--image_dir", dataset.parent / "images"]

@@ -221,3 +221,4 @@ def test_wrong_weights_and_a_port_in_use(tmp_path):
         taken.listen()
         message = run("tools.demo", "--port", taken.getsockname()[1], "--device", "cpu", code=2)
     assert "cannot be used" in message
+    assert "cannot be used" in run("tools.demo", "--port", 70000, "--device", "cpu", code=2)

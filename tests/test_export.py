@@ -392,6 +392,8 @@ def test_bad_files_get_one_line(small, tmp_path):
 
 def test_wrong_requests_get_one_line(small, weights, tmp_path, dataset):
     onnx_file, out = small / "small.onnx", tmp_path / "m.onnx"
+    for size in ("0", "0x64", "16"):
+        assert "at least 32 pixels a side" in run("tools.export", "--output", out, "--size", size, code=2)
     image = ["--image", ASTRONAUT, "--output", tmp_path / "o"]
     for words, message in (
         (["eval.py", "--weights", onnx_file, "--size", 128, *image], "exported for 96;"),

@@ -512,6 +512,33 @@ def test_command_line_places_of_results(weights, tmp_path, monkeypatch):
     assert (tmp_path / "listed/a.jpg").is_file()
 
 
+def test_json_files_of_others_stay(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.jpg", "b.jpg")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "in" / name), random_image(seed=seed))
+    mine = {name: f'{{"shapes": "{name}"}}' for name in ("coco.json", "out/a.json", "c.json")}
+    for name, text in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    common = ["eval.py", "--weights", weights, "--device", "cpu"]
+    for threshold in (0.3, 1):  # the results of the first time are replaced, and those without detections, too
+        for _ in range(2):
+            run(*common, "--image", "in/a.jpg:x.jpg", "in/b.jpg:y.jpg", "--score_threshold", threshold)
+            run(*common, "--images", "in", "--output", "out", "--score_threshold", threshold)
+    assert "c.json: is not a result of an earlier run" in run(*common, "--image", "in/a.jpg:c.jpg", code=2)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "c.json",
+        "coco.json",
+        "coco1.json",
+        "x.json",
+        "y.json",
+    ]
+    names = ["a.json", "a.yolact.json", "b.json", "coco.json"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == names
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+
+
 def test_command_line_mistakes(weights, dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [

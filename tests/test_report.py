@@ -237,6 +237,13 @@ def test_many_classes(tmp_path):
     assert min(cv2.imdecode(data, cv2.IMREAD_COLOR).shape[:2]) > 700
 
 
+def test_class_names_with_the_signs_of_formulas():
+    pytest.importorskip("matplotlib")
+    from tools.report import confusion_figure
+
+    assert confusion_figure(np.eye(3, dtype=int), ["$_$", "a"]).startswith(b"\x89PNG")
+
+
 def test_a_dataset_without_detections_has_a_report(tmp_path, weights):
     pytest.importorskip("matplotlib")
     path = make_dataset(tmp_path / "data", 2, negatives=2)

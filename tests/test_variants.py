@@ -299,3 +299,123 @@ def test_a_damaged_outline_beside_good_ones_is_said(tmp_path):
     assert "warning: objects have several outlines, of which some are damaged" in run("-m", "tools.audit", *args)
     write(tmp_path / "coco.json", coco_file(annotations=[{"segmentation": [SQUARE, OTHER], "bbox": [10, 5, 40, 25]}]))
     assert "outlines" not in convert(tmp_path, "coco.json") + run("-m", "tools.audit", *args)
+
+
+def test_a_background_image_does_not_get_the_labels_of_another_split(tmp_path):
+    for split in ("train", "val"):
+        photo(tmp_path / f"images/{split}/1.jpg", seed=len(split))
+    photo(tmp_path / "images/train/2.jpg", seed=7)
+    write(tmp_path / "labels/train/2.txt", yolo(0))
+    write(tmp_path / "labels/train/gone.txt", yolo(0))
+    write(tmp_path / "labels/val/1.txt", yolo(1))
+    write(tmp_path / "data.yaml", "train: images/train\nValid: images/val\nnames: [cat, dog]")
+    text = convert(tmp_path, "data.yaml")
+    assert objects(tmp_path / "out_train.json", tmp_path / "images/train") == {"1.jpg": [], "2.jpg": [("cat", 400)]}
+    assert objects(tmp_path / "out_val.json", tmp_path / "images/val") == {"1.jpg": [("dog", 400)]}
+    assert "not used: label files that belong to no image of the source (1): gone.txt" in text
+
+
+def test_yolo_classes_are_the_lines_of_classes_txt(tmp_path):
+    photo(tmp_path / "images/a.jpg")
+    write(tmp_path / "labels/a.txt", yolo(2))
+    write(tmp_path / "classes.txt", "cat\n\ndog\nbird\n")
+    convert(tmp_path, ".")
+    assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("dog", 400)]}
+    (tmp_path / "classes.txt").unlink()
+    write(tmp_path / "labels/README.txt", "12.05.2024 exported by Bob\n20240105 1 2 x\n20240105 1 2 3 4\n")
+    convert(tmp_path, ".")
+    assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("class_2", 400)]}
+    write(tmp_path / "data.yaml", "train: images/a.jpg\nval: images\nnames: {2: cat, 3: }")
+    assert "`names` must be a list of texts" in convert(tmp_path, "data.yaml", code=2)
+    write(tmp_path / "data.yaml", "train: images/a.jpg\nval: images\nnames: {2: cat}")
+    convert(tmp_path, "data.yaml")
+    assert objects(tmp_path / "out_train.json", tmp_path / "images") == {"a.jpg": [("cat", 400)]}
+
+
+def test_images_found_in_another_folder_are_said(tmp_path):
+    photo(tmp_path / "images/cam1/1.jpg")
+    listed = {"id": 1, "file_name": "cam2/1.jpg", "height": HEIGHT, "width": WIDTH}
+    write(tmp_path / "a.json", coco_file([listed]))
+    text = convert(tmp_path, "a.json", "--images", tmp_path / "images")
+    assert "note: images found by their name alone, in another folder than the source says (1): cam2/1.jpg" in text
+    photo(tmp_path / "flat/1.jpg")
+    assert "by their name alone" not in convert(tmp_path, "a.json", "--images", tmp_path / "flat")
+
+
+def test_what_was_read_is_not_replaced(tmp_path):
+    photo(tmp_path / "a.jpg")
+    region = {"name": "polygon", "all_points_x": SQUARE[::2], "all_points_y": SQUARE[1::2]}
+    regions = [{"shape_attributes": region, "region_attributes": {"class": name}} for name in ("cat", None)]
+    write(tmp_path / "via.json", {"a": {"filename": "a.jpg", "size": 1, "regions": regions}})
+    before = (tmp_path / "via.json").read_bytes()
+    run("tools.formats", tmp_path / "via.json", "--output", tmp_path / "via.json", code=2)
+    assert before == (tmp_path / "via.json").read_bytes()
+    text = convert(tmp_path, "via.json", "--classes", "cat,dog,")
+    assert "regions without a class (1)" in text
+    assert [c["name"] for c in json.loads((tmp_path / "out.json").read_text())["categories"]] == ["cat", "dog"]
+    assert "--split 0: must be" in convert(tmp_path, "via.json", "--split", "0", code=2)
+    shape = {"label": "cat", "points": np.reshape(SQUARE, (-1, 2)).tolist(), "shape_type": "polygon"}
+    folder = tmp_path / "labelme"
+    photo(folder / "b.jpg")
+    write(folder / "b.json", {"shapes": [shape], "imagePath": "b.jpg", "imageHeight": HEIGHT, "imageWidth": WIDTH})
+    message = run("tools.formats", folder, "--output", folder / "b.json", code=2)
+    assert "b.json: would replace a file that was read" in message
+    for _ in range(2):  # the result of an earlier conversion is replaced
+        run("tools.formats", folder, "--output", folder / "coco.json")
+
+
+def test_numbers_as_names_of_coco_categories(tmp_path):
+    photo(tmp_path / "a.jpg")
+    categories = [{"id": 1, "name": 0}, {"id": 2, "name": 1}, {"id": 3}]
+    write(tmp_path / "a.json", coco_file(annotations=[{}, {"id": 2, "category_id": 2}], categories=categories))
+    convert(tmp_path, "a.json", "--images", tmp_path)
+    assert objects(tmp_path / "out.json", tmp_path) == {"a.jpg": [("0", 400), ("1", 400)]}
+
+
+def test_voc_masks_in_folders_and_other_names_of_splits(tmp_path):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[10:30, 10:30] = 1
+    for stem, suffix in (("a", ".PNG"), ("cam1/b", ".png")):
+        photo(tmp_path / f"JPEGImages/{stem}.jpg", seed=len(stem))
+        for kind, value in (("Object", 1), ("Class", 8)):
+            path = tmp_path / f"Segmentation{kind}/{stem}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask * value).save(path)
+    images = tmp_path / "JPEGImages"
+    write(tmp_path / "ImageSets/Segmentation/default.txt", "a\ncam1/b\n")
+    convert(tmp_path, ".")
+    assert objects(tmp_path / "out.json", images) == {"a.jpg": [("cat", 400)], "cam1/b.jpg": [("cat", 400)]}
+    write(tmp_path / "ImageSets/Segmentation/Train.txt", "a\n")
+    write(tmp_path / "ImageSets/Segmentation/Validation.txt", "cam1/b\n")
+    convert(tmp_path, ".")
+    assert objects(tmp_path / "out_train.json", images) == {"a.jpg": [("cat", 400)]}
+    assert objects(tmp_path / "out_val.json", images / "cam1") == {"b.jpg": [("cat", 400)]}
+
+
+def test_masks_that_are_small_or_on_white(tmp_path):
+    photo(tmp_path / "images/a.jpg")
+    photo(tmp_path / "images/b.jpg", seed=1)
+    small = np.zeros((HEIGHT, WIDTH), np.uint8)
+    small[10:30, 10:30], small[2:5, 2:5], small[2:5, 20:22] = 1, 2, 3
+    white = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    white[5:15, 40:50] = (200, 0, 0)
+    for name, mask in (("a", small), ("b", white)):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / f"masks/{name}.png")
+    text = convert(tmp_path, ".", "--images", tmp_path)
+    assert objects(tmp_path / "out.json", tmp_path / "images") == {
+        "a.jpg": [("object", 400)],
+        "b.jpg": [("object", 100)],
+    }
+    assert "not used: objects of fewer than 10 pixels (2): a.png" in text
+    assert "the value of the corners is taken as background (1): b.png" in text
+
+
+def test_crowds_of_isat(tmp_path):
+    photo(tmp_path / "a.jpg")
+    points = np.reshape(SQUARE, (-1, 2)).tolist()
+    listed = [{"category": "cat", "segmentation": points, "group": i, "iscrowd": i == 2} for i in (1, 2)]
+    info = {"name": "a.jpg", "height": HEIGHT, "width": WIDTH}
+    write(tmp_path / "a.json", {"info": info, "objects": listed})
+    convert(tmp_path, "a.json")
+    assert [entry["iscrowd"] for entry in json.loads((tmp_path / "out.json").read_text())["annotations"]] == [0, 1]

@@ -124,8 +124,9 @@ def test_errors_while_writing_reach_the_caller(predictor, clip, tmp_path, monkey
 
 def test_broken_video(predictor, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
-    with pytest.raises(UserError, match="cannot be opened"):
-        process_video(predictor, str(tmp_path / "bad.mp4"), tmp_path / "out", ("overlay",))
+    for source in (str(tmp_path / "bad.mp4"), "99999999999"):  # a file, and the number of a camera
+        with pytest.raises(UserError, match="cannot be opened"):
+            process_video(predictor, source, tmp_path / "out", ("overlay",))
 
 
 def test_the_same_command_again_replaces_its_results(weights, clip, tmp_path):

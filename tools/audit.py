@@ -324,6 +324,8 @@ def _compare(
     if not problems["other_classes"] and train.class_names != val.class_names:
         problems["class_order"] = [f"{', '.join(train.class_names)} and {', '.join(val.class_names)}"]
     others = _inspect_all(val, range(len(val)), config, progress)
+    unusable = [example for report in others for kind, example in report.problems if kind in ("missing", "unreadable")]
+    problems["val_unusable"] = unusable
     names = {report.digest: train.file_name(i) for i, report in enumerate(reports) if report.digest}
     known = [(i, report.fingerprint) for i, report in enumerate(reports) if report.fingerprint is not None]
     bits = np.array([b for _, b in known], bool).reshape(-1, 256)
@@ -416,8 +418,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = open_coco(args.annotations, args.image_dir)
     dataset.check_folder()
     val = None
+    if args.val_images and not args.val_annotations:
+        raise UserError("--val_images has no effect without --val_annotations")
     if args.val_annotations:
         val = open_coco(args.val_annotations, args.val_images or args.image_dir)
+        val.check_folder()
     report = audit(dataset, get_config(args.config, **parse_overrides(args.set)), val=val, progress=True)
     print(report)
     output = args.output or default_output(args.annotations)

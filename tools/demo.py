@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 quiet=True,
                 prevent_thread_lock=True,
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(f"--host {args.host} --port {args.port}: cannot be used ({error})") from None
         print(f"http://{args.host}:{args.port} (stop with Ctrl-C)", flush=True)
         page.block_thread()

@@ -109,6 +109,9 @@ FINDING_KINDS = {
         "classes are in the validation set only", "give both the same categories", 0, "classes of both files"
     ),
     "class_order": Kind("files list other classes, or in another order", "they are matched by name", of="files"),
+    "val_unusable": Kind(
+        "images of the validation set are missing or unreadable", "check --val_images and file_name", 0, "val images"
+    ),
     "shared_image": Kind(
         "images of the validation set are also in the training set", "remove them: they inflate AP", 0.01, "val images"
     ),

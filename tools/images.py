@@ -21,6 +21,7 @@ NOT_IMAGES = {".json", ".pdf", ".svg", ".heic", ".avif", ".txt", ".npy", ".npz",
 
 
 UNSUPPORTED = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
+NO_OBJECT = b'{"annotations": [\n],\n'  # the beginning of a result for several images without any detection
 LONGEST_STEM = 190  # bytes; suffixes of results and temporary files are added, and file systems allow 255
 
 
@@ -34,9 +35,16 @@ class Source:
 
 
 def is_result(path: Path) -> bool:
-    """Return whether an image file carries MARK, so was written by an earlier run."""
+    """Return whether an image file carries MARK, or a JSON file has detections, so was written by an earlier run."""
     try:
         with path.open("rb") as file:
+            if path.suffix == ".json":
+                start = file.read(8192)
+                return (
+                    b'"mask_score": ' in start
+                    or start.split() in ([b"[]"], [b"[", b"]"])
+                    or start.startswith(NO_OBJECT)
+                )
             return MARK in file.read(256)
     except OSError:  # reported when it is segmented
         return False
@@ -59,7 +67,7 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
     Results are written to the path after the colon of `in:out`, otherwise to `output` (a folder, or a file for a
     single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They
     replace results of earlier runs, but never each other or an input image. In a folder, an overlay never replaces an
-    image that is not such a result.
+    image or JSON file that is not such a result.
 
     Returns:
         The images, and messages about folders without images.
@@ -107,6 +115,8 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
             if source.output in taken or _real(wanted) in inputs:
                 what = "is one of the images" if _real(wanted) in inputs else "is the result of two images"
                 raise UserError(f"{wanted}: {what}; choose another name")
+            if _foreign(json_file := wanted.with_suffix(".json")):
+                raise UserError(f"{json_file}: is not a result of an earlier run; choose another name than {wanted}")
         else:
             suffix = ".png" if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
             source = Source(path, _free_name(path, wanted / name, suffix, taken), suffix)
@@ -118,12 +128,11 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
 def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
     """Return `target` without its suffix, or a longer name if that one is taken or is in the folder of the image.
 
-    An existing image that is not a result of an earlier run is not replaced either.
+    An existing image or JSON file that is not a result of an earlier run is not replaced either.
     """
 
     def foreign(output: Path) -> bool:
-        file = output.with_name(output.name + suffix)
-        return file.exists() and not is_result(file)
+        return any(_foreign(output.with_name(output.name + ending)) for ending in (suffix, ".json"))
 
     if _real(target.parent) == _real(path.parent) or foreign(target.with_suffix("")):
         target = target.with_name(f"{target.stem}.yolact{target.suffix}")
@@ -132,6 +141,10 @@ def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
     candidates = itertools.chain((stem, target.name.replace(".", "_")), (f"{stem}_{n}" for n in itertools.count(2)))
     outputs = (target.with_name(name) for name in candidates)
     return next(output for output in outputs if output not in taken and not foreign(output))
+
+
+def _foreign(path: Path) -> bool:
+    return path.exists() and not is_result(path)
 
 
 def _real(path: Path) -> str:

@@ -121,7 +121,8 @@ def merged_coco(images: Sequence[Path], outputs: Sequence[Path], config: Config)
     folder = Path(os.path.relpath(os.path.commonpath([os.path.realpath(output.parent) for output in outputs])))
     taken = {Path(os.path.relpath(output)) for output in outputs}
     names = (f"coco{number or ''}" for number in itertools.count())
-    path = next(folder / f"{name}.json" for name in names if folder / name not in taken)
+    paths = (folder / f"{name}.json" for name in names if folder / name not in taken)
+    path = next(path for path in paths if not path.exists() or is_result(path))
     root = os.path.commonpath([os.path.dirname(os.path.realpath(image)) for image in images])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -169,7 +169,7 @@ def confusion_figure(matrix: np.ndarray, names: list[str]) -> bytes:
         wrong = matrix.sum(axis=0)[:classes] + matrix.sum(axis=1)[:classes] - 2 * matrix.diagonal()[:classes]
         chosen = np.sort(np.argsort(-wrong)[:LARGEST_MATRIX])
     index = np.append(chosen, classes)
-    part, labels = matrix[np.ix_(index, index)], [*(names[i] for i in chosen), "background"]
+    part, labels = matrix[np.ix_(index, index)], [*(names[i].replace("$", r"\$") for i in chosen), "background"]
     side = max(4.0, 1.6 + 0.42 * len(labels))
     figure = _figure(side + 1, side)
     axes = figure.subplots()

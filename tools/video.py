@@ -81,7 +81,10 @@ class VideoSource:
         self.length: int | None = None  # number of frames, if the container declares it
         self.start = 0.0  # timestamp of the beginning, in seconds
         if camera:
-            capture = cv2.VideoCapture(int(source))
+            try:
+                capture = cv2.VideoCapture(int(source))
+            except (cv2.error, OverflowError):
+                capture = cv2.VideoCapture()
             if not capture.isOpened():
                 raise UserError(f"camera {source}: cannot be opened as a video")
             self.fps, self.live, self.frames = 30.0, True, _captured(capture)

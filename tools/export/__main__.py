@@ -100,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--int8 needs --output MODEL.xml and --calibration IMAGES")
     if args.calibration and not args.int8:
         raise UserError("--calibration can only be used with --int8")
+    size = parse_size(args.size)
+    if size is not None and min(np.ravel(size)) < 32:
+        raise UserError(f"--size {args.size}: the network needs at least 32 pixels a side")
     if args.raw and args.masks_cropped:
         raise UserError("--raw has no masks; leave out --masks_cropped")
     with require("onnx", "onnxscript", "openvino" if to_ir else "onnxruntime", *["nncf"] * args.int8, install=EXTRA):
         pass  # a missing package is reported now, and not after the export
     model = load_model(args.weights)
-    size = parse_size(args.size) or model.config.model.max_size
+    size = size or model.config.model.max_size
     if isinstance(size, int) and (args.raw or not model.config.model.preserve_aspect_ratio):
         size = (size, size)
     detection = choose_detection(model, args)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.annotation import to_rle
 from data.coco import read_coco_json
+from tools.formats import coco
 from tools.formats.readers import find_reader
 from tools.formats.split import split_images
 from tools.formats.structures import NOT_FOUND, LabelledImage, LabelledObject, Problems
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_process()
     if args.output.suffix != ".json":
         raise UserError(f"--output {args.output}: the suffix must be .json")
+    if args.split is not None and not 0 < args.split < 1:
+        raise UserError(f"--split {args.split:g}: must be more than 0 and less than 1")
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such folder")
     problems = Problems()
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         split: list(tqdm(images, f"reading {split or labels.format}", disable=None))
         for split, images in labels.splits.items()
     }
-    if args.split:
+    if args.split is not None:
         if len(converted) > 1:
             raise UserError(f"--split {args.split:g}: the source has splits of its own: {', '.join(converted)}")
         (images,) = converted.values()
@@ -75,9 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.images and (NOT_FOUND in problems.counts or not number):
             details += "; --images DIR names the folder of the images"
         raise UserError(f"{args.source}: no object could be used ({details})")
+    outputs = {
+        split: args.output.with_name(f"{args.output.stem}_{split}.json") if split else args.output
+        for split in converted
+    }
+    for output in outputs.values():
+        check_output(output, args, labels.format)
     for split, images in converted.items():
-        output = args.output.with_name(f"{args.output.stem}_{split}.json") if split else args.output
-        root = common_folder(images)
+        output, root = outputs[split], common_folder(images)
         content = to_coco(images, names, root, problems)
         write_json(output, content)
         objects = count(len(content["annotations"]), "object")
@@ -89,6 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check_output(output: Path, args: argparse.Namespace, format: str) -> None:
+    """Raise UserError if `output` is what was read: the source, a file of annotations in it, or --like."""
+    if not output.exists():
+        return
+    inside = args.source.is_dir() and args.source.resolve() in output.resolve().parents
+    original = inside and (format == "COCO" or not coco.recognise(output))
+    if original or any(path and path.exists() and output.samefile(path) for path in (args.source, args.like)):
+        raise UserError(f"--output {output}: would replace a file that was read; choose another name")
+
+
 def ordered_names(args: argparse.Namespace, found: list[str]) -> list[str]:
     """Return the class names in the order of --classes or --like, or else in that of the source.
 
@@ -96,7 +114,7 @@ def ordered_names(args: argparse.Namespace, found: list[str]) -> list[str]:
     """
     names = plain_names(found)
     if args.classes is not None:
-        wanted = plain_names(name.strip() for name in args.classes.split(","))
+        wanted = plain_names(name.strip() for name in args.classes.split(",") if name.strip())
     elif args.like is not None:
         wanted = plain_names(str(entry.get("name", entry["id"])) for entry in read_coco_json(args.like)["categories"])
     else:
@@ -162,7 +180,7 @@ def to_coco(images: list[LabelledImage], names: list[str], root: Path, problems:
         entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
         seen = set()
         for item in image.objects:
-            key = item.class_name, item.box or to_rle(item.segmentation, height, width)["counts"]
+            key = item.class_name, item.crowd, item.box or to_rle(item.segmentation, height, width)["counts"]
             if key in seen:
                 problems.add("exact copies of another object of their image", name)
                 continue

@@ -91,7 +91,8 @@ def _read_file(source: Path, finder: ImageFinder, problems: Problems) -> tuple[l
         if not isinstance(content[key], list) or not all(isinstance(entry, dict) for entry in content[key]):
             raise UserError(f"{source}: {key!r} must be a list of objects, as COCO has it")
     try:
-        names = {_key(entry["id"]): str(entry.get("name") or entry["id"]).strip() for entry in content["categories"]}
+        named = ((entry["id"], entry.get("name")) for entry in content["categories"])
+        names = {_key(key): str(key if name in (None, "") else name).strip() for key, name in named}
         listed = {_key(entry["id"]): entry for entry in content["images"]}
         files = Counter(str(entry["file_name"]) for entry in content["images"])
         by_image: dict[str, list[dict[str, Any]]] = {}

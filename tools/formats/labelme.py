@@ -76,7 +76,12 @@ def _from_isat(content: dict[str, Any]) -> dict[str, Any]:
     """Return an ISAT file in LabelMe's terms. Objects of one group and category are parts of one object there, too."""
     info = content["info"]
     shapes = [
-        {"label": item.get("category"), "points": item.get("segmentation"), "group_id": item.get("group")}
+        {
+            "label": item.get("category"),
+            "points": item.get("segmentation"),
+            "group_id": item.get("group"),
+            "crowd": item.get("iscrowd") in (1, True),
+        }
         for item in content["objects"]
         if isinstance(item, dict)
     ]
@@ -130,7 +135,7 @@ def _objects(shapes: list[Any], size: Size, where: str, problems: Problems) -> I
                 problems.add(f"shapes of the type {kind} without an area", where)
         segmentation = compose(parts, holes, masks, size)
         if segmentation is not None:
-            yield LabelledObject(label, segmentation)
+            yield LabelledObject(label, segmentation, any(shape.get("crowd") is True for shape in members))
         elif holes:
             problems.add("holes without the object that they are in", where)
 

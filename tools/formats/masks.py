@@ -29,7 +29,9 @@ def recognise(source: Path) -> bool:
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a data set."""
-    finder = ImageFinder(images or source / "images", problems)
+    # With the folder of everything as --images, a mask would be taken for its image.
+    beside = images is None or images.resolve() == source.resolve()
+    finder = ImageFinder(source / "images" if beside or images is None else images, problems)
     return Labels("masks", [CLASS], {"": _images(source / "masks", finder, problems)})
 
 
@@ -53,7 +55,11 @@ def _images(folder: Path, finder: ImageFinder, problems: Problems) -> Iterator[L
             problems.add(f"masks with more than {MOST_VALUES} values; save them as PNG without smoothing", path.name)
             continue
         numbers = index.reshape(pixels.shape[:2])
-        masks = [numbers == i for i, value in enumerate(values) if value.any()]
+        background = 0 * values[0]
+        if values.any(axis=1).all() and len({int(numbers[y, x]) for y in (0, -1) for x in (0, -1)}) == 1:
+            background = values[numbers[0, 0]]  # the value of all corners, as none is 0
+            problems.note("masks without 0, in which the value of the corners is taken as background", path.name)
+        masks = [numbers == i for i, value in enumerate(values) if (value != background).any()]
         if 2 * sum(map(_is_edge, masks)) > len(masks):
             problems.add("masks with smoothed edges; save them without smoothing", path.name)
             continue
@@ -61,6 +67,8 @@ def _images(folder: Path, finder: ImageFinder, problems: Problems) -> Iterator[L
             count, parts = cv2.connectedComponents(masks[0].astype(np.uint8))
             masks = [parts == i for i in range(1, count)]
         objects = [LabelledObject(CLASS, encode(mask)) for mask in masks if mask.sum() >= SMALLEST]
+        if len(objects) < len(masks):
+            problems.add(f"objects of fewer than {SMALLEST} pixels", path.name, len(masks) - len(objects))
         yield LabelledImage(*opened, objects)
     for photo in visible_files(finder.folder, SUFFIXES):
         if photo not in used:

@@ -195,6 +195,8 @@ class ImageFinder:
 
         longest = max(map(common, found))
         nearest = [path for path in found if common(path) == longest]
+        if longest == 0 and "/" in name and all(path.parent != self.folder for path in nearest):
+            self.problems.note("images found by their name alone, in another folder than the source says", name)
         depth = min(len(path.parts) for path in nearest)  # thumbnails and drawings are often in a folder below
         nearest = [path for path in nearest if len(path.parts) == depth]
         if len(nearest) > 1:  # they differ in the suffix or in the case of letters

@@ -115,7 +115,7 @@ def _images(
                 name = chosen[0] if chosen else ""
             if polygon is None:
                 problems.add(f"regions of the shape {shape.get('name')} without an area", entry["filename"])
-            elif not str(name).strip():
+            elif name is None or not str(name).strip():
                 problems.add("regions without a class", entry["filename"])
             else:
                 name = options.get(str(name), str(name))

@@ -15,9 +15,19 @@ from PIL import Image, UnidentifiedImageError
 
 from config import PASCAL_CLASSES
 from tools.formats.labelme import RESERVED
-from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, encode, read_text
+from tools.formats.structures import (
+    ImageFinder,
+    LabelledImage,
+    LabelledObject,
+    Labels,
+    Problems,
+    encode,
+    read_text,
+    visible_files,
+)
 from utils.errors import UserError
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # names of their lists
 BACKGROUND = "background"
 VOID = 255  # pixels at the borders of objects
 Colour = tuple[int, int, int]
@@ -35,9 +45,9 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     label_map = _label_map(source, problems)
     names = label_map.classes
     finder = ImageFinder(images or source / "JPEGImages", problems)
-    lists = {path.stem: path for path in sorted((source / "ImageSets/Segmentation").glob("*.txt"))}
-    splits = {name: path for name, path in lists.items() if name in ("train", "val", "test")}
-    masks = sorted(path.stem for path in (source / "SegmentationObject").glob("*.png"))
+    lists = {path.stem.lower(): path for path in sorted((source / "ImageSets/Segmentation").glob("*.txt"))}
+    splits = {SPLITS[name]: path for name, path in lists.items() if name in SPLITS}
+    masks = list(_stems(source / "SegmentationObject"))
     listed = {line.strip() for path in splits.values() for line in read_text(path).splitlines()}
     for stem in [stem for stem in masks if splits and stem not in listed]:
         problems.add("masks that no split lists", f"{stem}.png")
@@ -112,8 +122,9 @@ def voc_colour(index: int) -> Colour:
 def _images(
     source: Path, stems: list[str], label_map: LabelMap, finder: ImageFinder, problems: Problems
 ) -> Iterator[LabelledImage]:
+    files = [_stems(source / f"Segmentation{kind}") for kind in ("Object", "Class")]
     for stem in stems:
-        objects, classes = (read_png(source / f"Segmentation{kind}" / f"{stem}.png") for kind in ("Object", "Class"))
+        objects, classes = (read_png(paths[stem]) if stem in paths else None for paths in files)
         if objects is None or classes is None:
             problems.add("masks that are missing or cannot be read", f"{stem}.png")
             continue
@@ -123,6 +134,11 @@ def _images(
         opened = finder.open(f"{stem}.jpg", objects.shape[:2])
         if opened is not None:
             yield LabelledImage(*opened, list(objects_of(objects, classes, label_map, stem, problems)))
+
+
+def _stems(folder: Path) -> dict[str, Path]:
+    """Return the PNG files of a folder and those below it, by their names without suffix: CVAT writes subfolders."""
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in visible_files(folder, {".png"})}
 
 
 def read_png(path: Path) -> np.ndarray | None:

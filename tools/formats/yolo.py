@@ -5,6 +5,7 @@ A line is `class x1 y1 x2 y2 ...`, relative to the upright image. Objects of sev
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from tools.formats.structures import (
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
+NAMES_OF_VAL = ("valid", "validation")  # other keys for it
+MOST_CLASSES = 100_000  # a larger index is another kind of number
 
 
 def find_yaml(source: Path) -> Path | None:
@@ -60,7 +63,7 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     content = {} if path is None else _load(path)
     if "kpt_shape" in content:
         raise UserError(f"{path}: labels of poses (kpt_shape) have no outlines; export segmentation labels instead")
-    names = dict(enumerate(_class_names(source))) if path is None else _names_by_index(content.get("names"), path)
+    names = _class_names(source) if path is None else _names_by_index(content.get("names"), path)
     places: dict[str, list[Path]] = {}
     for split in SPLITS:
         if path is not None and content.get(split):
@@ -78,7 +81,11 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
         if not visible_files(root / "labels", {".txt"}):
             raise UserError(f"{path}: has none of {', '.join(SPLITS)}, and there is no folder labels beside it")
         pairs[""] = _from_labels(root / "labels", finder, labels)
-    splits = {split: _images(found, names, finder, problems) for split, found in pairs.items()}
+    used: set[Path] = set()  # label files
+    splits = {split: _images(found, names, finder, used, problems) for split, found in pairs.items()}
+    if places:
+        last = list(splits)[-1]
+        splits[last] = itertools.chain(splits[last], _unused_labels(used, problems))
     return Labels("YOLO", list(names.values()), splits)
 
 
@@ -94,6 +101,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a data.yaml, it has no keys")
+    content = {str(key).lower(): value for key, value in content.items()}
+    for key in content.keys() & set(NAMES_OF_VAL):
+        content.setdefault("val", content[key])
     return content
 
 
@@ -109,23 +119,23 @@ def _names_by_index(listed: Any, path: Path) -> dict[int, str]:
         found = {int(index): name for index, name in pairs}
     except ValueError:
         raise UserError(f"{path}: the keys of `names` must be class indices") from None
-    if not all(isinstance(name, str) for name in found.values()):
+    if not all(isinstance(name, str) and name.strip() for name in found.values()):
         raise UserError(f"{path}: `names` must be a list of texts, or class indices with texts")
     return found
 
 
-def _class_names(source: Path) -> list[str]:
-    """Return the names in classes.txt, or class_0, class_1, ... for as many as the labels use."""
+def _class_names(source: Path) -> dict[int, str]:
+    """Return the names in classes.txt by their line, or class_0, class_1, ... for as many as the labels use."""
     for path in (source / "classes.txt", source / "labels" / "classes.txt", source / "obj.names"):
         if path.is_file():
-            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            return {i: line.strip() for i, line in enumerate(read_text(path).splitlines()) if line.strip()}
     used = [
-        int(float(line.split()[0]))
+        int(values[0])
         for path in visible_files(source / "labels", {".txt"})
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.split() and line.split()[0].replace(".", "").isdecimal()
+        if len(values := _numbers(line.split())) > 4
     ]
-    return [f"class_{i}" for i in range(max(used, default=0) + 1)]
+    return {i: f"class_{i}" for i in range(max(used, default=0) + 1)}
 
 
 def _places(content: dict[str, Any], split: str, path: Path, images: Path | None) -> list[Path]:
@@ -166,6 +176,9 @@ def _from_labels(folder: Path, finder: ImageFinder, labels: ImageFinder) -> Iter
 def _pairs(places: list[Path], finder: ImageFinder, labels: ImageFinder) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a split with the paths of their label files."""
     for place in places:
+        if place.suffix.lower() in SUFFIXES and place.is_file():
+            yield place, _label_path(place, labels)
+            continue
         if place.is_dir():
             yield from ((path, _label_path(path, labels)) for path in visible_files(place, SUFFIXES))
             continue
@@ -187,15 +200,19 @@ def _label_path(image: Path, labels: ImageFinder) -> Path:
             parts[i] = "labels"
             break
     path = Path(*parts).with_suffix(".txt")
-    return (not path.is_file() and labels.knows(path.name) and labels.find(path.as_posix())) or path
+    beside = path.parent == image.parent  # the image is in no folder called images
+    if path.is_file() or (path.parent.is_dir() and not beside) or not labels.knows(path.name):
+        return path  # an image without a file among the labels has no objects
+    return labels.find(path.as_posix()) or path
 
 
 def _images(
-    pairs: Iterator[tuple[Path, Path]], names: dict[int, str], finder: ImageFinder, problems: Problems
+    pairs: Iterator[tuple[Path, Path]], names: dict[int, str], finder: ImageFinder, used: set[Path], problems: Problems
 ) -> Iterator[LabelledImage]:
     without: list[Path] = []
     labelled = 0
     for path, label in pairs:
+        used.add(label)
         opened = finder.settle(path)
         if opened is None:
             continue
@@ -204,6 +221,25 @@ def _images(
         yield LabelledImage(*opened, list(_objects(label, opened[1], names, problems)))
     if without and not labelled:  # an image without objects has no file, but not all images
         problems.add("images without a label file", f"looked for {without[0]}", len(without))
+
+
+def _unused_labels(used: set[Path], problems: Problems) -> Iterator[LabelledImage]:
+    """Add a problem for each label file beside those that were used, and yield nothing."""
+    for folder in sorted({label.parent for label in used if label.is_file()}):
+        for path in sorted(folder.glob("*.txt")):
+            if path not in used and path.name != "classes.txt" and not path.name.startswith("."):
+                problems.add("label files that belong to no image of the source", path.name)
+    yield from ()
+
+
+def _numbers(words: list[str]) -> np.ndarray:
+    """Return the values of a label line: a class index and numbers; a single NaN for another line."""
+    try:
+        values = np.array(words, np.float64)
+    except ValueError:
+        values = np.zeros(0)
+    usable = len(values) and np.isfinite(values).all() and values[0] == int(values[0]) and 0 <= values[0] < MOST_CLASSES
+    return values if usable else np.array([np.nan])
 
 
 def _objects(path: Path, size: Size, names: dict[int, str], problems: Problems) -> Iterator[LabelledObject]:
@@ -217,11 +253,8 @@ def _objects(path: Path, size: Size, names: dict[int, str], problems: Problems) 
         words, where = line.split(), f"{path.name} line {number}"
         if not words:
             continue
-        try:
-            values = np.array(words, np.float64)
-        except ValueError:
-            values = np.array([np.nan])
-        if not np.isfinite(values).all() or values[0] != int(values[0]) or int(values[0]) not in names:
+        values = _numbers(words)
+        if np.isnan(values[0]) or int(values[0]) not in names:
             problems.add(f"lines that are not a class index ({shown}) followed by numbers", where)
         elif len(values) in (5, 6):
             problems.add("boxes without an outline (a detection label)", where)

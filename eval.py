@@ -134,7 +134,7 @@ def segment_images(args: argparse.Namespace) -> int:
     kinds = parse_kinds(args.save)
     if args.tile and "prototypes" in kinds:
         raise UserError("--save prototypes: each tile has its own; leave out --tile")
-    sources, problems = find_images(args.image, args.images, args.output)
+    sources, problems = find_images(args.image, args.images, args.output, [".json"] * ("json" in kinds))
     sources = sources[: args.max_images]
     predictor = tiled(build_predictor(args), args.tile)
     for problem in problems:

@@ -88,8 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             trainer = Trainer(model, Path(args["output_dir"]), ranks, args["precision"], args["accumulate"])
             if stored is not None:
                 trainer.load(stored.training or {})
-                if args["val_annotations"] != (stored.training or {})["args"].get("val_annotations"):
-                    trainer.best, trainer.stale = -1.0, 0  # AP on other images cannot be compared
                 print(f"resumed {resume} at step {trainer.iteration}")
             schedule = Schedule(config.training, len(train))
             if trainer.iteration > schedule.max_iter:
@@ -193,8 +191,7 @@ def validate(trainer: Trainer, val: CocoDataset | None, log: RunLog) -> str:
             f"mask AP {mask['AP']:.3f} AP50 {mask['AP50']:.3f}"
         )
         table = metrics["table"] + (per_class_table(metrics) if len(val.class_names) > 1 else "")
-        rows = metrics["per_class"]["bbox"] | metrics["per_class"]["segm"]  # a class may have no mask
-        per_class = {name: row["AP"] for name, row in rows.items()}
+        per_class = {name: row["AP"] for name, row in metrics["per_class"]["segm"].items()}
         log.line(trainer.iteration, {"time": round(time.time(), 1), "bbox": box, "segm": mask, "class_AP": per_class})
         score = mask["AP"] if mask["AP"] >= 0 else box["AP"]  # -1: the validation set has no masks
         improved = score > trainer.best

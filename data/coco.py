@@ -20,7 +20,6 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 LARGEST_SIDE = 10**6  # pixels; no image file is larger
-LONGEST_WARPED = 32766  # pixels; OpenCV 4 does not warp longer sides
 LONGEST_NAME = 255  # bytes, in Linux, macOS and Windows
 
 
@@ -65,7 +64,8 @@ class CocoDataset(Dataset[Sample]):
         self.category_ids = tuple(as_id(c["id"], f"{self.path}: category id") for c in categories)
         self.image_ids = array.array("q", (as_id(image["id"], f"{self.path}: image id") for image in content["images"]))
         self._images = PackedList(
-            (_text(i["file_name"], f"{self.path}: file_name", file=True), _stated_size(i)) for i in content["images"]
+            (_text(i["file_name"], f"{self.path}: file_name", file=True), valid_size(i.get("height"), i.get("width")))
+            for i in content["images"]
         )
         self.has_annotations = "annotations" in content
         self.labels = {category: label for label, category in enumerate(self.category_ids)}  # by category id
@@ -191,13 +191,8 @@ class CocoDataset(Dataset[Sample]):
         ]
 
     def __getitem__(self, index: int) -> Sample:
-        """Return an image and its objects, as training uses them: exact copies are dropped.
-
-        Raises UserError if the image cannot be read or warped.
-        """
+        """Return an image and its objects, as training uses them: exact copies are dropped."""
         image = self.read_image(index)
-        if max(image.shape) > LONGEST_WARPED:
-            raise UserError(f"{self.image_path(index)}: a side of more than {LONGEST_WARPED} pixels; cut it into parts")
         usable = [a for a in self.parsed(index, image.shape[:2], drop_duplicates=True) if a.box is not None]
         objects = [annotation for annotation in usable if not annotation.crowd]
         return Sample(
@@ -221,10 +216,11 @@ def _text(value: Any, where: str, file: bool = False) -> str:
     return text
 
 
-def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
+def valid_size(height: Any, width: Any) -> tuple[int, int] | None:
+    """Return height and width as integers, or None if they cannot be those of an image."""
     try:
-        size = int(float(image["height"])), int(float(image["width"]))
-    except (KeyError, TypeError, ValueError, OverflowError):
+        size = int(float(height)), int(float(width))
+    except (TypeError, ValueError, OverflowError):
         return None
     return size if min(size) > 0 and max(size) < LARGEST_SIDE else None
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import Config, ModelConfig
+from data.annotation import Sample
 from data.augment import Augment, Distortion, copy_paste, distort
 from data.coco import CocoDataset
 from data.image import normalise
@@ -29,6 +30,7 @@ from utils.distributed import ALONE, Ranks
 from utils.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers pass batches on Linux; Docker's has 64 MiB
+LONGEST_WARPED = 32766  # pixels; OpenCV 4 does not warp longer sides
 TIMEOUT = 600  # seconds to wait for a batch
 Item = tuple["tuple[Tensor, Distortion, Target] | None", int, list[str]]
 
@@ -53,14 +55,21 @@ class TrainingSet(Dataset[Item]):
             rng = np.random.default_rng((self.seed, epoch, index, attempt))
             chosen = index if attempt == 0 else int(rng.integers(len(self.dataset)))
             try:
-                sample = self.dataset[chosen]
+                sample = self._read(chosen)
                 if self.copy_paste and rng.random() < self.copy_paste:
-                    sample = copy_paste(sample, self.dataset[int(rng.integers(len(self.dataset)))], rng)
+                    sample = copy_paste(sample, self._read(int(rng.integers(len(self.dataset)))), rng)
             except UserError as error:
                 problems.append(str(error))
                 continue
             return self.augment(sample, rng), self.dataset.image_ids[chosen], problems
         return None, -1, problems
+
+    def _read(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        if max(sample.image.shape) > LONGEST_WARPED:
+            path = self.dataset.image_path(index)
+            raise UserError(f"{path}: a side of more than {LONGEST_WARPED} pixels; cut the image into parts")
+        return sample
 
 
 def endless_shuffle(

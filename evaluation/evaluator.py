@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from config import Config
 from data.annotation import Annotation, to_rle
-from data.coco import LARGEST_SIDE, CocoDataset
-from utils.distributed import ALONE, CPU, Ranks
+from data.coco import CocoDataset, valid_size
+from utils.distributed import ALONE, Ranks
 from utils.errors import UserError, join_names
 from utils.files import write_json
 
@@ -29,6 +29,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 IOU_TYPES = {"bbox": "boxes", "segm": "masks"}
 # Beside a GPU: threads that read images and encode masks, and images in a batch and read in advance; not yet measured.
 THREADS, BATCH = 4, 8
+LONGEST = 2**16  # pixels of an image of unknown size
 Sizes = dict[int, tuple[int, int]]
 
 
@@ -77,15 +78,17 @@ def predict_dataset(
     # The model may have been trained on a file with other category ids for the same classes.
     to_file = dict(zip(predictor.config.category_ids, dataset.category_ids, strict=True))
     shown = tqdm(total=len(indices), desc="evaluating", disable=None if progress and ranks.is_main else True)
-    on_gpu = getattr(predictor, "device", CPU).type == "cuda"  # on a CPU, threads would compete with the network
+    backend: Any = getattr(predictor, "backend", None)  # tiles have none
+    on_gpu = backend is not None and backend.device.type == "cuda"  # on a CPU, threads would compete with the network
+    batch_size = BATCH if on_gpu and not backend.compile_seconds else 1  # compiled networks are so for one image
     # Images wait in one queue with the masks of earlier ones, so that few detections are in memory.
     with ThreadPoolExecutor(THREADS) if on_gpu else InThisThread() as pool, shown:
         images = zip((dataset.image_ids[index] for index in indices), _read_ahead(pool, dataset, indices), strict=True)
-        while batch := list(itertools.islice(images, BATCH if on_gpu else 1)):
+        while batch := list(itertools.islice(images, batch_size)):
             found.problems += [str(image) for _, image in batch if isinstance(image, UserError)]
             read = {image_id: image for image_id, image in batch if not isinstance(image, UserError)}
             found.sizes |= {image_id: image.shape[:2] for image_id, image in read.items()}
-            detected = predictor(list(read.values())) if on_gpu else map(predictor, read.values())
+            detected = predictor(list(read.values())) if batch_size > 1 else map(predictor, read.values())
             for image_id, detections in zip(read, detected, strict=True):
                 encoded.append(pool.submit(detections.to_coco, image_id))
             shown.update(len(batch))
@@ -277,13 +280,21 @@ class GroundTruth:
 
 
 def _size_on_disk(dataset: CocoDataset, index: int) -> tuple[int, int]:
-    """Return the size of an image file. If it cannot be read, its objects still count, so it is what they extend to."""
-    try:
+    """Return the size of an image file.
+
+    If it cannot be read, its objects still count: the size is that of a run-length encoding, or what they extend to.
+    """
+    with contextlib.suppress(UserError):
         height, width = dataset.read_image(index).shape[:2]
-    except UserError:
-        boxes = [annotation.box for annotation in dataset.parsed(index, (LARGEST_SIDE, LARGEST_SIDE)) if annotation.box]
-        width, height = np.ceil(np.max([box[2:] for box in boxes], axis=0)).astype(int).tolist() if boxes else (1, 1)
-    return height, width
+        return height, width
+    for entry in dataset.annotations(index):
+        code = entry.get("segmentation")
+        size = code.get("size") if isinstance(code, dict) else None
+        if isinstance(size, list) and len(size) == 2 and (valid := valid_size(*size)):
+            return valid
+    boxes = [annotation.box for annotation in dataset.parsed(index, (LONGEST, LONGEST)) if annotation.box]
+    x, y = np.ceil(np.max([box[2:] for box in boxes], axis=0)).astype(int).tolist() if boxes else (1, 1)
+    return y, x
 
 
 def _scored(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -374,9 +385,8 @@ def _best_point(images: list[dict[str, Any]]) -> tuple[float, float]:
 def per_class_table(metrics: dict[str, Any]) -> str:
     """Return the "per_class" metrics as lines of text."""
     lines = [f"{'class':<24}{'box AP':>8}{'mask AP':>9}{'AP50':>8}{'precision':>11}{'recall':>8}"]
-    boxes, masks = (metrics["per_class"][kind] for kind in IOU_TYPES)
-    for name in boxes | masks:  # a class may have no mask
-        row = masks.get(name, {})
-        values = [boxes[name]["AP"], *(row.get(key, -1) for key in ("AP", "AP50", "precision", "recall"))]
+    for name, box in metrics["per_class"]["bbox"].items():
+        row = metrics["per_class"]["segm"].get(name, {})  # a class may have no mask
+        values = [box["AP"], *(row.get(key, -1) for key in ("AP", "AP50", "precision", "recall"))]
         lines.append(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
     return "\n".join(lines)

@@ -56,8 +56,9 @@ class MultiBoxLoss:
 
     All terms are computed in float32, and none is ever missing. The class term is a sum over positive and mined
     negative anchors, the box, mask and mask IoU terms are sums over positive anchors; all four are divided by the
-    number of positive anchors in the batch, see `count_anchors`. The semantic term is a mean over the images. An object
-    without a mask contributes to the box and class terms only.
+    number of positive anchors in the batch, to which images without objects add for the class term, see
+    `count_anchors`. The semantic term is a mean over the images. An object without a mask contributes to the box and
+    class terms only.
 
     Raises UserError if the configuration's assigner is unknown.
     """

@@ -477,29 +477,6 @@ def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeyp
     assert [line["step"] for line in lines(tmp_path) if "total" in line] == [1, 2]
 
 
-def test_other_validation_data_start_a_new_comparison(dataset, tmp_path, monkeypatch):
-    args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run")
-    best, load = [], Trainer.load
-
-    def loads(self, state):
-        load(self, state)
-        self.best = 0.9
-
-    def validate(trainer, *_):
-        best.append(trainer.best)
-        trainer.validated = trainer.iteration
-        return ""
-
-    monkeypatch.setattr(Trainer, "load", loads)
-    monkeypatch.setattr("train.validate", validate)
-    run(*args)
-    other = tmp_path / "other.json"
-    other.write_bytes(dataset.read_bytes())
-    for number, validation in enumerate((dataset, other), 2):
-        run("train.py", "--resume", tmp_path / "run", "--max_iter", number, "--val_annotations", validation)
-    assert best == [-1, 0.9, -1]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 def test_killed_at_any_moment_the_checkpoint_loads(dataset, tmp_path):

@@ -88,7 +88,7 @@ def test_yolo_folders_of_another_computer(tmp_path):
     (tmp_path / "data.yaml").write_bytes("names: [cat]".encode("utf-16"))
     assert "not UTF-8 text" in convert(tmp_path, ".", code=2)
     write(tmp_path / "data.yaml", "train: train/images\nnames:\n  - 0: cat")
-    assert "must be a list of texts" in convert(tmp_path, "data.yaml", code=2)
+    assert "`names` must be texts" in convert(tmp_path, "data.yaml", code=2)
 
 
 def test_a_name_that_fits_exactly_is_taken(tmp_path):
@@ -326,7 +326,7 @@ def test_yolo_classes_are_the_lines_of_classes_txt(tmp_path):
     convert(tmp_path, ".")
     assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("class_2", 400)]}
     write(tmp_path / "data.yaml", "train: images/a.jpg\nval: images\nnames: {2: cat, 3: }")
-    assert "`names` must be a list of texts" in convert(tmp_path, "data.yaml", code=2)
+    assert "that of class 3 is not" in convert(tmp_path, "data.yaml", code=2)
     write(tmp_path / "data.yaml", "train: images/a.jpg\nval: images\nnames: {2: cat}")
     convert(tmp_path, "data.yaml")
     assert objects(tmp_path / "out_train.json", tmp_path / "images") == {"a.jpg": [("cat", 400)]}
@@ -359,7 +359,7 @@ def test_what_was_read_is_not_replaced(tmp_path):
     photo(folder / "b.jpg")
     write(folder / "b.json", {"shapes": [shape], "imagePath": "b.jpg", "imageHeight": HEIGHT, "imageWidth": WIDTH})
     message = run("tools.formats", folder, "--output", folder / "b.json", code=2)
-    assert "b.json: would replace a file that was read" in message
+    assert "b.json: exists and is not a COCO file" in message
     for _ in range(2):  # the result of an earlier conversion is replaced
         run("tools.formats", folder, "--output", folder / "coco.json")
 
@@ -419,3 +419,33 @@ def test_crowds_of_isat(tmp_path):
     write(tmp_path / "a.json", {"info": info, "objects": listed})
     convert(tmp_path, "a.json")
     assert [entry["iscrowd"] for entry in json.loads((tmp_path / "out.json").read_text())["annotations"]] == [0, 1]
+
+
+def test_yolo_labels_in_other_folders_than_images(tmp_path):
+    """Labels in folders by split beside images in one, and a validation set without a single label."""
+    for name in ("a", "b", "c"):
+        photo(tmp_path / f"images/{name}.jpg", seed=ord(name))
+    write(tmp_path / "labels/train/a.txt", yolo(0))
+    write(tmp_path / "labels/val/b.txt", yolo(1))
+    write(tmp_path / "labels/val/gone.txt", yolo(1))
+    write(tmp_path / "data.yaml", "train: images\nval: images\nnames: [cat, dog]")
+    text = convert(tmp_path, "data.yaml")
+    wanted = {"a.jpg": [("cat", 400)], "b.jpg": [("dog", 400)], "c.jpg": []}
+    assert objects(tmp_path / "out_train.json", tmp_path / "images") == wanted
+    assert "label files that belong to no image of the source (1): gone.txt" in text
+    assert "by their name alone" not in text
+    other = tmp_path / "other"
+    for split in ("train", "val"):
+        photo(other / f"images/{split}/1.jpg")
+    write(other / "labels/train/1.txt", yolo(0))
+    write(other / "data.yaml", "train: images/train\nval: images/val\nnames: [cat]")
+    run("tools.formats", other / "data.yaml", "--output", other / "out.json")
+    assert objects(other / "out_val.json", other / "images/val") == {"1.jpg": []}
+
+
+def test_a_mask_of_the_whole_image_is_an_object(tmp_path):
+    photo(tmp_path / "images/a.jpg")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.full((HEIGHT, WIDTH), 255, np.uint8)).save(tmp_path / "masks/a.png")
+    convert(tmp_path, ".")
+    assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("object", HEIGHT * WIDTH)]}

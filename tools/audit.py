@@ -415,11 +415,11 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = build_parser().parse_args(argv)
     configure_process()
+    if args.val_images and not args.val_annotations:
+        raise UserError("--val_images has no effect without --val_annotations")
     dataset = open_coco(args.annotations, args.image_dir)
     dataset.check_folder()
     val = None
-    if args.val_images and not args.val_annotations:
-        raise UserError("--val_images has no effect without --val_annotations")
     if args.val_annotations:
         val = open_coco(args.val_annotations, args.val_images or args.image_dir)
         val.check_folder()

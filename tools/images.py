@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +61,15 @@ def split_output(text: str) -> tuple[str, str | None]:
     return text[:drive] + source, target
 
 
-def find_images(images: Iterable[str], folders: Iterable[str], output: Path | None) -> tuple[list[Source], list[str]]:
+def find_images(
+    images: Iterable[str], folders: Iterable[str], output: Path | None, endings: Sequence[str] = ()
+) -> tuple[list[Source], list[str]]:
     """Resolve `--image` (paths, globs, `-` for a list on stdin) and `--images` (folders) to images and output paths.
 
     Results are written to the path after the colon of `in:out`, otherwise to `output` (a folder, or a file for a
     single image), otherwise to the folder `results`. In a folder they keep the images' names and subfolders. They
-    replace results of earlier runs, but never each other or an input image. In a folder, an overlay never replaces an
-    image or JSON file that is not such a result.
+    replace results of earlier runs, but never each other or an input image. An overlay in a folder, and results
+    with one of `endings` such as ".json", never replace a file that is not such a result.
 
     Returns:
         The images, and messages about folders without images.
@@ -115,24 +117,25 @@ def find_images(images: Iterable[str], folders: Iterable[str], output: Path | No
             if source.output in taken or _real(wanted) in inputs:
                 what = "is one of the images" if _real(wanted) in inputs else "is the result of two images"
                 raise UserError(f"{wanted}: {what}; choose another name")
-            if _foreign(json_file := wanted.with_suffix(".json")):
-                raise UserError(f"{json_file}: is not a result of an earlier run; choose another name than {wanted}")
+            for file in (wanted.with_suffix(ending) for ending in endings):
+                if is_foreign(file):
+                    raise UserError(f"{file}: is not a result of an earlier run; choose another name than {wanted}")
         else:
             suffix = ".png" if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
-            source = Source(path, _free_name(path, wanted / name, suffix, taken), suffix)
+            source = Source(path, _free_name(path, wanted / name, (suffix, *endings), taken), suffix)
         taken.add(source.output)
         sources.append(source)
     return sources, problems
 
 
-def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
+def _free_name(path: Path, target: Path, endings: Sequence[str], taken: set[Path]) -> Path:
     """Return `target` without its suffix, or a longer name if that one is taken or is in the folder of the image.
 
-    An existing image or JSON file that is not a result of an earlier run is not replaced either.
+    An existing file with one of `endings` that is not a result of an earlier run is not replaced either.
     """
 
     def foreign(output: Path) -> bool:
-        return any(_foreign(output.with_name(output.name + ending)) for ending in (suffix, ".json"))
+        return any(is_foreign(output.with_name(output.name + ending)) for ending in endings)
 
     if _real(target.parent) == _real(path.parent) or foreign(target.with_suffix("")):
         target = target.with_name(f"{target.stem}.yolact{target.suffix}")
@@ -143,7 +146,8 @@ def _free_name(path: Path, target: Path, suffix: str, taken: set[Path]) -> Path:
     return next(output for output in outputs if output not in taken and not foreign(output))
 
 
-def _foreign(path: Path) -> bool:
+def is_foreign(path: Path) -> bool:
+    """Return whether a file exists that is not the result of an earlier run."""
     return path.exists() and not is_result(path)
 
 

@@ -315,14 +315,11 @@ def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: di
     sizes = [[name, _percent(box[key]), _percent(mask[key])] for name, key in SIZES]
     sizes.insert(1, ["IoU 0.5", _percent(box["AP50"]), _percent(mask["AP50"])])
     sizes.insert(2, ["IoU 0.75", _percent(box["AP75"]), _percent(mask["AP75"])])
+    masks = summary["per_class"].get("segm", {})  # a class may have none
     classes = [
-        [
-            name,
-            str(sum(item.label == names.index(name) for item in outcome.objects)),
-            _percent(summary["per_class"]["bbox"].get(name, {}).get("AP")),
-        ]
-        + [_percent(row[key]) for key in ("AP", "AP50", "precision", "recall")]
-        for name, row in summary["per_class"].get("segm", {}).items()
+        [name, str(sum(item.label == names.index(name) for item in outcome.objects)), _percent(row["AP"])]
+        + [_percent(masks.get(name, {}).get(key)) for key in ("AP", "AP50", "precision", "recall")]
+        for name, row in summary["per_class"].get("bbox", {}).items()
     ]
     errors = [[name, str(summary["errors"][name]), text] for name, text in {**ERROR_KINDS, "missed": MISSED}.items()]
     sections = [

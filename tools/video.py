@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.image import write_image
 from inference.detections import TOOLS, Detections
 from tools.encoder import VideoFile
-from tools.images import split_output
+from tools.images import is_foreign, split_output
 from tools.outputs import write_results
 from tools.track import Tracker
 from utils.distributed import StopSignal
@@ -249,6 +249,8 @@ def process_video(
     """
     if Path(source).resolve() in (video_path(output, kind).resolve() for kind in ("overlay", "blur")):
         raise UserError(f"{source}: the result would replace the video itself; choose another --output")
+    if "json" in kinds and is_foreign(file := output.with_name(output.name + ".json")):
+        raise UserError(f"{file}: is not a result of an earlier run; choose another --output")
     report, pending = VideoReport(), collections.deque[Future[None]]()
     with StopSignal() as signals, contextlib.ExitStack() as stack:
         video = VideoSource(source, lambda: signals.received)

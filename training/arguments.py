@@ -108,7 +108,10 @@ def resumed_run(resume: Path, given: dict[str, Any]) -> tuple[Weights, Config, d
         raise UserError(f"--resume {resume}: no such run; give the --output_dir of an earlier one")
     path = checkpoint_in(resume, ("last.pth",)) if resume.is_dir() else resume
     if "output_dir" in given and Path(given["output_dir"]).resolve() != path.parent.resolve():
-        raise UserError(f"--output_dir has no effect with --resume, which continues in {path.parent}; copy that folder")
+        raise UserError(
+            f"--output_dir has no effect with --resume, which continues in {path.parent}; copy that "
+            "folder, and give the copy to --resume"
+        )
     weights = read_weights(path)
     config, training = weights.config, weights.training
     if training is None:

@@ -161,4 +161,4 @@ def _imagenet(backbone: str) -> tuple[dict[str, Any], str]:
             raise UserError(
                 f"{weights.url}: cannot be downloaded ({error}); download it by hand and give the file with --init"
             ) from None
-    raise UserError(f"no ImageNet weights are available for {backbone!r}; give --init with a file or none")
+    raise UserError(f"no ImageNet weights are available for {backbone!r}; give a file with --init, or --init none")

@@ -18,6 +18,7 @@ from inference.predictor import Predictor
 from inference.runtime import NORMALISED, RAW, ExportedNetwork, Part
 from yolact import Yolact
 
+MAX_CROPPED = 1e-3  # share of the pixels of masks_cropped that may differ from those of masks
 MIN_SCORE = 0.1  # weaker detections are ignored, because rounding errors can add or remove them
 # Detections are compared at several widths and heights of each image, because a graph may depend on the size.
 SCALES = ((1.0, 1.0), (0.5, 0.7), (1.5, 1.2))
@@ -71,7 +72,10 @@ def check_export(
     pairs = _Pairs(tolerance.iou)
     graph = network.runtime.start((), (), "fp32")
     for image in _at_sizes(images):
-        pairs.add(predictor(image), _run_graph(graph, image))
+        found, wrong = _run_graph(graph, image)
+        pairs.add(predictor(image), found)
+        if wrong > MAX_CROPPED:
+            problems.append(f"{wrong:.1%} of the pixels of masks_cropped differ from masks")
     report |= pairs.summary()
     for side in ("pytorch", "exported"):
         matched, total = report[f"{side}_matched"], report[f"{side}_detections"]
@@ -107,11 +111,22 @@ def _raw_differences(network: ExportedNetwork, predictor: Predictor, images: Seq
     return worst
 
 
-def _run_graph(graph: Any, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the whole graph on one image; return the used slots of boxes, scores, labels and masks."""
-    boxes, scores, labels, masks, count, *_ = graph(np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2)))
-    used = int(count[0])
-    return tuple(torch.from_numpy(values[0, :used]) for values in (boxes, scores, labels, masks))  # type: ignore[return-value]
+def _run_graph(graph: Any, image: np.ndarray) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], float]:
+    """Run the whole graph on one image.
+
+    Returns the used slots of boxes, scores, labels and masks, and the share of pixels in boxes that masks_cropped has
+    otherwise, 0 without that output.
+    """
+    outputs = graph(np.ascontiguousarray(image[None, :, :, ::-1].transpose(0, 3, 1, 2)))
+    used = int(outputs[4][0])
+    boxes, scores, labels, masks = (torch.from_numpy(values[0, :used]) for values in outputs[:4])
+    corners = np.ceil(boxes.numpy()).astype(int)
+    cropped = outputs[-1][0] if outputs[-1].ndim == 4 else ()
+    wrong = total = 0
+    for (x1, y1, x2, y2), mask, part in zip(corners, masks.numpy(), cropped, strict=False):
+        wrong += int((part[: y2 - y1, : x2 - x1] != mask[y1:y2, x1:x2]).sum())
+        total += (y2 - y1) * (x2 - x1)
+    return (boxes, scores, labels, masks), wrong / max(total, 1)
 
 
 class _Pairs:

@@ -98,13 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_output(output: Path, args: argparse.Namespace, format: str) -> None:
-    """Raise UserError if `output` is what was read: the source, a file of annotations in it, or --like."""
+    """Raise UserError if `output` exists and was read, or is not a COCO file: only results may be replaced."""
     if not output.exists():
         return
-    inside = args.source.is_dir() and args.source.resolve() in output.resolve().parents
-    original = inside and (format == "COCO" or not coco.recognise(output))
-    if original or any(path and path.exists() and output.samefile(path) for path in (args.source, args.like)):
-        raise UserError(f"--output {output}: would replace a file that was read; choose another name")
+    inside = coco.files_of(args.source).values() if format == "COCO" and args.source.is_dir() else ()
+    read = any(path and path.exists() and output.samefile(path) for path in (args.source, args.like, *inside))
+    if read or not coco.recognise(output):
+        what = "was read" if read else "is not a COCO file"
+        raise UserError(f"--output {output}: exists and {what}; choose another name")
 
 
 def ordered_names(args: argparse.Namespace, found: list[str]) -> list[str]:

@@ -24,10 +24,10 @@ LISTS = ("images", "annotations", "categories")
 
 def recognise(source: Path) -> bool:
     """Return whether `source` is a COCO file, or a folder with such files as CVAT, Datumaro or Roboflow export it."""
-    return bool(_files_of(source)) if source.is_dir() else _is_coco(source)
+    return bool(files_of(source)) if source.is_dir() else _is_coco(source)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """Return the COCO files of an exported folder by their split: "train" for annotations/instances_train.json."""
     files = [path for path in sorted((folder / "annotations").glob("*.json")) if _is_coco(path)]
     if not files:
@@ -65,7 +65,7 @@ def _is_coco(source: Path) -> bool:
 
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a file or an exported folder. Raises UserError if the lists of a file are not those of COCO."""
-    files = _files_of(source) if source.is_dir() else {"": source}
+    files = files_of(source) if source.is_dir() else {"": source}
     for path in [*source.glob("annotations/instances_*.json"), *source.glob("*/_annotations.coco.json")]:
         if path not in files.values():
             raise UserError(f"{path}: not a COCO annotation file with masks, unlike others beside it")

@@ -30,8 +30,9 @@ def recognise(source: Path) -> bool:
 def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     """Read a data set."""
     # With the folder of everything as --images, a mask would be taken for its image.
-    beside = images is None or images.resolve() == source.resolve()
-    finder = ImageFinder(source / "images" if beside or images is None else images, problems)
+    if images is None or images.resolve() == source.resolve():
+        images = source / "images"
+    finder = ImageFinder(images, problems)
     return Labels("masks", [CLASS], {"": _images(source / "masks", finder, problems)})
 
 
@@ -56,7 +57,11 @@ def _images(folder: Path, finder: ImageFinder, problems: Problems) -> Iterator[L
             continue
         numbers = index.reshape(pixels.shape[:2])
         background = 0 * values[0]
-        if values.any(axis=1).all() and len({int(numbers[y, x]) for y in (0, -1) for x in (0, -1)}) == 1:
+        if (
+            len(values) > 1
+            and values.any(axis=1).all()
+            and len({int(numbers[y, x]) for y in (0, -1) for x in (0, -1)}) == 1
+        ):
             background = values[numbers[0, 0]]  # the value of all corners, as none is 0
             problems.note("masks without 0, in which the value of the corners is taken as background", path.name)
         masks = [numbers == i for i, value in enumerate(values) if (value != background).any()]

@@ -149,7 +149,7 @@ class ImageFinder:
     """
 
     def __init__(self, folder: Path, problems: Problems, suffixes: set[str] = SUFFIXES):
-        self.folder, self.problems = folder, problems
+        self.folder, self.problems, self.of_images = folder, problems, suffixes is SUFFIXES
         self.by_name: dict[str, list[Path]] = {}  # by the name, and by the name without its suffix
         for path in visible_files(folder, suffixes) if folder.is_dir() else ():
             for key in dict.fromkeys((_plain(path.name), _plain(path.stem))):
@@ -195,7 +195,8 @@ class ImageFinder:
 
         longest = max(map(common, found))
         nearest = [path for path in found if common(path) == longest]
-        if longest == 0 and "/" in name and all(path.parent != self.folder for path in nearest):
+        stated, actual = (path.split("/")[:-1] for path in (name, nearest[0].relative_to(self.folder).as_posix()))
+        if self.of_images and stated and actual and stated[-1] not in actual and actual[-1] not in stated:
             self.problems.note("images found by their name alone, in another folder than the source says", name)
         depth = min(len(path.parts) for path in nearest)  # thumbnails and drawings are often in a folder below
         nearest = [path for path in nearest if len(path.parts) == depth]

@@ -45,23 +45,19 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     label_map = _label_map(source, problems)
     names = label_map.classes
     finder = ImageFinder(images or source / "JPEGImages", problems)
-    lists = {path.stem.lower(): path for path in sorted((source / "ImageSets/Segmentation").glob("*.txt"))}
-    splits = {SPLITS[name]: path for name, path in lists.items() if name in SPLITS}
+    splits: dict[str, list[str]] = {}
+    for path in sorted((source / "ImageSets/Segmentation").glob("*.txt")):
+        if path.stem.lower() in SPLITS:
+            lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            splits.setdefault(SPLITS[path.stem.lower()], []).extend(lines)
     masks = list(_stems(source / "SegmentationObject"))
-    listed = {line.strip() for path in splits.values() for line in read_text(path).splitlines()}
+    listed = {stem for stems in splits.values() for stem in stems}
     for stem in [stem for stem in masks if splits and stem not in listed]:
         problems.add("masks that no split lists", f"{stem}.png")
     if not splits:
         return Labels("Pascal VOC", names, {"": _images(source, masks, label_map, finder, problems)})
-    stems = {name: read_text(path).split("\n") for name, path in splits.items()}
-    return Labels(
-        "Pascal VOC",
-        names,
-        {
-            name: _images(source, [line.strip() for line in lines if line.strip()], label_map, finder, problems)
-            for name, lines in stems.items()
-        },
-    )
+    images_of = {name: _images(source, stems, label_map, finder, problems) for name, stems in splits.items()}
+    return Labels("Pascal VOC", names, images_of)
 
 
 @dataclass

@@ -85,7 +85,7 @@ def read(source: Path, images: Path | None, problems: Problems) -> Labels:
     splits = {split: _images(found, names, finder, used, problems) for split, found in pairs.items()}
     if places:
         last = list(splits)[-1]
-        splits[last] = itertools.chain(splits[last], _unused_labels(used, problems))
+        splits[last] = itertools.chain(splits[last], _unused_labels(root / "labels", used, problems))
     return Labels("YOLO", list(names.values()), splits)
 
 
@@ -102,8 +102,9 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a data.yaml, it has no keys")
     content = {str(key).lower(): value for key, value in content.items()}
-    for key in content.keys() & set(NAMES_OF_VAL):
-        content.setdefault("val", content[key])
+    for key in NAMES_OF_VAL:
+        if key in content:
+            content.setdefault("val", content[key])
     return content
 
 
@@ -119,8 +120,9 @@ def _names_by_index(listed: Any, path: Path) -> dict[int, str]:
         found = {int(index): name for index, name in pairs}
     except ValueError:
         raise UserError(f"{path}: the keys of `names` must be class indices") from None
-    if not all(isinstance(name, str) and name.strip() for name in found.values()):
-        raise UserError(f"{path}: `names` must be a list of texts, or class indices with texts")
+    for index, name in found.items():
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{path}: `names` must be texts; that of class {index} is not")
     return found
 
 
@@ -128,7 +130,10 @@ def _class_names(source: Path) -> dict[int, str]:
     """Return the names in classes.txt by their line, or class_0, class_1, ... for as many as the labels use."""
     for path in (source / "classes.txt", source / "labels" / "classes.txt", source / "obj.names"):
         if path.is_file():
-            return {i: line.strip() for i, line in enumerate(read_text(path).splitlines()) if line.strip()}
+            names = {i: line.strip() for i, line in enumerate(read_text(path).splitlines()) if line.strip()}
+            if not names:
+                raise UserError(f"{path}: has no class names")
+            return names
     used = [
         int(values[0])
         for path in visible_files(source / "labels", {".txt"})
@@ -200,10 +205,13 @@ def _label_path(image: Path, labels: ImageFinder) -> Path:
             parts[i] = "labels"
             break
     path = Path(*parts).with_suffix(".txt")
-    beside = path.parent == image.parent  # the image is in no folder called images
-    if path.is_file() or (path.parent.is_dir() and not beside) or not labels.knows(path.name):
-        return path  # an image without a file among the labels has no objects
-    return labels.find(path.as_posix()) or path
+    # Among the labels of other images, an image without a file has no objects.
+    expected = path.parent != image.parent and any(label.name != "classes.txt" for label in path.parent.glob("*.txt"))
+    if path.is_file() or expected or not labels.knows(path.name):
+        return path
+    found = labels.find(path.as_posix())
+    splits = {folder.parent.name.lower() for folder in (path, found or path)} & {*SPLITS, *NAMES_OF_VAL}
+    return path if found is None or len(splits) > 1 else found  # not the labels of another split
 
 
 def _images(
@@ -223,12 +231,13 @@ def _images(
         problems.add("images without a label file", f"looked for {without[0]}", len(without))
 
 
-def _unused_labels(used: set[Path], problems: Problems) -> Iterator[LabelledImage]:
-    """Add a problem for each label file beside those that were used, and yield nothing."""
-    for folder in sorted({label.parent for label in used if label.is_file()}):
-        for path in sorted(folder.glob("*.txt")):
-            if path not in used and path.name != "classes.txt" and not path.name.startswith("."):
-                problems.add("label files that belong to no image of the source", path.name)
+def _unused_labels(root: Path, used: set[Path], problems: Problems) -> Iterator[LabelledImage]:
+    """Add a problem for each label file beside those that were used, or below `root`, that was not; yield nothing."""
+    folders = {root, *(label.parent for label in used if label.is_file())}
+    known = {label.resolve() for label in used}
+    for path in sorted({path.resolve() for folder in folders for path in visible_files(folder, {".txt"})} - known):
+        if path.name != "classes.txt":
+            problems.add("label files that belong to no image of the source", path.name)
     yield from ()
 
 

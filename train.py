@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, stored = None, None
     if resume is not None:
         stored, config, args = resumed_run(resume, given)
+        configure_process(args["threads"])
     with process_group(args["device"] if stored else given.get("device", "auto")) as ranks:
         if stored is None:
             with ranks.main_first():  # only the main process downloads weights
@@ -170,7 +171,6 @@ def validate(trainer: Trainer, val: CocoDataset | None, log: RunLog) -> str:
     Returns COCOeval's table, or "" without a validation set.
     """
     if val is None:
-        trainer.validated = trainer.iteration
         return ""
     model, ranks = trainer.best_model, trainer.ranks
     ranks.broadcast(model.buffers())  # batch norm statistics differ between processes

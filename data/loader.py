@@ -225,7 +225,8 @@ def training_batches(
 
 def check_shared_memory(config: Config, workers: int, ranks: Ranks) -> None:
     """Raise UserError if the batches of the workers do not fit. PyTorch would wait for them for ever."""
-    images = config.training.batch_size // ranks.size
+    # Of all processes on this machine.
+    images = config.training.batch_size // ranks.size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     in_flight = 2 * workers + 1  # PyTorch reads two batches ahead with each worker
     # Three bytes a pixel, and about as much again for the masks of an image.
     needed = int(6 * in_flight * images * config.train_size**2)

@@ -73,7 +73,8 @@ class Detections:
 
     def _positions(self, index: Index) -> Tensor:
         """Return the positions [n] that an index selects. Raises IndexError for one that does not fit."""
-        return torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
+        chosen = np.arange(len(self))[index.cpu().numpy() if isinstance(index, Tensor) else index]
+        return torch.from_numpy(np.array(chosen).reshape(-1))  # a copy, because tensors have no negative strides
 
     def cpu(self) -> Detections:
         """Return the detections with all tensors on the CPU."""

@@ -274,7 +274,8 @@ def mask_cross_entropy(logits: Tensor, masks: Tensor, objects: Tensor, boxes: Te
 
 def _upsampled_cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
     """Return the cross-entropy [N, H, W] of the soft masks of logits [N, h, w], upsampled to the size of `truth`."""
-    soft = F.interpolate(logits.sigmoid()[None], truth.shape[1:], mode="bilinear", align_corners=False)[0]
+    # The masks are the batch, which may be empty; channels may not.
+    soft = F.interpolate(logits.sigmoid()[:, None], truth.shape[1:], mode="bilinear", align_corners=False)[:, 0]
     # `binary_cross_entropy` raises for NaN, and on a GPU it aborts the process. The caller reports a NaN instead.
     broken = soft.isnan()
     loss = F.binary_cross_entropy(soft.masked_fill(broken, 0.5), truth, reduction="none")

@@ -72,6 +72,8 @@ def test_masks_land_where_they_belong(size):
 
 
 def test_detections_behave_like_a_list():
+    some = disc_detections(90, 130)
+    assert some[::-1].scores.tolist() == some.scores.tolist()[::-1]
     found = disc_detections()
     assert len(found) == 2
     assert [len(d) for d in (found[0], found[:1], found[[True, False]], found[torch.tensor([1, 0])])] == [1, 1, 1, 2]

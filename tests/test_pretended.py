@@ -26,6 +26,7 @@ from evaluation import evaluator
 from inference import Predictor
 from layers.anchors import make_anchors
 from layers.detect import detect
+from layers.loss import MultiBoxLoss
 from layers.masks import mask_windows
 from layers.nms import NMS
 from layers.structures import Predictions
@@ -223,7 +224,7 @@ def test_a_training_step_waits_twice_whatever_its_objects(name, tmp_path, monkey
 
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         operations: Counter[tuple[int, int]] = Counter()
-        for objects, images in ((8, 2), (8, 2), (40, 2), (8, 4)):
+        for objects, images in ((8, 2), (8, 2), (40, 2), (8, 4), (0, 2)):
             batch = make_batch(config, objects, images)
             device.waits.clear()
             device.operations = 0
@@ -232,6 +233,20 @@ def test_a_training_step_waits_twice_whatever_its_objects(name, tmp_path, monkey
             operations[objects, images] = device.operations
     assert operations[40, 2] == operations[8, 2]
     assert operations[8, 4] - operations[8, 2] <= 2 * 40  # a few copies are per image
+
+
+def test_equal_objects_in_a_regular_grid_get_anchors_on_the_device():
+    """Their overlaps tie, so that they compete for the same anchors over many rounds."""
+    config = get_config("yolact_r50")
+    anchors = make_anchors(550, 550, config.model)
+    corners = torch.cartesian_prod(torch.arange(15), torch.arange(15)) * 6 / 550
+    boxes = torch.cat((corners, corners + 5 / 550), dim=1).float()
+    target = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.long), "crowds": torch.zeros(0, 4)}
+    with pretended_cuda():
+        moved = {key: value.pin_memory().to("cuda") for key, value in target.items()}
+        matches = MultiBoxLoss(config.loss).match(anchors.pin_memory().to("cuda"), [moved])
+        objects, classes = matches.objects.cpu(), matches.classes.cpu()
+    assert len(objects[classes > 0].unique()) == len(boxes)
 
 
 def peak_memory(function):

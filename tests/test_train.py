@@ -477,6 +477,18 @@ def test_a_validation_that_is_repeated_is_logged_once(dataset, tmp_path, monkeyp
     assert [line["step"] for line in lines(tmp_path) if "total" in line] == [1, 2]
 
 
+def test_a_finished_run_is_resumed_with_its_threads_and_validated(dataset, tmp_path, monkeypatch):
+    args = train_args(dataset, "--batch_size", "4", "--max_iter", "1", "--output_dir", tmp_path / "run")
+    cut = args.index("--val_annotations")
+    run(*args[:cut], *args[cut + 4 :], "--threads", 1)
+    threads = []
+    monkeypatch.setattr("train.configure_process", threads.append)
+    out = run("train.py", "--resume", tmp_path / "run", "--val_annotations", dataset)
+    assert threads[-1] == 1
+    assert "mask AP" in out
+    assert (tmp_path / "run/best.pth").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 def test_killed_at_any_moment_the_checkpoint_loads(dataset, tmp_path):

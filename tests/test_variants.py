@@ -449,3 +449,15 @@ def test_a_mask_of_the_whole_image_is_an_object(tmp_path):
     Image.fromarray(np.full((HEIGHT, WIDTH), 255, np.uint8)).save(tmp_path / "masks/a.png")
     convert(tmp_path, ".")
     assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("object", HEIGHT * WIDTH)]}
+
+
+def test_links_to_a_cache_keep_their_names(tmp_path):
+    """As DVC stores images; two names may even lead to the same file."""
+    photo(tmp_path / "cache/0f/a1b2.jpg")
+    for name in ("a", "b"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{name}.jpg").symlink_to(tmp_path / "cache/0f/a1b2.jpg")
+    write(tmp_path / "labels/a.txt", yolo(0))
+    write(tmp_path / "classes.txt", "cat")
+    convert(tmp_path, ".")
+    assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("cat", 400)], "b.jpg": []}

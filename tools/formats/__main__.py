@@ -135,7 +135,7 @@ def named_once(images: list[LabelledImage], problems: Problems) -> list[Labelled
     """Return the images that one entry of the source names, or several with equal objects. Others are a problem."""
     entries: dict[Path, list[LabelledImage]] = {}
     for image in images:
-        entries.setdefault(image.path.resolve(), []).append(image)
+        entries.setdefault(_absolute(image.path), []).append(image)
     kept = []
     for path, same in entries.items():
         if any(image.objects != same[0].objects for image in same):
@@ -155,7 +155,12 @@ def similar_names(names: list[str]) -> list[str]:
 
 def common_folder(images: list[LabelledImage]) -> Path:
     """Return the deepest folder that contains all images."""
-    return Path(os.path.commonpath([image.path.resolve().parent for image in images])) if images else Path(".")
+    return Path(os.path.commonpath([_absolute(image.path).parent for image in images])) if images else Path(".")
+
+
+def _absolute(path: Path) -> Path:
+    """Return the absolute path without following links, which may lead to a cache with other names."""
+    return Path(os.path.abspath(path))
 
 
 def geometry(item: LabelledObject, height: int, width: int) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def to_coco(images: list[LabelledImage], names: list[str], root: Path, problems:
     ids = {name: number for number, name in enumerate(names, 1)}
     for image_id, image in enumerate(images, 1):
         height, width = image.size
-        name = image.path.resolve().relative_to(root).as_posix()
+        name = _absolute(image.path).relative_to(root).as_posix()
         entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
         seen = set()
         for item in image.objects:

@@ -383,9 +383,9 @@ def test_every_16_bit_value_of_8_bits_is_that_value():
 
 
 def test_the_largest_side_that_is_believed():
-    assert coco._stated_size({"height": 5, "width": 10**6 - 1}) == (5, 10**6 - 1)
+    assert coco.valid_size(5, 10**6 - 1) == (5, 10**6 - 1)
     for width in (10**6, 0, -1):
-        assert coco._stated_size({"height": 5, "width": width}) is None
+        assert coco.valid_size(5, width) is None
 
 
 def test_expansion_puts_the_image_on_a_larger_canvas_of_its_shape(small_config):

@@ -141,7 +141,8 @@ def segment_images(args: argparse.Namespace) -> int:
         print(f"{problem}, skipped", file=sys.stderr)
     unreadable = 0
     images, outputs = [source.path for source in sources], [source.output for source in sources]
-    with merged_coco(images if "json" in kinds else [], outputs, predictor.config) as merged:
+    base = args.output or Path("results")
+    with merged_coco(images if "json" in kinds else [], outputs, base, predictor.config) as merged:
         for number, source in enumerate(tqdm(sources, desc="segmenting", disable=None if len(sources) > 1 else True)):
             try:
                 image = read_image(source.path, max_pixels=args.max_pixels)

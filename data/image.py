@@ -121,9 +121,10 @@ def as_image(image: ImageLike, channels: str = "bgr") -> np.ndarray:
         pixels = np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
         return np.ascontiguousarray(pixels[..., ::-1])
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"expected an image as cv2.imread returns it, not {image!r}: does the file exist?")
+        raise TypeError(f"expected an image as cv2.imread returns it, not {image!r:.40}: does the file exist?")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
+        hint = "cv2.imread without flags returns one, and cv2.cvtColor converts others"
+        raise ValueError(f"expected a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}; {hint}")
     return np.ascontiguousarray(image[..., ::-1]) if channels == "rgb" else image
 
 

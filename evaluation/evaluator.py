@@ -388,5 +388,6 @@ def per_class_table(metrics: dict[str, Any]) -> str:
     for name, box in metrics["per_class"]["bbox"].items():
         row = metrics["per_class"]["segm"].get(name, {})  # a class may have no mask
         values = [box["AP"], *(row.get(key, -1) for key in ("AP", "AP50", "precision", "recall"))]
-        lines.append(f"{name:<24}" + "".join(f"{v:>{w}.3f}" for v, w in zip(values, (8, 9, 8, 11, 8), strict=True)))
+        texts = (f"{value:.3f}" if value >= 0 else "-" for value in values)
+        lines.append(f"{name:<24}" + "".join(f"{v:>{w}}" for v, w in zip(texts, (8, 9, 8, 11, 8), strict=True)))
     return "\n".join(lines)

@@ -289,6 +289,8 @@ def test_crop_holds_a_centre():
         x1, y1, x2, y2 = sample_crop((0, 0, 100, 100), boxes, rng)
         assert ((centres > (x1, y1)) & (centres < (x2, y2))).all(axis=1).any()
         assert 0.4 < (y2 - y1) / (x2 - x1) < 2.2
+        assert 0 <= x1 < x2 <= 100
+        assert 0 <= y1 < y2 <= 100
         whole += (x1, y1, x2, y2) == (0, 0, 100, 100)
     assert 25 < whole < 80  # one in six
     for _ in range(100):

@@ -201,7 +201,7 @@ def test_a_class_without_masks_is_in_the_table(tmp_path):
     data = truth(tmp_path / "d", [(0, 1, OTHER, 0), (1, 2, OBJECT, 0)], categories=(1, 2))
     metrics = coco_metrics(changed(data, tmp_path, segmentation=None), [result(0, 1, OTHER, 0.9)], per_class=True)
     assert [line.split()[:3] for line in per_class_table(metrics).splitlines()[1:]] == [
-        ["c1", "1.000", "-1.000"],
+        ["c1", "1.000", "-"],
         ["c2", "0.000", "0.000"],
     ]
 

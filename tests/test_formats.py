@@ -85,12 +85,15 @@ def test_yolo(tmp_path, names):
     rotate_by_exif(tmp_path / "images/train/a b.jpg")
     labels = tmp_path / "labels"
     (labels / "train/a b.txt").write_text(f"0 {relative(SQUARE)}\n1 {relative(SECOND)}\n")
-    lines = ["1 0.5 0.5 0.2 0.2", f"7 {relative(SQUARE)}", "0 nonsense", f"0 {relative(SECOND)}"]
+    lines = ["1 0.5 0.5 0.2 0.2 0.9", f"7 {relative(SQUARE)}", "0 nonsense", f"0 {relative(SECOND)}"]
     (labels / "train/straße.txt").write_text("\n".join(lines))
     (tmp_path / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames: {names}\n")
     text = convert(tmp_path / "data.yaml", tmp_path / "coco.json")
     assert "2 images, 3 objects, 2 classes" in text
-    assert "not used: boxes without an outline (a detection label) (1): straße.txt line 1" in text
+    assert (
+        "not used: outlines with half a point; if predictions end with a confidence, save them without (1): straße.txt"
+        in text
+    )
     assert "not used: lines that are not a class index (0 to 1) followed by numbers (2)" in text
     found = load(tmp_path / "coco_train.json", tmp_path / "images/train")
     check(found, "a b.jpg", ("person", drawn(SQUARE)), ("car", drawn(SECOND)))

@@ -75,7 +75,10 @@ def test_resuming_is_equal_to_the_bit(dataset, tmp_path, monkeypatch):
 
 def test_schedule_scales_visibly_and_the_log_is_complete(dataset, tmp_path):
     out = run(*train_args(dataset, "--batch_size", "4", "--max_iter", "2", "--output_dir", tmp_path))
-    assert "adapted to max_size, anchor_sizes, train_scale, batch_size, max_iter: lr=0.0004949" in out
+    assert (
+        "adapted to max_size, anchor_sizes, train_scale, batch_size, max_iter: lr 0.000495, warmup_iters 200, ema"
+        in out
+    )
     assert "learning rate 0.000494975" in out
     assert "Average Precision" in out
     steps = lines(tmp_path)

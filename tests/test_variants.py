@@ -461,3 +461,22 @@ def test_links_to_a_cache_keep_their_names(tmp_path):
     write(tmp_path / "classes.txt", "cat")
     convert(tmp_path, ".")
     assert objects(tmp_path / "out.json", tmp_path / "images") == {"a.jpg": [("cat", 400)], "b.jpg": []}
+
+
+def test_boxes_of_yolo_are_kept_and_rectangles_of_labelme_said(tmp_path):
+    photo(tmp_path / "images/a.jpg")
+    write(tmp_path / "labels/a.txt", f"0 0.5 0.5 0.5 0.5\n1 0.9 0.9 0.4 0.4\n0 2 2 0.1 0.1\n{yolo(1)}")
+    write(tmp_path / "classes.txt", "cat\ndog")
+    text = convert(tmp_path, ".")
+    assert "note: objects without a mask, of which only the box is kept (3)" in text
+    assert "not used: boxes without an area inside their image (1): a.txt line 3" in text
+    listed = json.loads((tmp_path / "out.json").read_text())["annotations"]
+    assert [(entry["bbox"], "segmentation" in entry) for entry in listed] == [
+        ([15, 10, 30, 20], False),
+        (pytest.approx([42, 28, 18, 12]), False),
+        ([10, 10, 20, 20], True),
+    ]
+    shape = {"label": "cat", "points": [[10, 10], [30, 30]], "shape_type": "rectangle"}
+    photo(tmp_path / "labelme/b.jpg")
+    write(tmp_path / "labelme/b.json", {"shapes": [shape], "imagePath": "b.jpg"})
+    assert "note: rectangles, which are taken as masks" in convert(tmp_path, "labelme")

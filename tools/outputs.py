@@ -109,19 +109,24 @@ class MergedCoco:
 
 
 @contextmanager
-def merged_coco(images: Sequence[Path], outputs: Sequence[Path], config: Config) -> Iterator[MergedCoco | None]:
+def merged_coco(
+    images: Sequence[Path], outputs: Sequence[Path], base: Path, config: Config
+) -> Iterator[MergedCoco | None]:
     """Open a MergedCoco for several images, or return None for a single one.
 
-    It is written to the common folder of `outputs` when the block ends, and not at all if the block raises. Its file
-    names are relative to the common folder of `images`. Raises UserError if the file cannot be written.
+    It is written to the folder `base` if one of `outputs` is below it, or else to the folder that contains all of them;
+    there is none if they are in several folders. It is complete when the block ends, and not written if the block
+    raises. Its file names are relative to the common folder of `images`. Raises UserError if it cannot be written.
     """
-    if len(images) < 2:
+    folders = {Path(os.path.realpath(output.parent)) for output in outputs}
+    below = any(Path(os.path.realpath(base)) in (folder, *folder.parents) for folder in folders)
+    if len(images) < 2 or not (below or len(folders) == 1):
         yield None
         return
-    folder = Path(os.path.relpath(os.path.commonpath([os.path.realpath(output.parent) for output in outputs])))
-    taken = {Path(os.path.relpath(output)) for output in outputs}
+    folder = base if below else outputs[0].parent
+    taken = {os.path.realpath(output) for output in outputs}
     names = (f"coco{number or ''}" for number in itertools.count())
-    paths = (folder / f"{name}.json" for name in names if folder / name not in taken)
+    paths = (folder / f"{name}.json" for name in names if os.path.realpath(folder / name) not in taken)
     path = next(path for path in paths if not path.exists() or is_result(path))
     root = os.path.commonpath([os.path.dirname(os.path.realpath(image)) for image in images])
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone import find_backbone
-from config import Config, as_set_arguments, get_config, override, parse_overrides, to_dict
+from config import Config, get_config, override, parse_overrides, to_dict
 from layers.loss import MultiBoxLoss
 from layers.nms import NMS
 from training.trainer import check_resumable
@@ -85,8 +85,12 @@ def new_run(given: dict[str, Any]) -> tuple[Start, Config, dict[str, Any]]:
     overrides = parse_overrides(given.get("set", [])) | flags
     config = override(base, **overrides)
     adapted = [key for key, value in to_dict(config).items() if value != to_dict(base)[key] and key not in overrides]
-    if adapted:
-        print(f"adapted to {', '.join(overrides)}: {as_set_arguments(config, adapted)}")
+    followed = {key: to_dict(config)[key] for key in adapted if to_dict(config)[key]}
+    if followed:
+        texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in followed.items()}
+        if "lr_steps" in followed:
+            texts["lr_steps"] = str(tuple(round(step, 1) for step in followed["lr_steps"]))
+        print(f"adapted to {', '.join(overrides)}: {', '.join(f'{key} {text}' for key, text in texts.items())}")
     name = Path(given.get("config", config.name)).stem
     args = DEFAULTS | {"output_dir": f"runs/{name}"} | given
     if (Path(args["output_dir"]) / "last.pth").exists():

@@ -57,7 +57,8 @@ MAX_CALIBRATION = 300  # more images make calibration slower
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Export a model to ONNX or OpenVINO, and check the file.", allow_abbrev=False)
+    text = "Export a model to ONNX or OpenVINO, and check the file."
+    parser = ArgumentParser("python -m tools.export", description=text, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--weights",

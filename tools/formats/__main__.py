@@ -33,7 +33,8 @@ from utils.files import write_json
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Convert YOLO, LabelMe, ISAT, VIA, CVAT, Pascal VOC, masks or COCO exports to COCO JSON."
+        prog="python -m tools.formats",
+        description="Convert YOLO, LabelMe, ISAT, VIA, CVAT, Pascal VOC, masks or COCO exports to COCO JSON.",
     )
     parser.add_argument("source", type=Path, help="a data.yaml, a JSON or XML file, or the folder of an export")
     parser.add_argument("--images", type=Path, help="folder of the images, if they are not where the source says")

@@ -16,7 +16,16 @@ import numpy as np
 
 from data.annotation import is_crowd, normalise_segmentation, parse_annotation
 from tools.findings import too_many_crowds
-from tools.formats.structures import ImageFinder, LabelledImage, LabelledObject, Labels, Problems, lost_parts, read_text
+from tools.formats.structures import (
+    ONLY_BOX,
+    ImageFinder,
+    LabelledImage,
+    LabelledObject,
+    Labels,
+    Problems,
+    lost_parts,
+    read_text,
+)
 from utils.errors import UserError
 
 LISTS = ("images", "annotations", "categories")
@@ -152,7 +161,7 @@ def _images(
                 if box is None:
                     problems.add("annotations without a usable mask or box", file_name)
                 else:
-                    problems.note("objects without a mask, of which only the box is kept", file_name)
+                    problems.note(ONLY_BOX, file_name)
                     objects.append(LabelledObject(name, None, crowd and not clear_crowds, box))
             elif isinstance(segmentation, list) and max(map(np.max, segmentation)) <= 1.0:
                 problems.add("outlines that are relative (0 to 1) instead of in pixels", file_name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.formats.structures import (
+    RECTANGLES,
     ImageFinder,
     LabelledImage,
     LabelledObject,
@@ -78,6 +79,8 @@ def _images(root: ET.Element, finder: ImageFinder, problems: Problems) -> Iterat
                 polygon, mask = _polygon(shape), _mask(shape, opened[1])
                 polygons += [] if polygon is None else [polygon]
                 masks += [] if mask is None else [mask]
+                if shape.tag == "box" and polygon is not None:
+                    problems.note(RECTANGLES, name)
                 if polygon is None and mask is None:
                     problems.add(f"shapes of the type {shape.tag} without an area", name)
             segmentation = compose(polygons, [], masks, opened[1])

@@ -19,6 +19,7 @@ import numpy as np
 
 from tools.formats.structures import (
     NOT_UTF8,
+    RECTANGLES,
     ImageFinder,
     LabelledImage,
     LabelledObject,
@@ -129,6 +130,8 @@ def _objects(shapes: list[Any], size: Size, where: str, problems: Problems) -> I
             if mask is not None:
                 masks.append(mask)
             elif polygon is not None:
+                if kind == "rectangle":
+                    problems.note(RECTANGLES, where)
                 flags = shape.get("flags")
                 (holes if isinstance(flags, dict) and flags.get("hole") else parts).append(polygon)
             else:

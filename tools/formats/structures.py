@@ -24,6 +24,8 @@ from data.image import SUFFIXES, read_image
 from utils.errors import UserError
 
 NOT_FOUND = "images that were not found"  # a kind of problem that --images can solve
+ONLY_BOX = "objects without a mask, of which only the box is kept"
+RECTANGLES = "rectangles, which are taken as masks; if they are boxes, draw outlines, or see tools.pseudo_masks"
 UNSURE = "photos turned by EXIF whose size does not show whether labels refer to them upright, which is assumed"
 NOT_UTF8 = "files that are not UTF-8 text; save them as UTF-8"
 EXAMPLES_PER_LINE = 3  # number of examples shown for each kind of problem

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.formats.structures import (
+    RECTANGLES,
     ImageFinder,
     LabelledImage,
     LabelledObject,
@@ -118,6 +119,8 @@ def _images(
             elif name is None or not str(name).strip():
                 problems.add("regions without a class", entry["filename"])
             else:
+                if shape.get("name") == "rect":
+                    problems.note(RECTANGLES, entry["filename"])
                 name = options.get(str(name), str(name))
                 objects.append(LabelledObject(name.strip(), [polygon]))
         yield LabelledImage(*opened, objects)

@@ -16,6 +16,7 @@ import numpy as np
 from data.image import SUFFIXES
 from tools.formats.structures import (
     NOT_UTF8,
+    ONLY_BOX,
     ImageFinder,
     LabelledImage,
     LabelledObject,
@@ -265,8 +266,14 @@ def _objects(path: Path, size: Size, names: dict[int, str], problems: Problems) 
         values = _numbers(words)
         if np.isnan(values[0]) or int(values[0]) not in names:
             problems.add(f"lines that are not a class index ({shown}) followed by numbers", where)
-        elif len(values) in (5, 6):
-            problems.add("boxes without an outline (a detection label)", where)
+        elif len(values) == 5:
+            problems.note(ONLY_BOX, where)
+            x, y, w, h = (values[1:] * (size[1], size[0], size[1], size[0])).tolist()
+            x1, y1, x2, y2 = max(0.0, x - w / 2), max(0.0, y - h / 2), min(x + w / 2, size[1]), min(y + h / 2, size[0])
+            if x2 > x1 and y2 > y1:
+                yield LabelledObject(names[int(values[0])], None, box=(x1, y1, x2, y2))
+            else:
+                problems.add("boxes without an area inside their image", where)
         elif len(values) % 2 == 0:
             problems.add("outlines with half a point; if predictions end with a confidence, save them without", where)
         elif len(values) < 7:

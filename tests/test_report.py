@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
+import urllib.parse
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -149,10 +152,19 @@ def test_the_page_is_complete_and_alone(report):
     assert "report -> " in text
     for part in ("mask AP", "Confusion matrix", "disc", "tile", "localisation", "missed", "color-scheme: light dark"):
         assert part in page
-    assert not re.findall(r"(?:src|href)='(?!data:)", page)  # nothing is loaded from elsewhere
-    for name in ("curves.png", "confusion.png", "errors.png"):
-        image = cv2.imread(str(folder / name))
+    assert not re.findall(r"src='(?!data:)", page)  # nothing is loaded from elsewhere
+    assert sorted(path.name for path in folder.iterdir()) == ["index.html", "report.json"]
+    figures = re.findall(r"src='data:image/png;base64,([^']*)'", page)
+    assert len(figures) == 4  # with the curves of both classes
+    for figure in figures:
+        image = cv2.imdecode(np.frombuffer(base64.b64decode(figure), np.uint8), cv2.IMREAD_UNCHANGED)
         assert len(np.unique(image)) > 20
+        assert image[0, 0, 3] == 0  # transparent, for dark pages
+    captions = re.findall(r"<figcaption>.*?</figcaption>", page)
+    assert captions
+    for link, name in re.findall(r"<a href='(.*?)'>(.*?)</a>", "".join(captions)):
+        assert Path(urllib.parse.unquote(link.removeprefix("file://"))).name == name
+        assert name.startswith("image_")
     summary = json.loads((folder / "report.json").read_text())
     assert summary["images"] == 8
     errors = summary["errors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from pycocotools import mask as rle
 from config import override
 from data.annotation import to_mask
 from data.coco import CocoDataset
-from data.image import write_image
 from tools.error_analysis import (
     ERROR_KINDS,
     MIN_IOU,
@@ -35,11 +35,25 @@ from weights.load import load_state, read_weights
 from weights.released import BUNDLED, find_weights
 from yolact import Yolact
 
-MISTAKES_PER_SHEET = 8  # images on a sheet of mistakes
-COLUMNS = 2
+MISTAKES = 8  # shown of each kind
 TILE = 440  # pixels: the width of each of the two images of an example
+INK = "#808080"  # of figures, which are transparent: it can be read on light and on dark pages
+COLOURS: dict[Any, str] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "none"),
+}
+CURVES_IN_ROW = 6
 LARGEST_MATRIX = 20  # classes in the confusion matrix; those with the most errors
 SIZES = (("all", "AP"), ("small, under 32x32 px", "APs"), ("medium", "APm"), ("large, over 96x96 px", "APl"))
+
+
+@dataclass
+class Mistake:
+    """A mistake to show."""
+
+    index: int  # of the image in the data set
+    segmentation: dict[str, Any]  # RLE of the mask that it is about
+    caption: str
 
 
 def write_report(
@@ -50,7 +64,7 @@ def write_report(
     sizes: dict[int, tuple[int, int]],
     title: str,
 ) -> dict[str, Any]:
-    """Write `index.html`, its images as files, and `report.json` into a folder.
+    """Write `index.html`, with all images inside, and `report.json` into a folder.
 
     Args:
         folder: created if necessary.
@@ -71,12 +85,19 @@ def write_report(
     threshold, f1 = best_threshold(outcome)
     errors = count_errors(outcome, threshold)
     names = list(dataset.class_names)
-    figures = {
-        "curves.png": curves(outcome, threshold, metrics),
-        "confusion.png": confusion_figure(confusion_matrix(outcome, threshold), names),
-        "errors.png": error_figure(errors),
+    import matplotlib
+
+    with matplotlib.rc_context(COLOURS):
+        figures = {
+            "curves": curves(outcome, threshold, metrics),
+            "classes": class_curves(outcome, names) if len({item.label for item in outcome.objects}) > 1 else b"",
+            "confusion": confusion_figure(confusion_matrix(outcome, threshold), names),
+            "errors": error_figure(errors),
+        }
+    examples = {
+        heading: [_example(dataset, outcome, threshold, mistake) for mistake in listed]
+        for heading, listed in mistakes(dataset, outcome, threshold).items()
     }
-    sheets = {name: sheet for name, sheet in mistake_sheets(dataset, outcome, threshold).items() if sheet is not None}
     summary = {
         "title": title,
         "images": len(sizes),
@@ -88,13 +109,8 @@ def write_report(
         "segm": metrics["segm"],
         "per_class": metrics.get("per_class", {}),
     }
-    for name, data in figures.items():
-        write_bytes(folder / name, data)
-    for name, sheet in sheets.items():
-        write_image(folder / name, sheet, mark=False)
     write_json(folder / "report.json", summary)
-    images = {name: (folder / name).read_bytes() for name in (*figures, *sheets)}
-    write_bytes(folder / "index.html", page(summary, outcome, names, images).encode())
+    write_bytes(folder / "index.html", page(summary, outcome, names, figures, examples).encode())
     return summary
 
 
@@ -127,11 +143,11 @@ def need_matplotlib() -> None:
         raise UserError("--report needs a package: pip install matplotlib") from None
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, layout: Any = "constrained") -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -161,6 +177,23 @@ def curves(outcome: Outcome, threshold: float, metrics: dict[str, Any]) -> bytes
     return _png(figure)
 
 
+def class_curves(outcome: Outcome, names: list[str]) -> bytes:
+    """Draw precision against recall for each class that has objects."""
+    labels = sorted({item.label for item in outcome.objects})
+    rows, columns = -(-len(labels) // CURVES_IN_ROW), CURVES_IN_ROW
+    figure = _figure(11, 0.5 + 1.7 * rows, layout=None)  # the usual layout takes seconds for 80 classes
+    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.2 / rows, top=1 - 0.15 / rows, hspace=0.6, wspace=0.3)
+    for number, label in enumerate(labels, 1):
+        found = [item for item in outcome.found if item.label == label]
+        part = replace(outcome, found=found, objects=[item for item in outcome.objects if item.label == label])
+        axes = figure.add_subplot(rows, columns, number)
+        axes.plot(*f1_curve(part)[2:0:-1], linewidth=1)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.set_title(names[label].replace("$", r"\$"), fontsize=8)
+        axes.tick_params(labelsize=6)
+    return _png(figure)
+
+
 def confusion_figure(matrix: np.ndarray, names: list[str]) -> bytes:
     """Draw the confusion matrix, or the part of it with the most errors if there are many classes."""
     classes = len(names)
@@ -174,6 +207,7 @@ def confusion_figure(matrix: np.ndarray, names: list[str]) -> bytes:
     figure = _figure(side + 1, side)
     axes = figure.subplots()
     share = part / np.maximum(part.sum(axis=1, keepdims=True), 1)
+    share[-1] = 0  # the background has no objects of which these could be a share
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (y, x), value in np.ndenumerate(part):
         if value:
@@ -199,64 +233,36 @@ def error_figure(errors: dict[str, int]) -> bytes:
     return _png(figure)
 
 
-def mistake_sheets(dataset: CocoDataset, outcome: Outcome, threshold: float) -> dict[str, np.ndarray | None]:
-    """Draw the worst mistakes of each kind, ground truth on the left and prediction on the right.
-
-    They are the largest missed objects, the false positives with the highest scores, and the correct detections whose
-    masks have the lowest IoU.
-    """
+def mistakes(dataset: CocoDataset, outcome: Outcome, threshold: float) -> dict[str, list[Mistake]]:
+    """Return the worst mistakes of each kind, by its heading, one of each image."""
+    names = dataset.class_names
     strong = [item for item in outcome.found if item.score >= threshold]
     wrong = sorted((item for item in strong if item.kind in ERROR_KINDS), key=lambda item: -item.score)
     bad = sorted((item for item in strong if item.kind == "correct"), key=lambda item: item.iou)
     missed = sorted(outcome.missed(threshold), key=lambda item: -float(rle.area(item.segmentation)))
-    names = dataset.class_names
-    return {
-        "missed.jpg": _sheet(
-            dataset, outcome, threshold, [(m.index, m.segmentation, f"missed {names[m.label]}") for m in missed]
-        ),
-        "false_positives.jpg": _sheet(
-            dataset,
-            outcome,
-            threshold,
-            [(w.index, w.result["segmentation"], f"{names[w.label]} {w.score:.2f}: {w.kind}") for w in wrong],
-        ),
-        "bad_masks.jpg": _sheet(
-            dataset,
-            outcome,
-            threshold,
-            [(b.index, b.result["segmentation"], f"{names[b.label]} {b.score:.2f}: IoU {b.iou:.2f}") for b in bad],
-        ),
+    kinds = {
+        "The largest objects that were missed": [
+            Mistake(m.index, m.segmentation, f"missed {names[m.label]}") for m in missed
+        ],
+        "The false positives with the highest scores": [
+            Mistake(w.index, w.result["segmentation"], f"{names[w.label]} {w.score:.2f}: {w.kind}") for w in wrong
+        ],
+        "The worst masks of correct detections": [
+            Mistake(b.index, b.result["segmentation"], f"{names[b.label]} {b.score:.2f}: IoU {b.iou:.2f}") for b in bad
+        ],
     }
+    shown = {}
+    for heading, listed in kinds.items():
+        first: dict[int, Mistake] = {}
+        for mistake in listed:
+            first.setdefault(mistake.index, mistake)
+        shown[heading] = list(first.values())[:MISTAKES]
+    return {heading: listed for heading, listed in shown.items() if listed}
 
 
-def _sheet(
-    dataset: CocoDataset, outcome: Outcome, threshold: float, cases: list[tuple[int, dict[str, Any], str]]
-) -> np.ndarray | None:
-    """Draw up to MISTAKES_PER_SHEET cases (image, mask, caption), one of each image; None if there is none."""
-    rows: list[np.ndarray] = []
-    seen: set[int] = set()
-    for index, segmentation, caption in cases:
-        if len(rows) == MISTAKES_PER_SHEET:
-            break
-        if index in seen:
-            continue
-        seen.add(index)
-        rows.append(_example(dataset, outcome, threshold, index, segmentation, caption))
-    if not rows:
-        return None
-    columns = [rows[i::COLUMNS] for i in range(COLUMNS) if rows[i::COLUMNS]]
-    height = max(sum(row.shape[0] for row in column) for column in columns)
-    filled = [
-        np.vstack([*column, np.full((height - sum(r.shape[0] for r in column), column[0].shape[1], 3), 255, np.uint8)])
-        for column in columns
-    ]
-    return np.hstack(filled)
-
-
-def _example(
-    dataset: CocoDataset, outcome: Outcome, threshold: float, index: int, segmentation: dict[str, Any], caption: str
-) -> np.ndarray:
-    """Draw one case: the surroundings of the mask, with the ground truth, and with all predictions."""
+def _example(dataset: CocoDataset, outcome: Outcome, threshold: float, mistake: Mistake) -> str:
+    """Return a figure of HTML: the surroundings of the mask, with the ground truth, and with all predictions."""
+    index, segmentation = mistake.index, mistake.segmentation
     sample = dataset[index]
     image = sample.image
     truth = [to_mask(s, *image.shape[:2]) for s in sample.segmentations]
@@ -274,10 +280,11 @@ def _example(
         part = drawn[y1:y2, x1:x2]
         scale = TILE / part.shape[1]
         tiles.append(cv2.resize(part, (TILE, max(1, round(part.shape[0] * scale))), interpolation=cv2.INTER_AREA))
-    bar = np.full((32, 2 * TILE, 3), 255, np.uint8)
-    text = f"{caption}   (image {dataset.image_ids[index]}: truth | prediction)"
-    cv2.putText(bar, text, (4, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.pad(np.vstack([bar, np.hstack(tiles)]), ((0, 8), (0, 8), (0, 0)), constant_values=255)
+    data = cv2.imencode(".jpg", np.hstack(tiles), [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+    link = dataset.image_path(index).resolve().as_uri()
+    name = html.escape(Path(dataset.file_name(index)).name)
+    caption = f"{html.escape(mistake.caption)}, <a href='{html.escape(link)}'>{name}</a>: truth, prediction"
+    return f"<figure>{_image('mistake', 'jpeg', data)}<figcaption>{caption}</figcaption></figure>"
 
 
 def _corners(box: Any) -> np.ndarray:
@@ -303,14 +310,27 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child, .text td:last-child, .text th:last-child { text-align: left; }
-img { max-width: 100%; background: #fff; border-radius: 6px; padding: 6px; box-sizing: border-box; }
+img { max-width: 100%; border-radius: 6px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); gap: 1.5rem; }
+figure { margin: 0; }
+figcaption { overflow-wrap: anywhere; }
 .scroll { max-height: 32rem; overflow: auto; }
 .number { font-size: 1.6rem; font-weight: 600; }
 """
 
 
-def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: dict[str, bytes]) -> str:
-    """Return the HTML page, with all images inside."""
+def page(
+    summary: dict[str, Any],
+    outcome: Outcome,
+    names: list[str],
+    figures: dict[str, bytes],
+    examples: dict[str, list[str]],
+) -> str:
+    """Return the HTML page, with all images inside. `figures` are PNG files, `examples` figures of HTML by heading."""
+    per_class = ""
+    if figures["classes"]:
+        picture = _image("precision and recall of each class", "png", figures["classes"])
+        per_class = f"<details><summary>Curves of each class</summary>{picture}</details>"
     box, mask = summary["bbox"], summary["segm"]
     sizes = [[name, _percent(box[key]), _percent(mask[key])] for name, key in SIZES]
     sizes.insert(1, ["IoU 0.5", _percent(box["AP50"]), _percent(mask["AP50"])])
@@ -334,20 +354,14 @@ def page(summary: dict[str, Any], outcome: Outcome, names: list[str], images: di
         "<div class=scroll>"
         + _table(["class", "objects", "box AP", "mask AP", "mask AP50", "precision", "recall"], classes)
         + "</div>",
-        "<h2>Curves</h2>" + _image("curves.png", images),
+        "<h2>Curves</h2>" + _image("precision and recall", "png", figures["curves"]) + per_class,
         f"<h2>Errors at the score threshold {summary['best_threshold']:.2f}</h2>"
         f"<p>Correct detections: {summary['errors']['correct']}.</p>"
         + _table(["error", "count", "meaning"], errors, "text")
-        + _image("errors.png", images),
-        "<h2>Confusion matrix</h2>" + _image("confusion.png", images),
+        + _image("numbers of errors", "png", figures["errors"]),
+        "<h2>Confusion matrix</h2>" + _image("confusion matrix", "png", figures["confusion"]),
     ]
-    for name, heading in (
-        ("missed.jpg", "The largest objects that were missed"),
-        ("false_positives.jpg", "The false positives with the highest scores"),
-        ("bad_masks.jpg", "The worst masks of correct detections"),
-    ):
-        if name in images:
-            sections.append(f"<h2>{heading}</h2>" + _image(name, images))
+    sections += [f"<h2>{head}</h2><div class=grid>{''.join(listed)}</div>" for head, listed in examples.items()]
     body = "\n".join(sections)
     return (
         "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
@@ -366,6 +380,5 @@ def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     return f"<table class='{kind}'><tr>{cells}</tr>{''.join(lines)}</table>"
 
 
-def _image(name: str, images: dict[str, bytes]) -> str:
-    kind = "jpeg" if name.endswith(".jpg") else "png"
-    return f"<img alt='{name}' src='data:image/{kind};base64,{base64.b64encode(images[name]).decode()}'>"
+def _image(text: str, kind: str, data: bytes) -> str:
+    return f"<img alt='{text}' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"

@@ -57,12 +57,11 @@ from yolact import Yolact
 def main(argv: Sequence[str] | None = None) -> int:
     """Start or resume a run. Return 0 if training finished, also by early stopping, and 130 if it was interrupted."""
     given = vars(build_parser().parse_args(argv))
-    configure_process(given.get("threads"))
     resume: Path | None = given.pop("resume", None)
     start, stored = None, None
     if resume is not None:
         stored, config, args = resumed_run(resume, given)
-        configure_process(args["threads"])
+    configure_process(args["threads"] if stored else given.get("threads"))
     with process_group(args["device"] if stored else given.get("device", "auto")) as ranks:
         if stored is None:
             with ranks.main_first():  # only the main process downloads weights

@@ -15,7 +15,9 @@ from layers.boxes import box_iou
 # ignored (released code; SSD uses 0.5 for both).
 POSITIVE_IOU, NEGATIVE_IOU = 0.5, 0.4
 ATSS_CANDIDATES = 9  # positions per level and object (Zhang et al., CVPR 2020, section 4.2)
-FORCED_ROUNDS = 24  # see `force_matches`; 600 photos of people needed 3, 225 equal objects in a regular grid 21
+FORCED_ROUNDS = (
+    24  # on a GPU, see `force_matches`; 600 photos of people needed 3, 225 equal objects in a regular grid 21
+)
 
 IGNORED, BACKGROUND = -1, 0  # values of Matches.classes
 

@@ -529,7 +529,7 @@ def test_json_files_of_others_stay(weights, tmp_path, monkeypatch):
             run(*common, "--image", "in/a.jpg:x.jpg", "in/b.jpg:y.jpg", "--score_threshold", threshold)
             run(*common, "--images", "in", "--output", "out", "--score_threshold", threshold)
     run(*common, "--image", "in/a.jpg:p/x.jpg", "in/b.jpg:q/y.jpg")  # no folder is named for a file of both
-    assert "c.json: is not a result of an earlier run" in run(*common, "--image", "in/a.jpg:c.jpg", code=2)
+    assert "c.json beside it is not a result of an earlier run" in run(*common, "--image", "in/a.jpg:c.jpg", code=2)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == [
         "c.json",
         "coco.json",

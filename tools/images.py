@@ -114,12 +114,11 @@ def find_images(
         wanted = Path(target) if target else base
         if wanted.suffix.lower() in SUFFIXES and (target or is_file):
             source = Source(path, wanted.with_suffix(""), wanted.suffix)
-            if source.output in taken or _real(wanted) in inputs:
+            foreign = [file for file in map(wanted.with_suffix, endings) if is_foreign(file)]
+            if source.output in taken or _real(wanted) in inputs or foreign:
                 what = "is one of the images" if _real(wanted) in inputs else "is the result of two images"
+                what = f"{foreign[0].name} beside it is not a result of an earlier run" if foreign else what
                 raise UserError(f"{wanted}: {what}; choose another name")
-            for file in (wanted.with_suffix(ending) for ending in endings):
-                if is_foreign(file):
-                    raise UserError(f"{file}: is not a result of an earlier run; choose another name than {wanted}")
         else:
             suffix = ".png" if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") else ".jpg"
             source = Source(path, _free_name(path, wanted / name, (suffix, *endings), taken), suffix)

@@ -329,8 +329,8 @@ def page(
     """Return the HTML page, with all images inside. `figures` are PNG files, `examples` figures of HTML by heading."""
     per_class = ""
     if figures["classes"]:
-        picture = _image("precision and recall of each class", "png", figures["classes"])
-        per_class = f"<details><summary>Curves of each class</summary>{picture}</details>"
+        plot = _image("precision and recall of each class", "png", figures["classes"])
+        per_class = f"<details><summary>Curves of each class</summary>{plot}</details>"
     box, mask = summary["bbox"], summary["segm"]
     sizes = [[name, _percent(box[key]), _percent(mask[key])] for name, key in SIZES]
     sizes.insert(1, ["IoU 0.5", _percent(box["AP50"]), _percent(mask["AP50"])])

@@ -84,12 +84,12 @@ def new_run(given: dict[str, Any]) -> tuple[Start, Config, dict[str, Any]]:
     flags = {key: given[key] for key in CONFIG_FLAGS if key in given}
     overrides = parse_overrides(given.get("set", [])) | flags
     config = override(base, **overrides)
-    adapted = [key for key, value in to_dict(config).items() if value != to_dict(base)[key] and key not in overrides]
-    followed = {key: to_dict(config)[key] for key in adapted if to_dict(config)[key]}
-    if followed:
-        texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in followed.items()}
-        if "lr_steps" in followed:
-            texts["lr_steps"] = str(tuple(round(step, 1) for step in followed["lr_steps"]))
+    before = to_dict(base)
+    adapted = {k: v for k, v in to_dict(config).items() if v and v != before[k] and k not in overrides}
+    if adapted:
+        texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in adapted.items()}
+        if "lr_steps" in adapted:
+            texts["lr_steps"] = str(tuple(round(step, 1) for step in adapted["lr_steps"]))
         print(f"adapted to {', '.join(overrides)}: {', '.join(f'{key} {text}' for key, text in texts.items())}")
     name = Path(given.get("config", config.name)).stem
     args = DEFAULTS | {"output_dir": f"runs/{name}"} | given

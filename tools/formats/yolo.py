@@ -206,9 +206,10 @@ def _label_path(image: Path, labels: ImageFinder) -> Path:
             parts[i] = "labels"
             break
     path = Path(*parts).with_suffix(".txt")
+    if path.is_file() or not labels.knows(path.name):
+        return path
     # Among the labels of other images, an image without a file has no objects.
-    expected = path.parent != image.parent and any(label.name != "classes.txt" for label in path.parent.glob("*.txt"))
-    if path.is_file() or expected or not labels.knows(path.name):
+    if path.parent != image.parent and any(label.name != "classes.txt" for label in path.parent.glob("*.txt")):
         return path
     found = labels.find(path.as_posix())
     splits = {folder.parent.name.lower() for folder in (path, found or path)} & {*SPLITS, *NAMES_OF_VAL}
